@@ -1,0 +1,1 @@
+"""Comparisons and measurements: each prints one JSON line per result. Not tests."""

@@ -1,0 +1,1 @@
+"""The torch-free vocabulary that every other package speaks. Imports nothing of Tandem."""

@@ -1,0 +1,43 @@
+"""Names of the things that cross process borders. Pure strings, told apart by their types."""
+
+import re
+import secrets
+from typing import NewType
+
+from core.errors import InvalidRequest
+
+RequestId = NewType("RequestId", str)
+WorkerId = NewType("WorkerId", str)
+TransferId = NewType("TransferId", str)
+"""Minted by the router, one per attempt to hand a request over; both workers are given the same one."""
+GatewayId = NewType("GatewayId", str)
+Epoch = NewType("Epoch", int)
+"""Incarnation of a worker: grows by one at every start; a message from an older epoch is refused."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}\Z")
+
+
+def new_request_id() -> RequestId:
+    """Return a fresh random request id (96 bits)."""
+    return RequestId(f"req-{secrets.token_hex(12)}")
+
+
+def new_gateway_id() -> GatewayId:
+    """Return a fresh random gateway id: a restarted gateway is a new one, by design."""
+    return GatewayId(f"gw-{secrets.token_hex(6)}")
+
+
+def transfer_id(request_id: RequestId, attempt: int) -> TransferId:
+    """Name attempt number `attempt` (from 0) to hand over `request_id`."""
+    return TransferId(f"{request_id}/{attempt}")
+
+
+def parse_request_id(text: str) -> RequestId:
+    """Check a client's own request id.
+
+    Raises:
+        InvalidRequest: it is longer than 128 characters or holds characters outside ``[A-Za-z0-9_.:-]``.
+    """
+    if not _REQUEST_ID.match(text):
+        raise InvalidRequest("request_id", "must be 1 to 128 characters of [A-Za-z0-9_.:-]")
+    return RequestId(text)

@@ -1,0 +1,157 @@
+"""A request for tokens and what comes back, as every layer below the gateway sees it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from core.errors import InvalidRequest
+from core.ids import RequestId
+
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+MAX_SEED = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Validated by `check`; the defaults sample the plain distribution.
+
+    Attributes:
+        temperature: 0 means greedy (arg max, lowest id wins ties); otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of most probable tokens whose probability reaches this; (0, 1].
+        min_p: keep tokens at least this fraction as probable as the most probable one; [0, 1].
+        presence_penalty: subtracted once from the logit of every token generated so far; [-2, 2].
+        frequency_penalty: subtracted per occurrence among the generated tokens; [-2, 2].
+        repetition_penalty: divides positive and multiplies negative logits of every token seen in the prompt or
+            the output; > 0, 1 is off.
+        logit_bias: added to the logits of these token ids; each within [-100, 100].
+        stop: generation ends when the text contains one of these; the match itself is not returned.
+        stop_token_ids: generation ends after one of these (it is returned, as token, not as text).
+        ignore_eos: the model's end-of-sequence tokens do not end the generation.
+        min_tokens: end-of-sequence and stop tokens are suppressed before this many tokens.
+        max_tokens: at most this many tokens; >= 1.
+        seed: the sample at position i depends only on (seed, i, logits at i).
+        logprobs: None for none; otherwise the log-probability of each chosen token (of the distribution before
+            temperature and filters, after penalties and bias) and this many most probable alternatives.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int = 16
+    seed: int = 0
+    logprobs: int | None = None
+
+    def check(self, vocab_size: int) -> None:
+        """Check every range. Pure.
+
+        Raises:
+            InvalidRequest: naming the field as ``sampling.<name>``.
+        """
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _within("top_k", self.top_k, 0, math.inf)
+        _within("max_tokens", self.max_tokens, 1, math.inf)
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _within("seed", self.seed, 0, MAX_SEED - 1)
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest("sampling.stop", f"at most {MAX_STOP_STRINGS} stop strings")
+        if any(not text for text in self.stop):
+            raise InvalidRequest("sampling.stop", "a stop string must not be empty")
+        for token_id in self.stop_token_ids:
+            _within("stop_token_ids", token_id, 0, vocab_size - 1)
+        for token_id, bias in self.logit_bias.items():
+            _within("logit_bias", token_id, 0, vocab_size - 1)
+            _within("logit_bias", bias, -100.0, 100.0)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+    if math.isnan(value) or value > high or value < low or (low_open and value == low):
+        left = "(" if low_open else "["
+        raise InvalidRequest(f"sampling.{name}", f"must be in {left}{low:g}, {high:g}], got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to generate.
+
+    Attributes:
+        prompt_token_ids: at least one.
+        block_hashes: chained hash of each FULL prompt block (`core.blocks.block_hashes`), computed once by the
+            gateway over the cluster's block size; empty means that the engine computes them.
+        tenant, adapter: part of the hash namespace; carried for accounting.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    block_hashes: tuple[bytes, ...] = ()
+    tenant: str = ""
+    adapter: str = ""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+
+class FinishReason(StrEnum):
+    """Why a stream ended well. Failures are errors, not finish reasons."""
+
+    STOP = "stop"  # end of sequence, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the model's context is full
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a stream. `matched_stop` is the stop string or the stop/eos token id that ended it."""
+
+    reason: FinishReason
+    matched_stop: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """An alternative at some position."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One generated token. `index` counts from 0 over the whole generation, across workers."""
+
+    index: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one engine step produced for one request: new tokens, and the end if it came."""
+
+    request_id: RequestId
+    tokens: tuple[TokenOutput, ...]
+    finish: Finish | None = None

@@ -1,0 +1,84 @@
+"""Token ids to text, a piece at a time, and stop strings across piece borders. Pure; knows no tokenizer.
+
+A byte-level tokenizer may split one character over several tokens, so text is released only when it decodes to whole
+characters; and when stop strings are asked for, text that could be the beginning of one is held back until it is known.
+"""
+
+from collections.abc import Callable, Sequence
+
+Decode = Callable[[Sequence[int]], str]
+_REPLACEMENT = "�"
+
+
+class IncrementalDetokenizer:
+    """Decodes a growing list of ids without decoding it from the start each time.
+
+    Two offsets into the ids: text up to `_read` was emitted; decoding starts at `_prefix`, a few ids earlier, because
+    tokenizers may add or drop a leading space depending on the id before. Source: the scheme of Hugging Face's
+    text-generation-inference.
+    """
+
+    def __init__(self, decode: Decode, prompt_tail: Sequence[int] = ()) -> None:
+        self._decode = decode
+        self._ids = list(prompt_tail)
+        self._prefix = 0
+        self._read = len(self._ids)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Add ids, return the text that became certain (perhaps empty)."""
+        self._ids.extend(token_ids)
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        if len(after) <= len(before) or after.endswith(_REPLACEMENT):
+            return ""
+        self._prefix, self._read = self._read, len(self._ids)
+        return after[len(before) :]
+
+    def flush(self) -> str:
+        """Return what is left, broken characters included. Call once, at the end."""
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        self._prefix = self._read = len(self._ids)
+        return after[len(before) :]
+
+
+class StopScanner:
+    """Finds the first stop string in a stream of text pieces, holding back what may still become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, piece: str) -> str:
+        """Add text; return what may be shown. After a match everything further is swallowed.
+
+        The earliest match wins; among matches at one place, the first listed.
+        """
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return piece
+        text = self._held + piece
+        found = [(at, order) for order, stop in enumerate(self._stops) if (at := text.find(stop)) >= 0]
+        if found:
+            at, order = min(found)
+            self.matched = self._stops[order]
+            self._held = ""
+            return text[:at]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """Return held-back text; call once, when the stream ended without a match."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` (shorter than `stop` itself)."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
