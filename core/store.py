@@ -56,7 +56,9 @@ class Store(Protocol):
         """Append to `stream`, trimming the oldest beyond about `max_entries`. Returns the entry's id."""
         ...
 
-    async def read(self, streams: Mapping[str, str], *, max_entries: int, wait_s: float) -> Mapping[str, list[StreamEntry]]:
+    async def read(
+        self, streams: Mapping[str, str], *, max_entries: int, wait_s: float
+    ) -> Mapping[str, list[StreamEntry]]:
         """Return entries after the given id of each stream, oldest first; waits up to `wait_s` while there are none."""
         ...
 

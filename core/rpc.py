@@ -1,0 +1,119 @@
+"""The gRPC habits that all services share: servers, channels, and errors in both directions.
+
+Messages may be large (prompts of 100k token ids), streams live long, peers die without saying goodbye: so message sizes
+are bounded but generous, keepalive notices a silent peer within seconds, and a connection that was lost is retried fast.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from core import errors
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SERVER_OPTIONS = [
+    *_OPTIONS,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.so_reuseport", 0),  # a port that is taken is an error, never a silent share
+]
+_CHANNEL_OPTIONS = [
+    *_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),  # one owner, one connection: closing a channel closes its socket
+]
+
+
+def create_server() -> grpc.aio.Server:
+    """Return a server without services or ports."""
+    # A pool of our own, because the default one is never shut down and its threads outlive the server.
+    return grpc.aio.server(migration_thread_pool=ThreadPoolExecutor(max_workers=1), options=_SERVER_OPTIONS)
+
+
+def bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    """Bind without TLS; port 0 takes a free one. Returns the port.
+
+    Raises:
+        ConfigError: the address is in use or not ours.
+    """
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise errors.ConfigError(f"cannot listen on {host}:{port}: {_bind_problem(error)}") from error
+    if bound == 0:
+        raise errors.ConfigError(f"cannot listen on {host}:{port}: address in use or not local")
+    return bound
+
+
+def _bind_problem(error: RuntimeError) -> str:
+    text = str(error)
+    return "the port is in use" if "in use" in text or "Failed to bind" in text else text.splitlines()[0]
+
+
+def connect(address: str) -> grpc.aio.Channel:
+    """Return a lazy channel to `address` (host:port). The caller owns and closes it."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def status_of(error: errors.ServingError) -> status_pb2.Status:
+    """Describe an error as a rich status. Pure."""
+    code = grpc.StatusCode[error.grpc_code]
+    status = status_pb2.Status(code=code.value[0], message=str(error))
+    reason = getattr(error, "reason", None)
+    info = error_details_pb2.ErrorInfo(reason=str(reason or type(error).__name__).upper(), domain="tandem")
+    status.details.add().Pack(info)
+    if isinstance(error, errors.InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, errors.RejectedError) and error.retry_after_s > 0:
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+@contextlib.asynccontextmanager
+async def reply_errors(context: "grpc.aio.ServicerContext[object, object]") -> AsyncIterator[None]:
+    """Turn a `ServingError` raised inside into the call's status. Everything else is a defect and stays INTERNAL."""
+    try:
+        yield
+    except errors.ServingError as error:
+        status = rpc_status.to_status(status_of(error))
+        context.set_trailing_metadata(status.trailing_metadata)
+        await context.abort(status.code, status.details)
+
+
+def field_violations(error: grpc.RpcError) -> Sequence[tuple[str, str]]:
+    """Return (field, description) of each violation that a failed call carries."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    found: list[tuple[str, str]] = []
+    for detail in status.details if status is not None else ():
+        bad_request = error_details_pb2.BadRequest()
+        if detail.Unpack(bad_request):
+            found.extend((violation.field, violation.description) for violation in bad_request.field_violations)
+    return found
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> errors.ServingError:
+    """Translate a failed internal call. Pure: the caller raises it `from` the original."""
+    code = error.code()
+    detail = f"{peer}: {code.name}: {error.details() or 'no details'}"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return errors.DeadlineExceeded(detail)
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.FAILED_PRECONDITION):
+        return errors.WorkerLost(detail)
+    return errors.ProtocolError(detail)

@@ -1,0 +1,215 @@
+"""Wire messages to core types and back. Pure; the wire's oddities (presence, unsigned, bytes) stop here."""
+
+from collections.abc import Iterable
+
+from core.errors import ProtocolError, RejectedError, RejectReason
+from core.ids import Epoch, RequestId, WorkerId
+from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEvent, KvEventBatch
+from core.membership import LoadReport
+from core.request import (
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+    TokenOutput,
+)
+from protos import inference_pb2, worker_pb2
+
+_FINISH_TO_WIRE = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+_FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
+_OPTIONAL_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "ignore_eos",
+    "min_tokens",
+    "max_tokens",
+    "seed",
+    "logprobs",
+)
+
+
+def sampling_to_wire(sampling: SamplingParams) -> inference_pb2.SamplingParams:
+    """Every field is set, so the reader needs no defaults."""
+    return inference_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        min_tokens=sampling.min_tokens,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        logprobs=sampling.logprobs,
+    )
+
+
+def sampling_from_wire(message: inference_pb2.SamplingParams, **defaults: float) -> SamplingParams:
+    """Absent fields take `defaults`, then the defaults of `SamplingParams`. Ranges are not checked here."""
+    given = {name: getattr(message, name) for name in _OPTIONAL_SAMPLING if message.HasField(name)}  # type: ignore[arg-type]
+    return SamplingParams(
+        **{**defaults, **given},
+        logit_bias=dict(message.logit_bias),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+    )
+
+
+def request_to_wire(request: GenerateRequest) -> worker_pb2.WorkRequest:
+    return worker_pb2.WorkRequest(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=sampling_to_wire(request.sampling),
+        block_hashes=request.block_hashes,
+        tenant=request.tenant,
+        adapter=request.adapter,
+    )
+
+
+def request_from_wire(message: worker_pb2.WorkRequest) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=RequestId(message.request_id),
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling_from_wire(message.sampling),
+        block_hashes=tuple(message.block_hashes),
+        tenant=message.tenant,
+        adapter=message.adapter,
+    )
+
+
+def token_to_wire(token: TokenOutput) -> inference_pb2.GeneratedToken:
+    return inference_pb2.GeneratedToken(
+        index=token.index,
+        token_id=token.token_id,
+        logprob=token.logprob,
+        top_logprobs=[
+            inference_pb2.Logprob(token_id=other.token_id, logprob=other.logprob) for other in token.top_logprobs
+        ],
+    )
+
+
+def token_from_wire(message: inference_pb2.GeneratedToken) -> TokenOutput:
+    return TokenOutput(
+        index=message.index,
+        token_id=message.token_id,
+        logprob=message.logprob if message.HasField("logprob") else None,
+        top_logprobs=tuple(TokenLogprob(other.token_id, other.logprob) for other in message.top_logprobs),
+    )
+
+
+def finish_reason_to_wire(reason: FinishReason) -> inference_pb2.FinishReason.ValueType:
+    return _FINISH_TO_WIRE[reason]
+
+
+def finish_to_wire(finish: Finish) -> worker_pb2.WorkFinish:
+    message = worker_pb2.WorkFinish(reason=_FINISH_TO_WIRE[finish.reason])
+    if isinstance(finish.matched_stop, str):
+        message.stop_string = finish.matched_stop
+    elif finish.matched_stop is not None:
+        message.stop_token_id = finish.matched_stop
+    return message
+
+
+def finish_from_wire(message: worker_pb2.WorkFinish) -> Finish:
+    """Raises: ProtocolError for an unknown reason."""
+    reason = _FINISH_FROM_WIRE.get(message.reason)
+    if reason is None:
+        raise ProtocolError(f"unknown finish reason {message.reason}")
+    kind = message.WhichOneof("matched_stop")
+    return Finish(reason, getattr(message, kind) if kind else None)
+
+
+def outputs_to_wire(outputs: Iterable[RequestOutput]) -> worker_pb2.OutputBatch:
+    return worker_pb2.OutputBatch(
+        outputs=[
+            worker_pb2.WorkOutput(
+                request_id=output.request_id,
+                tokens=[token_to_wire(token) for token in output.tokens],
+                finish=finish_to_wire(output.finish) if output.finish else None,
+            )
+            for output in outputs
+        ]
+    )
+
+
+def outputs_from_wire(batch: worker_pb2.OutputBatch) -> list[RequestOutput]:
+    return [
+        RequestOutput(
+            RequestId(output.request_id),
+            tuple(token_from_wire(token) for token in output.tokens),
+            finish_from_wire(output.finish) if output.HasField("finish") else None,
+        )
+        for output in batch.outputs
+    ]
+
+
+def load_to_wire(load: LoadReport) -> worker_pb2.WorkerLoad:
+    return worker_pb2.WorkerLoad(**load.model_dump())
+
+
+def load_from_wire(message: worker_pb2.WorkerLoad) -> LoadReport:
+    return LoadReport(**{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields})
+
+
+def rejection_to_wire(request_id: RequestId, error: RejectedError) -> worker_pb2.Rejected:
+    return worker_pb2.Rejected(
+        request_id=request_id, reason=error.reason, detail=error.detail, retry_after_s=error.retry_after_s
+    )
+
+
+def rejection_from_wire(message: worker_pb2.Rejected) -> RejectedError:
+    """Raises: ProtocolError for an unknown reason."""
+    try:
+        reason = RejectReason(message.reason)
+    except ValueError as error:
+        raise ProtocolError(f"unknown reject reason {message.reason!r}") from error
+    return RejectedError(reason, message.detail, message.retry_after_s)
+
+
+def kv_events_to_wire(batch: KvEventBatch) -> worker_pb2.KvEventBatch:
+    return worker_pb2.KvEventBatch(
+        worker_id=batch.worker_id,
+        epoch=batch.epoch,
+        sequence=batch.sequence,
+        events=[_event_to_wire(event) for event in batch.events],
+    )
+
+
+def _event_to_wire(event: KvEvent) -> worker_pb2.KvEvent:
+    match event:
+        case BlocksStored(parent, hashes):
+            return worker_pb2.KvEvent(stored=worker_pb2.CachedChain(parent=parent, hashes=hashes))
+        case BlocksRemoved(hashes):
+            return worker_pb2.KvEvent(removed=worker_pb2.RemovedBlocks(hashes=hashes))
+        case CacheCleared():
+            return worker_pb2.KvEvent(cleared=worker_pb2.ClearedCache())
+
+
+def kv_events_from_wire(message: worker_pb2.KvEventBatch) -> KvEventBatch:
+    events: list[KvEvent] = []
+    for event in message.events:
+        match event.WhichOneof("event"):
+            case "stored":
+                events.append(BlocksStored(event.stored.parent, tuple(event.stored.hashes)))
+            case "removed":
+                events.append(BlocksRemoved(tuple(event.removed.hashes)))
+            case "cleared":
+                events.append(CacheCleared())
+            case other:
+                raise ProtocolError(f"unknown KV event {other!r}")
+    return KvEventBatch(WorkerId(message.worker_id), Epoch(message.epoch), message.sequence, tuple(events))
