@@ -1,0 +1,53 @@
+"""What to load and how to run it. Torch-free: the cluster composes these models without loading torch."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from core.config import ConfigModel
+
+AttentionName = Literal["auto", "sdpa", "numba"]
+
+
+class ModelConfig(ConfigModel):
+    """One checkpoint and where it runs."""
+
+    path: Path = Field(description="checkpoint folder in Hugging Face layout; for load_format dummy also a config.json")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="auto reads safetensors; dummy makes seeded random weights of the configuration"
+    )
+    served_name: str = Field("", description="name that clients use; empty means the folder's name")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto keeps the checkpoint's own dtype")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    max_model_len: int | None = Field(None, ge=2, description="prompt plus output; default and cap: the model's own")
+    seed: int = Field(0, ge=0, description="seed of dummy weights")
+
+    @property
+    def name(self) -> str:
+        """The name that clients use."""
+        if self.served_name:
+            return self.served_name
+        path = self.path.parent if self.path.suffix == ".json" else self.path
+        return path.name or path.resolve().name
+
+
+class EngineConfig(ConfigModel):
+    """How one engine uses its device. With neither `kv_cache_bytes` nor `num_blocks` the pool sizes itself."""
+
+    block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
+    kv_cache_bytes: int | None = Field(None, gt=0, description="cap of the KV pool")
+    num_blocks: int | None = Field(None, gt=0, description="exact size of the KV pool, instead of a byte cap")
+    max_batch_tokens: int = Field(512, ge=1, description="tokens per step: decodes first, the rest is prompt chunks")
+    max_num_requests: int = Field(64, ge=1, description="requests in the batch at once")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads per step; default: all cores of the process")
+    prefix_cache: bool = Field(True, description="keep the blocks of finished prompts for requests that share them")
+    attention_backend: AttentionName = Field("auto", description="auto: the fastest that this machine can run")
+    fuse_modules: bool = Field(True, description="CPU: run known decoder layers through fused kernels")
+    layer_group_size: int = Field(4, ge=1, description="layers per KV frame of a hand-off")
+
+    @model_validator(mode="after")
+    def _one_pool_size(self) -> "EngineConfig":
+        if self.kv_cache_bytes is not None and self.num_blocks is not None:
+            raise ValueError("give kv_cache_bytes or num_blocks, not both")
+        return self

@@ -1,0 +1,115 @@
+"""The KV pool: one tensor that holds the keys and values of every sequence on this device, in blocks.
+
+Owns the memory and the two ways to look at it: `layer(i)` for attention, and the canonical frame
+``[layers, 2, K, T, D]`` (contiguous, keyed by global layer, head and token ranges) that crosses workers. It does not
+know who owns a block; the block manager does. Block-major, so one block is contiguous over all layers.
+
+Concurrency: frames of blocks that nobody else writes may be read and written from other threads while a step runs.
+"""
+
+import torch
+
+from core.errors import ConfigError
+from core.layout import KvLayout
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KvPool:
+    """Paged keys and values.
+
+    Attributes:
+        kv: [N, L, 2, K, S, D] of the model's dtype, on the model's device.
+        layout: geometry; its dtype is the pool's.
+        num_blocks: N.
+    """
+
+    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
+        """Allocate and zero the pool.
+
+        Raises:
+            ConfigError: the device has not that much memory.
+        """
+        self.layout = layout
+        self.num_blocks = num_blocks
+        shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        try:
+            # Zeroed: the unused tail of a block is multiplied by zero weights, and 0 * NaN is NaN. It also touches
+            # every page now, so that a machine without the memory says so at load and not under traffic.
+            self.kv = torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=device)
+            self.kv.fill_(0)
+        except (RuntimeError, MemoryError) as error:
+            size = num_blocks * layout.bytes_per_block
+            raise ConfigError(
+                f"kv_cache_bytes: {device} has not enough memory for a KV pool of {size / 2**20:.0f} MiB "
+                f"({num_blocks} blocks)"
+            ) from error
+
+    def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views (keys, values) [N, K, S, D] of one layer."""
+        layer = self.kv[:, layer_idx]
+        return layer[:, 0], layer[:, 1]
+
+    def frame_shape(self, layers: range, tokens: range) -> tuple[int, int, int, int, int]:
+        """Return [layers, 2, K, T, D] of a canonical frame."""
+        return (len(layers), 2, self.layout.num_kv_heads, len(tokens), self.layout.head_dim)
+
+    def read(
+        self, block_ids: torch.Tensor, layers: range, tokens: range, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Gather a canonical frame.
+
+        Args:
+            block_ids: int64 [blocks] on the pool's device; the sequence's block table from position 0.
+            layers, tokens: contiguous, non-empty; tokens are positions in the sequence.
+            out: frame to fill, of `frame_shape`; made when absent.
+        Returns:
+            `out`, or a new contiguous tensor that the caller owns.
+        """
+        frame = self._frame_like(layers, tokens) if out is None else self._checked(out, layers, tokens)
+        for blocks, offsets, part in self._pieces(tokens):
+            source = self._by_layer(layers)[:, :, :, block_ids[blocks.start : blocks.stop], offsets.start : offsets.stop]
+            frame[:, :, :, part.start : part.stop].copy_(source.flatten(3, 4))
+        return frame
+
+    def write(self, block_ids: torch.Tensor, layers: range, tokens: range, frame: torch.Tensor) -> None:
+        """Scatter a canonical frame into the blocks; arguments as for `read`."""
+        self._checked(frame, layers, tokens)
+        for blocks, offsets, part in self._pieces(tokens):
+            values = frame[:, :, :, part.start : part.stop].unflatten(3, (len(blocks), len(offsets)))
+            target = self._by_layer(layers)[:, :, :, :, offsets.start : offsets.stop]
+            target.index_copy_(3, block_ids[blocks.start : blocks.stop], values)
+
+    def _by_layer(self, layers: range) -> torch.Tensor:
+        return self.kv[:, layers.start : layers.stop].permute(1, 2, 3, 0, 4, 5)  # [layers, 2, K, N, S, D]
+
+    def _frame_like(self, layers: range, tokens: range) -> torch.Tensor:
+        return torch.empty(self.frame_shape(layers, tokens), dtype=self.kv.dtype, device=self.kv.device)
+
+    def _checked(self, frame: torch.Tensor, layers: range, tokens: range) -> torch.Tensor:
+        expected = self.frame_shape(layers, tokens)
+        if tuple(frame.shape) != expected or frame.dtype != self.kv.dtype:
+            raise ValueError(f"frame is {frame.dtype} {list(frame.shape)}, expected {self.kv.dtype} {list(expected)}")
+        return frame
+
+    def _pieces(self, tokens: range) -> list[tuple[range, range, range]]:
+        """Cut `tokens` into a ragged first block, whole blocks and a ragged last block.
+
+        Returns:
+            (blocks of the table, offsets inside each of these blocks, tokens of the frame) per piece.
+        """
+        size = self.layout.block_size
+        pieces = []
+        position = tokens.start
+        while position < tokens.stop:
+            block, offset = divmod(position, size)
+            if offset or tokens.stop - position < size:
+                end = min(tokens.stop, (block + 1) * size)
+                piece = (range(block, block + 1), range(offset, offset + end - position))
+            else:
+                last = tokens.stop // size
+                end = last * size
+                piece = (range(block, last), range(size))
+            pieces.append((*piece, range(position - tokens.start, end - tokens.start)))
+            position = end
+        return pieces
