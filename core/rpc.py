@@ -1,12 +1,13 @@
 """The gRPC habits that all services share: servers, channels, and errors in both directions.
 
-Messages may be large (prompts of 100k token ids), streams live long, peers die without saying goodbye: so message sizes
-are bounded but generous, keepalive notices a silent peer within seconds, and a connection that was lost is retried fast.
+Messages may be large (prompts of 100k token ids), streams live long, peers die without saying goodbye: so message
+sizes are bounded but generous, keepalive notices a silent peer within seconds, and a lost connection is retried fast.
 """
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -87,7 +88,7 @@ def status_of(error: errors.ServingError) -> status_pb2.Status:
 
 
 @contextlib.asynccontextmanager
-async def reply_errors(context: "grpc.aio.ServicerContext[object, object]") -> AsyncIterator[None]:
+async def reply_errors(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
     """Turn a `ServingError` raised inside into the call's status. Everything else is a defect and stays INTERNAL."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""The port to the shared store. `core.store_redis` is the real one, `core.store_memory` behaves the same in one process.
+"""The port to the shared store. `core.store_redis` is the real one, `core.store_memory` does the same in one process.
 
 Everybody keeps a local mirror and works on when the store is gone: every method raises `StoreUnavailable` within its
 deadline rather than waiting for the store to come back.

@@ -1,0 +1,58 @@
+"""Sampling ranges and request ids: refused by name."""
+
+import math
+from typing import Any
+
+import pytest
+
+from core.errors import InvalidRequest
+from core.ids import new_request_id, parse_request_id
+from core.request import SamplingParams
+
+BAD: list[tuple[str, Any]] = [
+    ("temperature", -0.1),
+    ("temperature", math.nan),
+    ("temperature", math.inf),
+    ("top_p", 0.0),
+    ("top_p", 1.1),
+    ("min_p", -0.1),
+    ("presence_penalty", 2.1),
+    ("frequency_penalty", -2.1),
+    ("repetition_penalty", 0.0),
+    ("top_k", -1),
+    ("max_tokens", 0),
+    ("min_tokens", 17),
+    ("seed", -1),
+    ("seed", 2**64),
+    ("logprobs", 21),
+    ("stop", ("",)),
+    ("stop", tuple("abcdefghijklmnopq")),
+    ("stop_token_ids", (100,)),
+    ("logit_bias", {100: 1.0}),
+    ("logit_bias", {1: 101.0}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD, ids=[f"{field}={value!r:.12}" for field, value in BAD])
+def test_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**{field: value}).check(vocab_size=100)
+    assert caught.value.field == f"sampling.{field}"
+
+
+def test_the_edges_are_allowed() -> None:
+    SamplingParams(
+        temperature=0, top_p=1, min_p=1, min_tokens=16, seed=2**64 - 1, logprobs=20, logit_bias={99: -100}
+    ).check(vocab_size=100)
+
+
+@pytest.mark.parametrize("text", ["", "a" * 129, "a b", "a/b", "a\n", "é"])
+def test_bad_request_ids_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="request_id"):
+        parse_request_id(text)
+
+
+def test_made_ids_are_fresh_and_valid() -> None:
+    made = {new_request_id() for _ in range(100)}
+    assert len(made) == 100
+    assert all(parse_request_id(one) == one for one in made)
