@@ -34,7 +34,7 @@ class Failing(admin_pb2_grpc.AdminServicer):
 
 async def served(error: errors.ServingError) -> AsyncIterator[str]:
     server = rpc.create_server()
-    inference_pb2_grpc.add_AdminServicer_to_server(Failing(error), server)
+    admin_pb2_grpc.add_AdminServicer_to_server(Failing(error), server)
     port = rpc.bind(server, "127.0.0.1", 0)
     await server.start()
     yield f"127.0.0.1:{port}"
