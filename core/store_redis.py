@@ -1,0 +1,142 @@
+"""The store port over a real Redis 6.2+ or Valkey. The only importer of `redis`.
+
+Every call runs under a deadline and turns whatever goes wrong into `StoreUnavailable`; the connection pool reconnects
+by itself at the next call, so an outage needs no handling here. A call whose connection turns out to be stale (the
+server was restarted) is tried once more at once on a fresh one.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from core.errors import ConfigError, StoreUnavailable
+from core.store import StreamEntry
+
+_FIELD = b"v"
+_SCAN_BATCH = 512
+_MAX_CONNECTIONS = 64
+_COMPARE_AND_SET = """
+local held = redis.call('GET', KEYS[1])
+if ARGV[1] == '1' then
+  if held ~= ARGV[2] then return 0 end
+elseif held then return 0 end
+if ARGV[4] == '' then redis.call('SET', KEYS[1], ARGV[3])
+else redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4]) end
+return 1
+"""
+
+
+class RedisStore:
+    """Implements `core.store.Store`.
+
+    Args:
+        url: redis://, rediss:// or unix://; may carry a password, which is never shown.
+        deadline_s: of every call; of `read` it comes on top of the wait asked for.
+
+    Raises:
+        ConfigError: the URL is malformed.
+    """
+
+    def __init__(self, url: str, *, deadline_s: float = 1.0) -> None:
+        self._deadline_s = deadline_s
+        try:
+            self._name = _without_password(url)
+            pool = aioredis.BlockingConnectionPool.from_url(
+                url,
+                max_connections=_MAX_CONNECTIONS,
+                timeout=None,  # calls beyond it queue, under our own deadline
+                socket_connect_timeout=deadline_s,
+                socket_timeout=None,  # our own deadline covers it, and blocking reads must outlast a fixed one
+                retry=Retry(NoBackoff(), 1),
+                protocol=2,  # every server speaks it, and it has no push messages
+            )
+            self._client = aioredis.Redis.from_pool(pool)
+        except ValueError as error:
+            raise ConfigError(f"redis.url: {error}") from error
+
+    async def put(self, key: str, value: bytes, *, ttl_s: float | None = None) -> None:
+        async with self._translated():
+            await self._client.set(key, value, px=_milliseconds(ttl_s))
+
+    async def get(self, key: str) -> bytes | None:
+        async with self._translated():
+            return cast(bytes | None, await self._client.get(key))
+
+    async def delete(self, key: str) -> None:
+        async with self._translated():
+            await self._client.delete(key)
+
+    async def scan(self, prefix: str) -> Mapping[str, bytes]:
+        pattern = "".join(f"[{char}]" if char in "*?[" else "\\\\" if char == "\\" else char for char in prefix) + "*"
+        async with self._translated():
+            found: set[bytes] = {key async for key in self._client.scan_iter(match=pattern, count=_SCAN_BATCH)}
+            keys = sorted(found)  # SCAN may repeat a key
+            values: list[bytes | None] = []
+            for start in range(0, len(keys), _SCAN_BATCH):
+                values += cast(list[bytes | None], await self._client.mget(keys[start : start + _SCAN_BATCH]))
+        return {key.decode(): value for key, value in zip(keys, values, strict=True) if value is not None}
+
+    async def increment(self, key: str) -> int:
+        async with self._translated():
+            return int(await self._client.incr(key))
+
+    async def compare_and_set(
+        self, key: str, expected: bytes | None, value: bytes, *, ttl_s: float | None = None
+    ) -> bool:
+        milliseconds = _milliseconds(ttl_s)
+        arguments = ("0" if expected is None else "1", expected or b"", value, milliseconds or "")
+        async with self._translated():
+            return bool(await self._client.eval(_COMPARE_AND_SET, 1, key, *arguments))
+
+    async def append(self, stream: str, value: bytes, *, max_entries: int) -> str:
+        async with self._translated():
+            entry_id = await self._client.xadd(stream, {_FIELD: value}, maxlen=max_entries, approximate=True)
+        return cast(bytes, entry_id).decode()
+
+    async def read(
+        self, streams: Mapping[str, str], *, max_entries: int, wait_s: float
+    ) -> Mapping[str, list[StreamEntry]]:
+        if not streams:
+            return {}
+        block = max(1, round(wait_s * 1000)) if wait_s > 0 else None  # BLOCK 0 would mean for ever
+        async with self._translated(extra_s=max(0.0, wait_s)):
+            answer = await self._client.xread(dict[Any, Any](streams), count=max_entries, block=block)
+        return {
+            name.decode(): [StreamEntry(entry_id.decode(), fields[_FIELD]) for entry_id, fields in entries]
+            for name, entries in cast(list[Any], answer)
+        }
+
+    async def ping(self) -> None:
+        async with self._translated():
+            await cast(Awaitable[Any], self._client.ping())
+
+    async def close(self) -> None:
+        with contextlib.suppress(RedisError, OSError):  # the server may be gone already: then there is nothing to close
+            await self._client.aclose()
+
+    @contextlib.asynccontextmanager
+    async def _translated(self, extra_s: float = 0.0) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._deadline_s + extra_s):
+                yield
+        except TimeoutError as error:
+            raise StoreUnavailable(f"Redis at {self._name}: no answer within {self._deadline_s:g} s") from error
+        except (RedisError, OSError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise StoreUnavailable(f"Redis at {self._name}: {reason}") from error
+
+
+def _milliseconds(ttl_s: float | None) -> int | None:
+    return None if ttl_s is None else max(1, round(ttl_s * 1000))
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
