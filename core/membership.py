@@ -4,6 +4,7 @@ Kept in the store as JSON under `worker_key`; the lease is the key's time to liv
 carries the worker's epoch: readers drop anything of an older epoch than the newest that they have seen.
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,15 @@ from core.ids import Epoch, WorkerId
 class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    """Which incarnation of which worker of which cluster a process is. Given to it by whoever started it."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    cluster: str
 
 
 class WorkerState(StrEnum):
@@ -58,6 +68,9 @@ class WorkerRecord(BaseModel):
     pid: int = 0
     model: str = ""
     layout_fingerprint: str = ""
+    weights_version: str = Field("", description="of the KV layout: root of the block hashes that gateways compute")
+    dtype: str = ""
+    kv_bytes_per_token: int = Field(0, ge=0, description="of the KV layout: what a transfer moves per prompt token")
     block_size: int = 0
     max_model_len: int = 0
     load: LoadReport = LoadReport()
