@@ -1,0 +1,99 @@
+"""What the workers plug into KV transfer (reader, writer, outcomes) and what they hand over (peer, statistics).
+
+Canonical KV of a box of (layers a..b, tokens t0..t1, all heads): a contiguous tensor ``[layers, 2, K, T, D]`` of the
+layout's dtype; index 0 of the second axis is K, index 1 is V. Ranges are global: layer, head and token numbers of the
+model and of the prompt, never of a shard or of a block.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from core.ids import Epoch, RequestId, TransferId, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The decode worker to send to: which incarnation, and where its gRPC server listens (host:port)."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class LandedStats:
+    """What a landed transfer brought.
+
+    Attributes:
+        num_frames, payload_bytes: frames written, and their KV bytes before coding.
+        held_tokens: prefix that was not sent because this side had it.
+        transfer_s: offer to landed.
+        exposed_s: commit received to landed: the part of the hand-off that nothing hid.
+    """
+
+    num_frames: int
+    payload_bytes: int
+    held_tokens: int
+    transfer_s: float
+    exposed_s: float
+
+
+class KvReader(Protocol):
+    """The prefill side's pool. Called on the sender thread of a pair while the engine computes."""
+
+    def read_kv(self, request_id: RequestId, layers: range, tokens: range, out: Tensor | None = None) -> Tensor:
+        """Return the canonical KV of a box that was pushed before.
+
+        Args:
+            request_id: of a request whose blocks are pinned.
+            layers, tokens: global ranges, step 1, not empty.
+            out: where to gather: contiguous, of the canonical shape and dtype; then it is also what is returned.
+
+        Raises:
+            ServingError: the blocks are gone. The transfer fails; nothing of it is used by the peer.
+        """
+        ...
+
+
+class KvWriter(Protocol):
+    """The decode side's pool. Called on the receiver thread of a pair while the engine computes."""
+
+    def write_kv(self, request_id: RequestId, layers: range, tokens: range, kv: Tensor) -> None:
+        """Copy the canonical KV of a box into blocks that were reserved before. `kv` is only lent for the call.
+
+        Raises:
+            ServingError: the reservation is gone, or the box is outside of it. The transfer fails.
+        """
+        ...
+
+
+class SenderOutcomes(Protocol):
+    """Called on the event loop, exactly one of the two per accepted offer. Must not block.
+
+    When either is called, no `read_kv` of the transfer is in progress and none will be made: the lease may end.
+    """
+
+    def on_acked(self, transfer_id: TransferId) -> None:
+        """The decode worker has all of it, verified and written."""
+        ...
+
+    def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
+        """It will not arrive. `reason` is a `kv_transfer.session.NackReason` value."""
+        ...
+
+
+class ReceiverOutcomes(Protocol):
+    """Called on the event loop, exactly one of the two per expected transfer. Must not block.
+
+    When either is called, no `write_kv` of the transfer is in progress and none will come: blocks may be freed.
+    """
+
+    def on_landed(self, transfer_id: TransferId, first_token_id: int, stats: LandedStats) -> None:
+        """Every (layer, token) of [held, num_tokens) was verified and written exactly once."""
+        ...
+
+    def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
+        """It will not be complete. `reason` is a `kv_transfer.session.NackReason` value."""
+        ...
