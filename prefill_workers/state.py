@@ -1,0 +1,357 @@
+"""One request on a prefill worker, from acceptance until nothing of it is left here.
+
+1. COMPUTING: accepted. The engine was given the prompt and the decode worker was offered its KV, at the same time.
+2. SENDING: the first token left for the gateway; the blocks are under a lease until the decode worker has their KV.
+3. STOPPING: its fate is sealed; the transfer is being stopped, because blocks that it may still read cannot be freed.
+4. FREEING: nothing reads the blocks; the engine was told to free them. What a running step still says of the request
+   comes before its answer, so a later request of the same id never meets an output of this one.
+5. CLOSED: the blocks are free, and only now the gateway learns of the end: whoever hears it may send the id again.
+
+A request without hand-off (its first token is its last) takes the same way: for it the shell reports `TransferStopped`
+at once. The shell owns no decision: it feeds events, performs the effects in their order, and arms one timer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from core.errors import DeadlineExceeded, InvalidTransition, ServingError, TransferError
+from core.ids import Epoch, RequestId, TransferId, WorkerId
+from core.request import GenerateRequest, RequestOutput
+
+
+class PrefillState(StrEnum):
+    COMPUTING = "computing"
+    SENDING = "sending"
+    STOPPING = "stopping"
+    FREEING = "freeing"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class HandOff:
+    """Where the KV goes."""
+
+    transfer_id: TransferId
+    worker_id: WorkerId
+    epoch: Epoch
+    address: str
+
+
+# Events: what happened.
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokenComputed:
+    """The engine sampled the first token and the stream goes on."""
+
+    output: RequestOutput
+    queue_s: float
+    compute_s: float
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LastTokenComputed:
+    """The first token is also the last: end of sequence, a stop, or max_tokens = 1."""
+
+    output: RequestOutput
+    queue_s: float
+    compute_s: float
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """The engine refused the request after we had accepted it, or lost it in a failed step."""
+
+    error: ServingError
+
+
+@dataclass(frozen=True, slots=True)
+class TransferAcked:
+    """The decode worker has every frame. Nothing of the transfer reads our blocks any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferFailed:
+    """The transfer ended without an ACK. Nothing of it reads our blocks any more."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStopped:
+    """We stopped the transfer. Nothing of it reads our blocks any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFreed:
+    """The engine holds nothing of the request, and all that it ever said of it has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequested:
+    """The gateway wants no more of it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLost:
+    """The stream over which the request came has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The state's deadline has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerClosed:
+    """This worker gives the request up: it stops, or was fenced."""
+
+    error: ServingError
+
+
+Event = (
+    FirstTokenComputed
+    | LastTokenComputed
+    | EngineFailed
+    | TransferAcked
+    | TransferFailed
+    | TransferStopped
+    | BlocksFreed
+    | AbortRequested
+    | GatewayLost
+    | DeadlinePassed
+    | WorkerClosed
+)
+
+EDGES: Mapping[PrefillState, Mapping[type[Event], PrefillState]] = {
+    PrefillState.COMPUTING: {
+        FirstTokenComputed: PrefillState.SENDING,  # the engine's step ended
+        LastTokenComputed: PrefillState.STOPPING,  # the decode worker is not needed; its reservation is the gateway's
+        EngineFailed: PrefillState.STOPPING,  # late refusal, or a failed step
+        TransferFailed: PrefillState.FREEING,  # the decode worker died or refused while we computed
+        AbortRequested: PrefillState.STOPPING,
+        GatewayLost: PrefillState.STOPPING,
+        DeadlinePassed: PrefillState.STOPPING,  # the engine is hopelessly behind
+        WorkerClosed: PrefillState.STOPPING,
+    },
+    PrefillState.SENDING: {
+        TransferAcked: PrefillState.FREEING,  # the only good end of a hand-off
+        TransferFailed: PrefillState.FREEING,
+        EngineFailed: PrefillState.STOPPING,  # the engine lost its pool
+        AbortRequested: PrefillState.STOPPING,
+        GatewayLost: PrefillState.STOPPING,
+        DeadlinePassed: PrefillState.STOPPING,  # the lease is over
+        WorkerClosed: PrefillState.STOPPING,
+    },
+    PrefillState.STOPPING: {
+        TransferStopped: PrefillState.FREEING,
+        TransferAcked: PrefillState.STOPPING,  # crossed with our stop, whose own answer is on its way
+        TransferFailed: PrefillState.STOPPING,
+        FirstTokenComputed: PrefillState.STOPPING,  # the step that was running when we gave up
+        LastTokenComputed: PrefillState.STOPPING,
+        EngineFailed: PrefillState.STOPPING,
+        AbortRequested: PrefillState.STOPPING,  # its fate is sealed already
+        GatewayLost: PrefillState.STOPPING,
+        WorkerClosed: PrefillState.STOPPING,
+    },
+    PrefillState.FREEING: {
+        BlocksFreed: PrefillState.CLOSED,
+        TransferStopped: PrefillState.FREEING,
+        TransferAcked: PrefillState.FREEING,
+        TransferFailed: PrefillState.FREEING,
+        FirstTokenComputed: PrefillState.FREEING,  # the step that was running when we gave up
+        LastTokenComputed: PrefillState.FREEING,
+        EngineFailed: PrefillState.FREEING,
+        AbortRequested: PrefillState.FREEING,
+        GatewayLost: PrefillState.FREEING,
+        WorkerClosed: PrefillState.FREEING,
+    },
+    PrefillState.CLOSED: {},
+}
+
+
+# Effects: what the shell is to do. `cause` names the event that led to it.
+
+
+@dataclass(frozen=True, slots=True)
+class SendOutput:
+    """To the gateway: the first token."""
+
+    output: RequestOutput
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendComputed:
+    """To the gateway: how the prefill went."""
+
+    request_id: RequestId
+    queue_s: float
+    compute_s: float
+    cached_tokens: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendHandedOver:
+    """To the gateway: the decode worker has it."""
+
+    request_id: RequestId
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendFailed:
+    """To the gateway: lost here."""
+
+    request_id: RequestId
+    error: ServingError
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitTransfer:
+    """All KV of the prompt was pushed; the decode worker goes on after this token."""
+
+    transfer_id: TransferId
+    first_token_id: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopTransfer:
+    """End the transfer, if there is one, and report `TransferStopped` when nothing of it reads our blocks."""
+
+    request_id: RequestId
+    transfer_id: TransferId | None
+    reason: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseBlocks:
+    """The prompt was computed: its blocks go from the lease to the prefix cache."""
+
+    request_id: RequestId
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbortInEngine:
+    """The prompt was not computed to its end, as far as we know: the engine drops it, whatever its state there."""
+
+    request_id: RequestId
+    cause: str
+
+
+Effect = (
+    SendOutput
+    | SendComputed
+    | SendHandedOver
+    | SendFailed
+    | CommitTransfer
+    | StopTransfer
+    | ReleaseBlocks
+    | AbortInEngine
+)
+
+
+class PrefillRequest:
+    """The machine of one request.
+
+    Args:
+        hand_off: None when the first token is the last by the gateway's own word.
+        compute_timeout_s: from acceptance to the first token.
+        send_timeout_s: from the first token to the ACK.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        hand_off: HandOff | None,
+        *,
+        now: float,
+        compute_timeout_s: float,
+        send_timeout_s: float,
+    ) -> None:
+        self.request = request
+        self.hand_off = hand_off
+        self.accepted_at = now
+        self.state = PrefillState.COMPUTING
+        self._is_computed = False
+        self._end: SendHandedOver | SendFailed | None = None
+        self._send_timeout_s = send_timeout_s
+        self._deadline: float | None = now + compute_timeout_s
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.request.request_id
+
+    @property
+    def transfer_id(self) -> TransferId | None:
+        return self.hand_off.transfer_id if self.hand_off else None
+
+    def next_deadline(self) -> float | None:
+        """When `DeadlinePassed` is due. Stopping a transfer is bounded by the transfer service, freeing by a step."""
+        return self._deadline
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take one event; return what to do about it, in order.
+
+        Raises:
+            InvalidTransition: there is no edge; nothing changed.
+        """
+        before = self.state
+        after = EDGES[before].get(type(event))
+        if after is None:
+            raise InvalidTransition("prefill request", before, event)
+        if after is before:
+            return []
+        self.state = after
+        self._deadline = now + self._send_timeout_s if after is PrefillState.SENDING else None
+        cause = type(event).__name__
+        effects: list[Effect] = []
+        match event:
+            case FirstTokenComputed() | LastTokenComputed():
+                self._is_computed = True
+                effects.append(SendOutput(event.output, cause))
+                effects.append(
+                    SendComputed(self.request_id, event.queue_s, event.compute_s, event.cached_tokens, cause)
+                )
+            case TransferAcked():
+                self._end = SendHandedOver(self.request_id, cause)
+            case TransferFailed(reason, detail):
+                self._end = SendFailed(self.request_id, TransferError(reason, detail), cause)
+            case EngineFailed(error) | WorkerClosed(error):
+                self._end = SendFailed(self.request_id, error, cause)
+            case DeadlinePassed():
+                self._end = SendFailed(self.request_id, DeadlineExceeded(f"the prefill worker gave up {before}"), cause)
+            case AbortRequested() | GatewayLost() | TransferStopped() | BlocksFreed():
+                pass  # nobody to tell, or told already
+        match after:
+            case PrefillState.SENDING:
+                assert isinstance(event, FirstTokenComputed)
+                assert self.hand_off is not None, "without hand-off the first token is the last"
+                first_token_id = event.output.tokens[0].token_id
+                effects.append(CommitTransfer(self.hand_off.transfer_id, first_token_id, cause))
+            case PrefillState.STOPPING:
+                effects.append(StopTransfer(self.request_id, self.transfer_id, cause, cause))
+            case PrefillState.FREEING:
+                free = ReleaseBlocks if self._is_computed else AbortInEngine
+                effects.append(free(self.request_id, cause))
+            case PrefillState.CLOSED if self._end is not None:
+                effects.append(self._end)
+        return effects
+
+    def check(self) -> None:
+        """Assert what must hold between events."""
+        assert (self._deadline is not None) == (self.state in (PrefillState.COMPUTING, PrefillState.SENDING))
+        assert not (self.state is PrefillState.COMPUTING and self._is_computed)
+        assert not (self.state is PrefillState.SENDING and not self._is_computed)
+        assert not (self.state in (PrefillState.COMPUTING, PrefillState.SENDING) and self._end is not None)
