@@ -94,7 +94,12 @@ def _pair(pair: tuple[str, str]) -> list[Turn]:
 def _turns_about(name: str, signature: str, doc: str, pick: int) -> list[Turn]:
     templates = QUESTIONS + QUESTIONS_OF_CALLABLES if signature else QUESTIONS
     question, answer = templates[pick % len(templates)]
-    values = {"name": name, "signature": signature, "doc": _shorten(doc), "summary": " ".join(doc.split("\n\n")[0].split())}
+    values = {
+        "name": name,
+        "signature": signature,
+        "doc": _shorten(doc),
+        "summary": " ".join(doc.split("\n\n")[0].split()),
+    }
     return _pair((question.format(**values), answer.format(**values)))
 
 

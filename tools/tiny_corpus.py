@@ -24,19 +24,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-
 from pydoc_data import topics
 
-from tools.tiny_chat import conversations
+from tools.tiny_chat import conversations, small_talk
 
 HELD_OUT_ONE_IN = 20
-PROSE_REPEATS = 2  # prose is the smaller and the more readable part: it is shown twice per epoch
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "_bundled", "__pycache__"}
-C_MODULES = (
-    "builtins math cmath itertools time sys gc marshal array zlib select binascii unicodedata posix _functools "
-    "_operator _io _collections _datetime _random _json _socket _csv _bisect _heapq _struct _decimal _ssl _hashlib "
-    "_pickle _thread _queue _weakref _signal _bz2 _lzma _sqlite3 _abc _asyncio _contextvars _statistics"
-).split()
+C_MODULES = """
+    builtins math cmath itertools time sys gc marshal array zlib select binascii unicodedata posix _functools
+    _operator _io _collections _datetime _random _json _socket _csv _bisect _heapq _struct _decimal _ssl _hashlib
+    _pickle _thread _queue _weakref _signal _bz2 _lzma _sqlite3 _abc _asyncio _contextvars _statistics
+""".split()  # noqa: SIM905
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -97,7 +95,8 @@ def build_corpus() -> list[Document]:
     """Reads the running interpreter's standard library and returns its documents, training part first."""
     pages = sorted(read_pages(), key=lambda page: (split_of(page.source) is Split.HELD_OUT, page.source))
     seen: set[int] = set()
-    return [document for page in pages for document in documents_of(page, seen)]
+    documents = [Document("small_talk", Kind.CHAT, Split.TRAIN, text) for text in small_talk()]
+    return documents + [document for page in pages for document in documents_of(page, seen)]
 
 
 def documents_of(page: Page, seen: set[int]) -> Iterator[Document]:
@@ -164,6 +163,7 @@ def _page_of_file(relative: Path, path: Path) -> Page | None:
         return None
     parts = relative.with_suffix("").parts
     module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    module = "os.path" if module == "posixpath" else module
     entries = list(_entries_of(tree, module))
     doc = ast.get_docstring(tree)
     if doc:
@@ -177,13 +177,20 @@ def _entries_of(owner: ast.Module | ast.ClassDef, prefix: str) -> Iterator[Entry
         if not isinstance(node, Definition):
             continue
         name, doc = f"{prefix}.{node.name}", ast.get_docstring(node)
+        if doc:
+            yield Entry(name, f"{node.name}({_arguments_of(node)})", doc)
         if isinstance(node, ast.ClassDef):
-            if doc:
-                bases = ", ".join(ast.unparse(base) for base in node.bases)
-                yield Entry(name, f"class {node.name}({bases})" if bases else f"class {node.name}", doc)
             yield from _entries_of(node, name)
-        elif doc:
-            yield Entry(name, f"{node.name}({ast.unparse(node.args)})", doc)
+
+
+def _arguments_of(node: Definition) -> str:
+    """The arguments that a caller writes: without self or cls; those of `__init__` for a class."""
+    if isinstance(node, ast.ClassDef):
+        makers = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        return _arguments_of(makers[0]) if makers else ""
+    arguments = ast.unparse(node.args)
+    receiver, _, rest = arguments.partition(", ")
+    return rest.removeprefix("/, ") if receiver in ("self", "cls") else arguments
 
 
 def _entries_of_c_module(module: object, name: str) -> Iterator[Entry]:
@@ -204,8 +211,10 @@ def _entries_of_c_module(module: object, name: str) -> Iterator[Entry]:
 def _entry_of_object(value: object, name: str) -> Iterator[Entry]:
     doc = getattr(value, "__doc__", None)
     if isinstance(doc, str) and len(doc) > 40:
-        arguments = str(getattr(value, "__text_signature__", None) or "(...)")
-        yield Entry(name, name.rpartition(".")[2] + arguments.replace("$", "").replace(", /", ""), inspect.cleandoc(doc))
+        arguments = str(getattr(value, "__text_signature__", None) or "(...)").replace("$", "").replace(", /", "")
+        for receiver in ("module", "self", "type"):
+            arguments = arguments.replace(f"({receiver}, ", "(").replace(f"({receiver})", "()")
+        yield Entry(name, name.rpartition(".")[2] + arguments, inspect.cleandoc(doc))
 
 
 def _pieces_of_page(entries: list[Entry]) -> Iterator[str]:

@@ -1,8 +1,11 @@
 """The tokenizer of tandem-tiny: byte-level BPE with 4,096 entries, learned from the training part of the corpus.
 
 Byte-level: every byte string has a spelling, so no input is unknown, and one character may take several tokens (which
-is what a streaming detokenizer must cope with). Encoding a plain text adds the begin marker; a rendered chat has its own.
+is what a streaming detokenizer must cope with). Encoding a plain text adds the begin marker; a rendered chat has it.
 """
+
+import json
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +48,17 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, in the form that transformers 4 and other servers read too."""
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that only it knows
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> list[NDArray[np.uint16]]:
     """Returns one array of token ids per document, each `<|begin|> text <|end|>`."""
-    ids = tokenizer([document.text for document in documents])["input_ids"]
-    end = tokenizer.eos_token_id
-    return [np.array(row if row[-1] == end else [*row, end], dtype=np.uint16) for row in ids]
+    end = tokenizer.backend_tokenizer.token_to_id(END)
+    rows = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch([d.text for d in documents])]
+    return [np.array(row if row[-1] == end else [*row, end], dtype=np.uint16) for row in rows]
