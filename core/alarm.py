@@ -1,4 +1,4 @@
-"""One timer for however many deadlines a state machine has: the shell arms it at the machine's `next_deadline()`."""
+"""Timers of the shells: one for all deadlines of a state machine, one that keeps reports from coming too often."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,6 +18,10 @@ class Alarm:
         self._handle: asyncio.TimerHandle | None = None
         self._deadline: float | None = None
 
+    @property
+    def is_armed(self) -> bool:
+        return self._deadline is not None
+
     def arm(self, deadline: float | None) -> None:
         """Ring at `deadline` (the clock's seconds) and at no other time; None disarms."""
         if deadline == self._deadline:
@@ -36,3 +40,28 @@ class Alarm:
     def _ring(self) -> None:
         self._handle = self._deadline = None
         self._on_due()
+
+
+class Pacer:
+    """Calls `act` soon after every `ask`, but no two calls closer than `interval_s`: what is asked between is one.
+
+    Concurrency: the event loop's thread only.
+    """
+
+    def __init__(self, clock: Clock, interval_s: float, act: Callable[[], None]) -> None:
+        self._clock = clock
+        self._interval_s = interval_s
+        self._act = act
+        self._earliest = clock.now()
+        self._alarm = Alarm(clock, self._run)
+
+    def ask(self) -> None:
+        if not self._alarm.is_armed:
+            self._alarm.arm(max(self._earliest, self._clock.now()))
+
+    def close(self) -> None:
+        self._alarm.disarm()
+
+    def _run(self) -> None:
+        self._earliest = self._clock.now() + self._interval_s
+        self._act()

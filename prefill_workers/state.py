@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from core.errors import DeadlineExceeded, InvalidTransition, ServingError, TransferError
+from core.errors import InvalidTransition, ServingError, TransferError
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.request import GenerateRequest, RequestOutput
 
@@ -331,7 +331,8 @@ class PrefillRequest:
             case EngineFailed(error) | WorkerClosed(error):
                 self._end = SendFailed(self.request_id, error, cause)
             case DeadlinePassed():
-                self._end = SendFailed(self.request_id, DeadlineExceeded(f"the prefill worker gave up {before}"), cause)
+                late = TransferError("lease_expired", f"the prefill worker gave up {before}")
+                self._end = SendFailed(self.request_id, late, cause)
             case AbortRequested() | GatewayLost() | TransferStopped() | BlocksFreed():
                 pass  # nobody to tell, or told already
         match after:

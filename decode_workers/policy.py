@@ -1,0 +1,64 @@
+"""Whether a decode worker takes a request now. Pure: limits and a snapshot of the load go in, an answer comes out.
+
+The engine's reservation has the last word on blocks; this is what is decided before asking it. Running requests grow,
+so a reservation must leave some blocks free: filling the pool to the last block would preempt at the next step.
+"""
+
+from dataclasses import dataclass
+
+from core.blocks import num_blocks
+from core.errors import RejectedError, RejectReason
+from core.membership import WorkerState
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLimits:
+    """What the worker can hold. `headroom_blocks` stay free for the growth of running requests."""
+
+    max_requests: int
+    max_model_len: int
+    total_blocks: int
+    block_size: int
+    headroom_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeAccounts:
+    """What the worker holds. `free_blocks`: that a new request could take, evictable cache included."""
+
+    state: WorkerState
+    num_requests: int
+    free_blocks: int
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeDemand:
+    """What a request asks for. `is_known`: its request id or transfer id is in use here."""
+
+    num_prompt_tokens: int
+    is_known: bool = False
+
+
+def refusal(demand: DecodeDemand, accounts: DecodeAccounts, limits: DecodeLimits) -> RejectedError | None:
+    """Return why the request cannot be taken now; None to try a reservation. Pure.
+
+    The headroom is not asked of an idle worker: what fits into an empty pool is served.
+    """
+    prompt = demand.num_prompt_tokens
+    if accounts.state is WorkerState.DRAINING or accounts.state is WorkerState.STOPPED:
+        return RejectedError(RejectReason.DRAINING, "the worker takes no new requests")
+    if accounts.state is not WorkerState.READY:
+        return RejectedError(RejectReason.NOT_READY, f"the worker is {accounts.state}")
+    if demand.is_known:
+        return RejectedError(RejectReason.DUPLICATE, "this request is still held here")
+    needed = num_blocks(prompt + 1, limits.block_size)
+    if prompt >= limits.max_model_len or needed > limits.total_blocks:
+        room = min(limits.max_model_len, limits.total_blocks * limits.block_size) - 1
+        return RejectedError(RejectReason.TOO_LONG, f"{prompt} prompt tokens, at most {room} fit")
+    if accounts.num_requests >= limits.max_requests:
+        return RejectedError(RejectReason.QUEUE_FULL, f"{accounts.num_requests} requests held", accounts.step_s)
+    if accounts.num_requests > 0 and needed + limits.headroom_blocks > accounts.free_blocks:
+        detail = f"{needed} blocks needed beside {limits.headroom_blocks} for growth, {accounts.free_blocks} free"
+        return RejectedError(RejectReason.NO_BLOCKS, detail, accounts.step_s)
+    return None

@@ -1,0 +1,42 @@
+"""What a decode worker takes and refuses."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import RejectReason
+from core.membership import WorkerState
+from decode_workers.policy import DecodeAccounts, DecodeDemand, DecodeLimits, refusal
+
+LIMITS = DecodeLimits(max_requests=4, max_model_len=2048, total_blocks=100, block_size=16, headroom_blocks=5)
+BUSY = DecodeAccounts(WorkerState.READY, num_requests=1, free_blocks=20, step_s=0.02)
+
+
+@pytest.mark.parametrize(
+    ("demand", "changes", "reason"),
+    [
+        pytest.param(DecodeDemand(10), {}, None, id="room"),
+        pytest.param(DecodeDemand(239), {}, None, id="just beside the headroom"),
+        pytest.param(DecodeDemand(240), {}, RejectReason.NO_BLOCKS, id="into the headroom"),
+        pytest.param(DecodeDemand(1599), {"num_requests": 0, "free_blocks": 100}, None, id="all of an idle pool"),
+        pytest.param(DecodeDemand(1600), {"num_requests": 0}, RejectReason.TOO_LONG, id="more than the pool"),
+        pytest.param(DecodeDemand(2048), {}, RejectReason.TOO_LONG, id="more than the model"),
+        pytest.param(DecodeDemand(10), {"num_requests": 4}, RejectReason.QUEUE_FULL, id="too many requests"),
+        pytest.param(DecodeDemand(10, is_known=True), {}, RejectReason.DUPLICATE, id="known"),
+        pytest.param(DecodeDemand(10), {"state": WorkerState.DRAINING}, RejectReason.DRAINING, id="draining"),
+        pytest.param(DecodeDemand(10), {"state": WorkerState.LOADING}, RejectReason.NOT_READY, id="loading"),
+    ],
+)
+def test_refusal(demand: DecodeDemand, changes: dict[str, object], reason: RejectReason | None) -> None:
+    error = refusal(demand, dataclasses.replace(BUSY, **changes), LIMITS)  # type: ignore[arg-type]
+    assert (error.reason if error else None) == reason
+
+
+@given(st.integers(1, 3000), st.integers(1, 8), st.integers(0, 100), st.sampled_from(WorkerState))
+def test_more_load_never_opens_a_closed_door(prompt: int, num: int, free: int, state: WorkerState) -> None:
+    before = DecodeAccounts(state, num, free, 0.01)
+    after = DecodeAccounts(state, num + 1, max(0, free - 1), 0.01)
+    if refusal(DecodeDemand(prompt), before, LIMITS) is not None:
+        assert refusal(DecodeDemand(prompt), after, LIMITS) is not None
