@@ -1,0 +1,147 @@
+"""The link port: how messages of KV bytes get from one process to another. Implementations differ in the carrier only.
+
+A link is one direction, one pair of workers, one epoch. Each end is owned by ONE thread; only `abort` may be called
+from others. Messages arrive in order. Both ends hold `num_slots` staging slots; the sender fills a slot and sends it
+while the next one is filled, the receiver works in the slot that the message landed in. Nothing is ever repaired: any
+failure or timeout breaks the link for both ends, and the pair meets again under the next epoch.
+
+Who calls what: the receiver of a pair calls `Links.host` once and says the address on the control stream; for every
+link epoch then both ends are opened, each on its own thread, and meet under the same name.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from core.errors import TransferError
+from kv_transfer.session import NackReason
+
+
+class LinkError(TransferError):
+    """The link broke, or could not be opened. Both ends must be closed."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(NackReason.LINK_LOST, detail)
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A staging buffer: `memory` is uint8 in host memory, 64-byte aligned, of the link's slot size."""
+
+    index: int
+    memory: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPlan:
+    """What both ends agree on before they meet.
+
+    Attributes:
+        name: unique per pair, incarnations and epoch; never used twice.
+        slot_bytes: largest message; the receiver posts buffers of this size, the sender enforces it.
+        open_timeout_s: how long one end waits for the other to come.
+    """
+
+    name: str
+    slot_bytes: int
+    num_slots: int
+    open_timeout_s: float
+
+
+class SendEnd(Protocol):
+    """The end that speaks."""
+
+    def acquire(self, timeout_s: float) -> Slot:
+        """Return a slot whose previous message has left, waiting for it if need be.
+
+        Raises:
+            LinkError: broken, aborted, or nothing left within the timeout (the link is broken then).
+        """
+        ...
+
+    def send(self, slot: Slot, num_bytes: int) -> None:
+        """Start to send the first `num_bytes` of an acquired slot. The slot belongs to the link again.
+
+        Raises:
+            LinkError: broken.
+        """
+        ...
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until everything sent has left.
+
+        Raises:
+            LinkError: as `acquire`.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Break the link; unblocks the owner. Any thread, any number of times."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. Owner only; last."""
+        ...
+
+
+class ReceiveEnd(Protocol):
+    """The end that listens."""
+
+    def receive(self) -> Slot:
+        """Wait for the next message, without limit: an idle link is healthy. `abort` unblocks.
+
+        Returns:
+            The slot that it landed in. Its length is not known to the link; the frame says it, and is not believed.
+
+        Raises:
+            LinkError: broken or aborted.
+        """
+        ...
+
+    def release(self, slot: Slot) -> None:
+        """Offer a received slot for another message.
+
+        Raises:
+            LinkError: broken.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Break the link; unblocks the owner. Any thread, any number of times."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. Owner only; last."""
+        ...
+
+
+class Links(Protocol):
+    """A carrier: where links come from. One per sender and one per receiver."""
+
+    backend: str
+
+    def host(self) -> str:
+        """Receiver: begin to host what ends meet at, and return its address. Idempotent."""
+        ...
+
+    def open_send(self, address: str, plan: LinkPlan) -> SendEnd:
+        """Meet the other end; blocks.
+
+        Raises:
+            LinkError: the other end did not come in time.
+        """
+        ...
+
+    def open_receive(self, plan: LinkPlan) -> ReceiveEnd:
+        """Meet the other end; blocks. After `host`.
+
+        Raises:
+            LinkError: the other end did not come in time.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop hosting. Links that are open stay open."""
+        ...
