@@ -1,17 +1,20 @@
-"""The way out of a bidirectional stream: anything on the event loop puts, one writer takes, memory is bounded.
+"""Bidirectional streams, served: many putters and one writer on the way out, one reader on the way in, bounded memory.
 
 A peer that stops reading must not grow our queue for ever, and its answers may not be dropped one by one either (a gap
 in a token stream is worse than its end). So a full outbox ends the stream, with an error that says why.
 """
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Generic, TypeVar
 
 from core.errors import ProtocolError, ServingError
 
 T = TypeVar("T")
+C = TypeVar("C")
+W = TypeVar("W")
 
 
 class Outbox(Generic[T]):
@@ -59,3 +62,37 @@ class Outbox(Generic[T]):
             await self._changed.wait()
         if self._error is not None:
             raise self._error
+
+
+async def serve_stream(
+    commands: AsyncIterator[C],
+    send: Callable[[W], Awaitable[None]],
+    outbox: Outbox[T],
+    *,
+    on_command: Callable[[C], None],
+    encode: Callable[[T], W],
+) -> None:
+    """Run both directions of one stream until the peer, or the outbox, ends it.
+
+    Raises:
+        ServingError: a command was refused by `on_command`, or the outbox was closed with an error.
+    """
+
+    async def read() -> None:
+        try:
+            async for command in commands:
+                on_command(command)
+        except ServingError as error:
+            outbox.close(error)
+        finally:
+            outbox.close()
+
+    reading = asyncio.get_running_loop().create_task(read(), name="stream reader")
+    try:
+        async for item in outbox:
+            await send(encode(item))
+    finally:
+        outbox.close()
+        reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reading

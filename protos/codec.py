@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from core.errors import ProtocolError, RejectedError, RejectReason
+from core.errors import ProtocolError, RejectedError, RejectReason, ServingError
 from core.ids import Epoch, RequestId, WorkerId
 from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEvent, KvEventBatch
 from core.membership import LoadReport
@@ -179,6 +179,16 @@ def rejection_from_wire(message: worker_pb2.Rejected) -> RejectedError:
     except ValueError as error:
         raise ProtocolError(f"unknown reject reason {message.reason!r}") from error
     return RejectedError(reason, message.detail, message.retry_after_s)
+
+
+def failure_to_wire(request_id: RequestId, error: ServingError) -> worker_pb2.WorkFailed:
+    """The reason is the error's own word, or its class's name."""
+    return worker_pb2.WorkFailed(
+        request_id=request_id,
+        grpc_code=error.grpc_code,
+        reason=str(getattr(error, "reason", type(error).__name__)),
+        detail=str(error),
+    )
 
 
 def kv_events_to_wire(batch: KvEventBatch) -> worker_pb2.KvEventBatch:
