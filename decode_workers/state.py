@@ -1,27 +1,54 @@
 """One request on a decode worker, from the reservation of its blocks until nothing of it is left here.
 
-1. RESERVED: accepted; blocks for the whole prompt are reserved and the KV of the prompt may be written into them.
-2. RUNNING: every frame has landed and was verified; the request is in the decode batch and produces tokens.
-3. STOPPING: its fate is sealed before it landed; the transfer is being stopped, because blocks that it may still write
+1. RESERVING: the policy took it; the engine was asked for blocks for the whole prompt.
+2. RESERVED: accepted, and the gateway was told what prefix is here already. KV may be written into the blocks.
+3. RUNNING: every frame has landed and was verified; the request is in the decode batch and produces tokens.
+4. STOPPING: its fate was sealed before it landed; the transfer is being stopped, because blocks that it may still write
    cannot be freed.
-4. FREEING: nothing writes the blocks; the engine was told to free them. What a running step still says of the request
+5. FREEING: nothing writes the blocks; the engine was told to free them. What a running step still says of the request
    comes before its answer, so a later request of the same id never meets an output of this one.
-5. CLOSED: the blocks are free, and only now the gateway learns of a failure: whoever hears it may send the id again.
+6. CLOSED: the blocks are free, and only now the gateway learns of a failure: whoever hears it may send the id again.
 
-The good way is RESERVED, RUNNING, CLOSED: the engine frees a finished request itself. The shell owns no decision: it
-feeds events, performs the effects in their order, and arms one timer.
+The good way is RESERVING, RESERVED, RUNNING, CLOSED: the engine frees a finished request itself. The shell owns no
+decision: it feeds events, performs the effects in their order, and arms one timer.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 
-from core.errors import InvalidTransition, ServingError, TransferError
+from core.errors import InvalidTransition, RejectedError, TransferError
 from core.ids import RequestId, TransferId
-from core.request import GenerateRequest, RequestOutput
+from core.request import GenerateRequest
+from decode_workers.messages import (
+    AbortInEngine,
+    AbortRequested,
+    ActivateInEngine,
+    BlocksFreed,
+    BlocksReserved,
+    DeadlinePassed,
+    Effect,
+    EngineFailed,
+    Event,
+    ExpectTransfer,
+    GatewayLost,
+    KvLanded,
+    ReservationRefused,
+    SendAccepted,
+    SendFailed,
+    SendLanded,
+    SendOutput,
+    SendRejected,
+    StopTransfer,
+    StreamFinished,
+    TokensProduced,
+    TransferFailed,
+    TransferStopped,
+    WorkerClosed,
+)
 
 
 class DecodeState(StrEnum):
+    RESERVING = "reserving"
     RESERVED = "reserved"
     RUNNING = "running"
     STOPPING = "stopping"
@@ -29,96 +56,14 @@ class DecodeState(StrEnum):
     CLOSED = "closed"
 
 
-# Events: what happened.
-
-
-@dataclass(frozen=True, slots=True)
-class KvLanded:
-    """All KV of the prompt is in our blocks. `exposed_s`: prefill end to landed; bytes and tokens that crossed."""
-
-    first_token_id: int
-    exposed_s: float
-    kv_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class TransferFailed:
-    """The transfer ended without landing. Nothing of it writes our blocks any more."""
-
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class TransferStopped:
-    """We stopped the transfer. Nothing of it writes our blocks any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokensProduced:
-    """A step produced tokens and the stream goes on."""
-
-    output: RequestOutput
-
-
-@dataclass(frozen=True, slots=True)
-class StreamFinished:
-    """A step ended the stream well; the engine has freed the request."""
-
-    output: RequestOutput
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFailed:
-    """The engine refused to activate the request, or lost it in a failed step."""
-
-    error: ServingError
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksFreed:
-    """The engine holds nothing of the request, and all that it ever said of it has come."""
-
-
-@dataclass(frozen=True, slots=True)
-class AbortRequested:
-    """The gateway wants no more of it."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayLost:
-    """The stream over which the request came has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlinePassed:
-    """The reservation is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerClosed:
-    """This worker gives the request up: it stops, or was fenced."""
-
-    error: ServingError
-
-
-Event = (
-    KvLanded
-    | TransferFailed
-    | TransferStopped
-    | TokensProduced
-    | StreamFinished
-    | EngineFailed
-    | BlocksFreed
-    | AbortRequested
-    | GatewayLost
-    | DeadlinePassed
-    | WorkerClosed
-)
-
 EDGES: Mapping[DecodeState, Mapping[type[Event], DecodeState]] = {
+    DecodeState.RESERVING: {
+        BlocksReserved: DecodeState.RESERVED,
+        ReservationRefused: DecodeState.CLOSED,  # no blocks, or a request that this engine cannot serve
+        AbortRequested: DecodeState.FREEING,  # the engine is told after it was asked, so it frees what it may reserve
+        GatewayLost: DecodeState.FREEING,
+        WorkerClosed: DecodeState.FREEING,
+    },
     DecodeState.RESERVED: {
         KvLanded: DecodeState.RUNNING,  # the receiver verified the last frame
         TransferFailed: DecodeState.FREEING,  # the prefill worker died or gave up, a frame was bad, no offer came
@@ -147,6 +92,8 @@ EDGES: Mapping[DecodeState, Mapping[type[Event], DecodeState]] = {
     },
     DecodeState.FREEING: {
         BlocksFreed: DecodeState.CLOSED,
+        BlocksReserved: DecodeState.FREEING,  # we gave up while the engine was asked
+        ReservationRefused: DecodeState.FREEING,
         KvLanded: DecodeState.FREEING,
         TransferFailed: DecodeState.FREEING,
         TransferStopped: DecodeState.FREEING,
@@ -161,74 +108,11 @@ EDGES: Mapping[DecodeState, Mapping[type[Event], DecodeState]] = {
 }
 
 
-# Effects: what the shell is to do. `cause` names the event that led to it.
-
-
-@dataclass(frozen=True, slots=True)
-class ActivateInEngine:
-    """The request joins the decode batch; it goes on after `first_token_id`."""
-
-    request_id: RequestId
-    first_token_id: int
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopTransfer:
-    """End the transfer and report `TransferStopped` when nothing of it writes our blocks."""
-
-    request_id: RequestId
-    transfer_id: TransferId
-    reason: str
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class AbortInEngine:
-    """The engine drops the request, whatever its state there; report `BlocksFreed`."""
-
-    request_id: RequestId
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendLanded:
-    """To the gateway, before this worker's first token: how the hand-off went."""
-
-    request_id: RequestId
-    exposed_s: float
-    first_decode_s: float
-    kv_tokens_held: int
-    kv_tokens_sent: int
-    kv_bytes: int
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendOutput:
-    """To the gateway: tokens, and the end if it came."""
-
-    output: RequestOutput
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendFailed:
-    """To the gateway: lost here."""
-
-    request_id: RequestId
-    error: ServingError
-    cause: str
-
-
-Effect = ActivateInEngine | StopTransfer | AbortInEngine | SendLanded | SendOutput | SendFailed
-
-
 class DecodeRequest:
     """The machine of one request.
 
     Args:
-        held_tokens: prompt tokens whose KV was in our prefix cache at the reservation.
+        lease_s: the transfer lapses when nothing is heard of it for so long.
         landing_timeout_s: from acceptance to the last frame.
     """
 
@@ -236,16 +120,17 @@ class DecodeRequest:
         self,
         request: GenerateRequest,
         transfer_id: TransferId,
-        held_tokens: int,
         *,
-        now: float,
+        lease_s: float,
         landing_timeout_s: float,
     ) -> None:
         self.request = request
         self.transfer_id = transfer_id
-        self.held_tokens = held_tokens
-        self.state = DecodeState.RESERVED
-        self._deadline: float | None = now + landing_timeout_s
+        self.held_tokens = 0
+        self.state = DecodeState.RESERVING
+        self._lease_s = lease_s
+        self._landing_timeout_s = landing_timeout_s
+        self._deadline: float | None = None
         self._landed: KvLanded | None = None  # until the gateway was told
         self._landed_at = 0.0
         self._end: SendFailed | None = None
@@ -255,7 +140,11 @@ class DecodeRequest:
         return self.request.request_id
 
     def next_deadline(self) -> float | None:
-        """When `DeadlinePassed` is due. Stopping a transfer is bounded by the transfer service, freeing by a step."""
+        """When `DeadlinePassed` is due.
+
+        Only a reservation can be forgotten by everybody else: asking the engine and freeing are bounded by a step,
+        stopping a transfer by the transfer service, running by max_tokens.
+        """
         return self._deadline
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -271,10 +160,20 @@ class DecodeRequest:
         if after is before and after is not DecodeState.RUNNING:
             return []
         self.state = after
-        self._deadline = None
+        self._deadline = now + self._landing_timeout_s if after is DecodeState.RESERVED else None
         cause = type(event).__name__
         effects: list[Effect] = []
         match event:
+            case BlocksReserved(held_tokens):
+                self.held_tokens = held_tokens
+                num_tokens = self.request.num_prompt_tokens
+                ids = (self.request_id, self.transfer_id)
+                effects.append(ExpectTransfer(*ids, held_tokens, num_tokens, self._lease_s, cause))
+                effects.append(SendAccepted(self.request_id, held_tokens, cause))
+            case ReservationRefused(RejectedError() as error):
+                effects.append(SendRejected(self.request_id, error, cause))
+            case ReservationRefused(error):
+                effects.append(SendFailed(self.request_id, error, cause))
             case KvLanded():
                 self._landed, self._landed_at = event, now
                 effects.append(ActivateInEngine(self.request_id, event.first_token_id, cause))
@@ -302,8 +201,9 @@ class DecodeRequest:
     def check(self) -> None:
         """Assert what must hold between events."""
         assert (self._deadline is not None) == (self.state is DecodeState.RESERVED)
-        assert not (self.state is DecodeState.RESERVED and self._landed is not None)
-        assert not (self.state in (DecodeState.RESERVED, DecodeState.RUNNING) and self._end is not None)
+        living = (DecodeState.RESERVING, DecodeState.RESERVED, DecodeState.RUNNING)
+        assert not (self.state in living[:2] and self._landed is not None)
+        assert not (self.state in living and self._end is not None)
 
     def _tell_landed(self, now: float, cause: str) -> list[Effect]:
         landed, self._landed = self._landed, None

@@ -11,8 +11,17 @@ from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.membership import WorkerIdentity
 from core.request import GenerateRequest
 from core.streams import Outbox, serve_stream
-from prefill_workers.reports import Report, SendAccepted, SendLoad, SendOutputs, SendRejected
-from prefill_workers.state import HandOff, SendComputed, SendFailed, SendHandedOver
+from prefill_workers.messages import (
+    HandOff,
+    Report,
+    SendAccepted,
+    SendComputed,
+    SendFailed,
+    SendHandedOver,
+    SendLoad,
+    SendOutputs,
+    SendRejected,
+)
 from protos import codec, worker_pb2, worker_pb2_grpc
 
 _Context = grpc.aio.ServicerContext[worker_pb2.PrefillCommand, worker_pb2.PrefillReport]

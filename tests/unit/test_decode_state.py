@@ -4,25 +4,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import InvalidTransition, WorkerLost
+from core.errors import InvalidRequest, InvalidTransition, RejectedError, RejectReason, WorkerLost
 from core.ids import RequestId, TransferId
 from core.request import Finish, FinishReason, GenerateRequest, RequestOutput, SamplingParams, TokenOutput
-from decode_workers.state import (
-    EDGES,
+from decode_workers.messages import (
     AbortInEngine,
     AbortRequested,
     ActivateInEngine,
     BlocksFreed,
+    BlocksReserved,
     DeadlinePassed,
-    DecodeRequest,
-    DecodeState,
     EngineFailed,
     Event,
+    ExpectTransfer,
     GatewayLost,
     KvLanded,
+    ReservationRefused,
+    SendAccepted,
     SendFailed,
     SendLanded,
     SendOutput,
+    SendRejected,
     StopTransfer,
     StreamFinished,
     TokensProduced,
@@ -30,6 +32,7 @@ from decode_workers.state import (
     TransferStopped,
     WorkerClosed,
 )
+from decode_workers.state import EDGES, DecodeRequest, DecodeState
 
 R = RequestId("r")
 T = TransferId("r/0")
@@ -37,7 +40,11 @@ MORE = TokensProduced(RequestOutput(R, (TokenOutput(1, 43),)))
 END = StreamFinished(RequestOutput(R, (TokenOutput(2, 44),), Finish(FinishReason.LENGTH)))
 LANDED = KvLanded(42, 0.25, 4096)
 LOST = WorkerLost("gone")
+RESERVED = BlocksReserved(16)
+FULL = ReservationRefused(RejectedError(RejectReason.NO_BLOCKS))
 EVENTS: list[Event] = [
+    RESERVED,
+    FULL,
     LANDED,
     TransferFailed("peer_lost", "p0"),
     TransferStopped(),
@@ -51,17 +58,18 @@ EVENTS: list[Event] = [
     WorkerClosed(LOST),
 ]
 PATHS: dict[DecodeState, list[Event]] = {
-    DecodeState.RESERVED: [],
-    DecodeState.RUNNING: [LANDED],
-    DecodeState.STOPPING: [AbortRequested("")],
-    DecodeState.FREEING: [LANDED, GatewayLost()],
-    DecodeState.CLOSED: [LANDED, END],
+    DecodeState.RESERVING: [],
+    DecodeState.RESERVED: [RESERVED],
+    DecodeState.RUNNING: [RESERVED, LANDED],
+    DecodeState.STOPPING: [RESERVED, AbortRequested("")],
+    DecodeState.FREEING: [RESERVED, LANDED, GatewayLost()],
+    DecodeState.CLOSED: [FULL],
 }
 
 
 def machine() -> DecodeRequest:
     request = GenerateRequest(R, tuple(range(20)), SamplingParams(max_tokens=8))
-    return DecodeRequest(request, T, 16, now=10.0, landing_timeout_s=5.0)
+    return DecodeRequest(request, T, lease_s=2.0, landing_timeout_s=5.0)
 
 
 def in_state(state: DecodeState) -> DecodeRequest:
@@ -74,6 +82,10 @@ def in_state(state: DecodeState) -> DecodeRequest:
 
 def test_the_good_way_lands_runs_and_finishes() -> None:
     it = machine()
+    assert it.handle(RESERVED, 10.0) == [
+        ExpectTransfer(R, T, 16, 20, 2.0, "BlocksReserved"),
+        SendAccepted(R, 16, "BlocksReserved"),
+    ]
     assert it.next_deadline() == 15.0
     assert it.handle(LANDED, 11.0) == [ActivateInEngine(R, 42, "KvLanded")]
     assert it.next_deadline() is None
@@ -84,6 +96,24 @@ def test_the_good_way_lands_runs_and_finishes() -> None:
     assert it.handle(MORE, 12.0) == [SendOutput(MORE.output, "TokensProduced")]
     assert it.handle(END, 12.5) == [SendOutput(END.output, "StreamFinished")]
     assert it.state is DecodeState.CLOSED
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RejectedError(RejectReason.NO_BLOCKS), SendRejected), (InvalidRequest("sampling.stop", "no"), SendFailed)],
+    ids=["another may take it", "nobody can"],
+)
+def test_a_refused_reservation_is_one_answer(error: RejectedError | InvalidRequest, told: type) -> None:
+    it = machine()
+    assert [type(effect) for effect in it.handle(ReservationRefused(error), 10.0)] == [told]
+    assert it.state is DecodeState.CLOSED
+
+
+def test_giving_up_while_the_engine_is_asked_frees_what_it_reserves() -> None:
+    it = machine()
+    assert [type(effect) for effect in it.handle(GatewayLost(), 10.0)] == [AbortInEngine]
+    assert it.handle(RESERVED, 10.0) == []
+    assert it.handle(BlocksFreed(), 10.0) == []
 
 
 def test_a_stream_of_two_tokens_tells_of_the_landing_too() -> None:
@@ -103,7 +133,7 @@ def test_a_stream_of_two_tokens_tells_of_the_landing_too() -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_giving_up_before_the_landing_stops_the_transfer_first(event: Event, is_told: bool) -> None:
-    it = machine()
+    it = in_state(DecodeState.RESERVED)
     assert [type(effect) for effect in it.handle(event, 12.0)] == [StopTransfer]
     assert [type(effect) for effect in it.handle(LANDED, 12.0)] == []
     assert [type(effect) for effect in it.handle(TransferStopped(), 12.0)] == [AbortInEngine]
@@ -140,7 +170,7 @@ def test_every_event_in_every_state_has_an_edge_or_changes_nothing(state: Decode
 
 
 def test_every_state_leads_to_closed_and_is_reached() -> None:
-    reached = {DecodeState.RESERVED}
+    reached = {DecodeState.RESERVING}
     while more := {after for state in reached for after in EDGES[state].values()} - reached:
         reached |= more
     assert reached == set(DecodeState)
@@ -154,19 +184,23 @@ def test_every_state_leads_to_closed_and_is_reached() -> None:
 def test_whatever_happens_blocks_are_freed_once_and_only_when_nothing_writes_them(events: list[Event]) -> None:
     it = machine()
     effects = []
-    quiet = False  # the transfer has ended
-    finished = False
+    is_written = False  # a transfer is expected and has not ended
+    is_freed_by_engine = False
     for event in [*events, GatewayLost(), TransferStopped(), BlocksFreed()]:
+        before = it.state
         try:
-            before = it.state
             new = it.handle(event, 11.0)
         except InvalidTransition:
             continue
         it.check()
-        quiet = quiet or isinstance(event, TransferFailed | TransferStopped | KvLanded)
-        finished = finished or (before is DecodeState.RUNNING and isinstance(event, StreamFinished))
-        assert quiet or not any(isinstance(effect, AbortInEngine | ActivateInEngine) for effect in new)
+        if isinstance(event, TransferFailed | TransferStopped | KvLanded):
+            is_written = False
+        assert not is_written or not any(isinstance(effect, AbortInEngine | ActivateInEngine) for effect in new)
+        is_written = is_written or any(isinstance(effect, ExpectTransfer) for effect in new)
+        if it.state is DecodeState.CLOSED and before in (DecodeState.RESERVING, DecodeState.RUNNING):
+            is_freed_by_engine = True
         effects += new
     assert it.state is DecodeState.CLOSED
-    assert sum(isinstance(effect, AbortInEngine) for effect in effects) == (0 if finished else 1)
-    assert sum(isinstance(effect, SendFailed) for effect in effects) <= 1
+    assert sum(isinstance(effect, AbortInEngine) for effect in effects) == (0 if is_freed_by_engine else 1)
+    assert sum(isinstance(effect, SendAccepted | SendRejected) for effect in effects) <= 1
+    assert sum(isinstance(effect, SendRejected | SendFailed) for effect in effects) <= 1

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from core.errors import InvalidTransition, WorkerLost
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.request import Finish, FinishReason, GenerateRequest, RequestOutput, SamplingParams, TokenOutput
-from prefill_workers.state import (
-    EDGES,
+from prefill_workers.messages import (
     AbortInEngine,
     AbortRequested,
     BlocksFreed,
@@ -20,8 +19,6 @@ from prefill_workers.state import (
     GatewayLost,
     HandOff,
     LastTokenComputed,
-    PrefillRequest,
-    PrefillState,
     ReleaseBlocks,
     SendComputed,
     SendFailed,
@@ -33,6 +30,7 @@ from prefill_workers.state import (
     TransferStopped,
     WorkerClosed,
 )
+from prefill_workers.state import EDGES, PrefillRequest, PrefillState
 
 R = RequestId("r")
 T = TransferId("r/0")
