@@ -64,6 +64,23 @@ class ForwardBatch:
     def num_sequences(self) -> int:
         return len(self.query_lens)
 
+    def only_logits(self) -> "ForwardBatch":
+        """Return the batch cut down to the rows whose logits are wanted, as one decode per such sequence."""
+        wanted = torch.isin(self.query_starts[1:].long() - 1, self.logits_rows)
+        rows = torch.arange(self.logits_rows.shape[0], device=self.logits_rows.device)
+        is_wanted = wanted.tolist()
+        return ForwardBatch(
+            token_ids=self.token_ids[self.logits_rows],
+            positions=self.positions[self.logits_rows],
+            query_starts=torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device),
+            context_lens=self.context_lens[wanted],
+            block_tables=self.block_tables[wanted],
+            slot_mapping=self.slot_mapping[self.logits_rows],
+            logits_rows=rows,
+            query_lens=(1,) * len(rows),
+            context_lens_host=tuple(n for n, keep in zip(self.context_lens_host, is_wanted, strict=True) if keep),
+        )
+
 
 def build_batch(chunks: Sequence[SequenceChunk], block_size: int, device: torch.device | str = "cpu") -> ForwardBatch:
     """Pack `chunks` in their order. Logits rows follow the order of the chunks that want them.

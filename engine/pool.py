@@ -68,7 +68,9 @@ class KvPool:
         """
         frame = self._frame_like(layers, tokens) if out is None else self._checked(out, layers, tokens)
         for blocks, offsets, part in self._pieces(tokens):
-            source = self._by_layer(layers)[:, :, :, block_ids[blocks.start : blocks.stop], offsets.start : offsets.stop]
+            source = self._by_layer(layers)[
+                :, :, :, block_ids[blocks.start : blocks.stop], offsets.start : offsets.stop
+            ]
             frame[:, :, :, part.start : part.stop].copy_(source.flatten(3, 4))
         return frame
 

@@ -1,0 +1,165 @@
+"""What numba lacks for these kernels: raw pointers, an atomic counter, bfloat16, a vectorisable exp.
+
+A kernel is a C function ``void entry(void *data)`` over an array of 64-bit words (integers, addresses, float64). Word 0
+is the work counter: every thread of the team takes the next item until none is left. So scheduling is dynamic (a thread
+that the system put aside holds nobody's work but its current item) and a kernel needs to know nothing about threads.
+bfloat16 travels as uint16: `load` and `store` convert by the element type, so that one body serves both dtypes.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Sums may be reordered (that is what lets them vectorise); NaN and infinity keep their meaning.
+REASSOCIATE = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def inlined(function: F) -> F:
+    """Compile a function that is always inlined, with reorderable sums."""
+    compiled: F = njit(function, fastmath=REASSOCIATE, forceinline=True, nogil=True, error_model="numpy")
+    return compiled
+
+
+def inlined_exact(function: F) -> F:
+    """Compile a function that is always inlined; arithmetic in the written order (fused multiply-add allowed)."""
+    compiled: F = njit(function, fastmath={"contract"}, forceinline=True, nogil=True, error_model="numpy")
+    return compiled
+
+
+def kernel(function: Callable[[Any], None]) -> int:
+    """Compile ``function(data)`` to machine code and return its address. The code is kept for the process's life.
+
+    Cached on disk next to the source or in the user's cache folder; where neither can be written it is compiled anew.
+    """
+    options: dict[str, Any] = {"fastmath": REASSOCIATE, "nogil": True, "error_model": "numpy"}
+    try:
+        compiled = cfunc(types.void(types.voidptr), cache=True, **options)(function)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        compiled = cfunc(types.void(types.voidptr), **options)(function)
+    _COMPILED.append(compiled)
+    address: int = compiled.address
+    return address
+
+
+_COMPILED: list[object] = []  # a cfunc frees its code when it is collected
+
+
+@intrinsic
+def pointer(typingctx, address):  # type: ignore[no-untyped-def]  # numba's calling convention
+    """Return the int64 `address` as a void pointer, for `numba.carray`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def take_item(typingctx, data):  # type: ignore[no-untyped-def]
+    """Atomically return word 0 of `data` and add one to it."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        word = ir.IntType(64)
+        counter = builder.bitcast(args[0], word.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(word, 1), "monotonic")
+
+    return types.int64(types.voidptr), codegen
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """Element pointer without numba's wrap-around of negative indices, which would keep loops from vectorising."""
+    return builder.gep(cgutils.create_struct_proxy(array_type)(context, builder, array).data, [index])
+
+
+def _widen(builder: Any, bits: Any) -> Any:
+    word = ir.IntType(32)
+    return builder.bitcast(builder.shl(builder.zext(bits, word), ir.Constant(word, 16)), ir.FloatType())
+
+
+def _narrow(builder: Any, value: Any) -> Any:
+    """float32 to bfloat16, round half to even; NaN stays NaN."""
+    word, half = ir.IntType(32), ir.IntType(16)
+    bits = builder.bitcast(value, word)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+    rounded_up = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    top = builder.select(is_nan, ir.Constant(word, 0x7FC00000), rounded_up)
+    return builder.trunc(builder.lshr(top, ir.Constant(word, 16)), half)
+
+
+@intrinsic
+def load(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Return ``array[index]`` of float32 or bfloat16 (uint16) elements as float32."""
+    is_bf16 = array.dtype == types.uint16
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value = builder.load(_address(context, builder, signature.args[0], *args))
+        return _widen(builder, value) if is_bf16 else value
+
+    return types.float32(array, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+    """Set ``array[index]`` to a float32 value, rounded to the array's type."""
+    is_bf16 = array.dtype == types.uint16
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        target = _address(context, builder, signature.args[0], args[0], args[1])
+        builder.store(_narrow(builder, args[2]) if is_bf16 else args[2], target)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.float32), codegen
+
+
+@intrinsic
+def rounded(typingctx, array, value):  # type: ignore[no-untyped-def]
+    """Return a float32 value as it would be after a round trip through the array's element type."""
+    is_bf16 = array.dtype == types.uint16
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _widen(builder, _narrow(builder, args[1])) if is_bf16 else args[1]
+
+    return types.float32(array, types.float32), codegen
+
+
+@intrinsic
+def _float_of(typingctx, bits):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+_LOG2_E = 1.44269504088896341
+_LN2_HIGH = 0.693359375
+_LN2_LOW = -2.12194440e-4
+
+
+@inlined_exact
+def exp(x: Any) -> Any:
+    """Return e**x in float32, within 2 ulp; below -87 it is (almost) zero, above 88 it saturates.
+
+    Branch-free, so that loops over it vectorise; a call to libm would not. Source: Cephes `expf`.
+    """
+    x = min(max(x, types.float32(-87.0)), types.float32(88.0))
+    whole = types.int32(x * types.float32(_LOG2_E) + types.float32(256.5)) - types.int32(256)  # floor(x / ln 2 + 1/2)
+    n = types.float32(whole)
+    r = x - n * types.float32(_LN2_HIGH)
+    r = r - n * types.float32(_LN2_LOW)
+    p = types.float32(1.9875691500e-4)
+    p = p * r + types.float32(1.3981999507e-3)
+    p = p * r + types.float32(8.3334519073e-3)
+    p = p * r + types.float32(4.1665795894e-2)
+    p = p * r + types.float32(1.6666665459e-1)
+    p = p * r + types.float32(5.0000001201e-1)
+    p = p * r * r + r + types.float32(1.0)
+    return p * _float_of(types.uint32(whole + types.int32(127)) << types.uint32(23))
