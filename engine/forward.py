@@ -90,7 +90,7 @@ def build_batch(chunks: Sequence[SequenceChunk], block_size: int, device: torch.
         device: where the model lives.
     """
     query_lens = tuple(len(chunk.token_ids) for chunk in chunks)
-    assert chunks and min(query_lens) > 0, "every chunk brings at least one token"
+    assert min(query_lens, default=0) > 0, "every chunk brings at least one token"
     context_lens = tuple(chunk.start + length for chunk, length in zip(chunks, query_lens, strict=True))
     if max(query_lens) == 1:  # pure decode: no ragged arithmetic
         token_ids = np.fromiter((chunk.token_ids[0] for chunk in chunks), np.int64, len(chunks))
@@ -119,5 +119,5 @@ def build_batch(chunks: Sequence[SequenceChunk], block_size: int, device: torch.
         blocks * block_size + positions % block_size,
         query_starts[1:][wanted].astype(np.int64) - 1,
     )
-    tensors = (torch.from_numpy(array).to(device) for array in arrays)
-    return ForwardBatch(*tensors, query_lens=query_lens, context_lens_host=context_lens)
+    ids, at, starts, contexts, tables, slots, rows = (torch.from_numpy(array).to(device) for array in arrays)
+    return ForwardBatch(ids, at, starts, contexts, tables, slots, rows, query_lens, context_lens)

@@ -158,7 +158,7 @@ class FusedDecoder:
             layer.head_eps,
         )
         size = self._num_heads * layout.head_dim
-        return qkv[:, :size].unflatten(1, (self._num_heads, layout.head_dim))
+        return qkv[:, :size].view(-1, self._num_heads, layout.head_dim)
 
     def _after_keys(
         self,
@@ -169,7 +169,7 @@ class FusedDecoder:
         next_norm: torch.Tensor,
         normed: torch.Tensor,
     ) -> None:
-        """Attention and MLP: updates `hidden` but for the MLP's delta, which the next norm adds; fills `normed`."""
+        """Attention and MLP: updates `hidden` in place, leaves its norm under `next_norm` in `normed`."""
         attended = self._backend.attend(query, layer.layer_idx, plan, scaling=layer.scaling, window=layer.window)
         self._add_norm(hidden, layer.output(attended), layer.output_norm, normed)
         gate_up = layer.gate_up(normed)

@@ -34,17 +34,17 @@ class PackedLinear:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS) if self._packed else weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed:
+        if self._packed and _MULTIPLY is not None:
             product: torch.Tensor = _MULTIPLY(x, self._weight, self._bias, "none", [], "")
             return product
         return linear(x, self._weight, self._bias)
 
 
 def _can_pack(dtype: torch.dtype) -> bool:
-    if _MULTIPLY is None or not torch.backends.mkldnn.is_available():
+    if _MULTIPLY is None or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-# Absent from builds without oneDNN. The overload is resolved once: resolving it on every call costs as much as a small product.
+# Absent from builds without oneDNN. Resolved once: resolving it on every call costs as much as a small product.
 _MULTIPLY = torch.ops.mkldnn._linear_pointwise.default if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None

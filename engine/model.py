@@ -4,8 +4,8 @@ The result is the plain transformers module; `engine.fused` may then rebuild its
 """
 
 import os
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError

@@ -78,7 +78,8 @@ class KvPool:
         """Scatter a canonical frame into the blocks; arguments as for `read`."""
         self._checked(frame, layers, tokens)
         for blocks, offsets, part in self._pieces(tokens):
-            values = frame[:, :, :, part.start : part.stop].unflatten(3, (len(blocks), len(offsets)))
+            values = frame[:, :, :, part.start : part.stop]
+            values = values.reshape(*values.shape[:3], len(blocks), len(offsets), values.shape[4])
             target = self._by_layer(layers)[:, :, :, :, offsets.start : offsets.stop]
             target.index_copy_(3, block_ids[blocks.start : blocks.stop], values)
 

@@ -1,7 +1,7 @@
 """The fast CPU backend: short queries through the fused paged kernel, long prompt chunks through `sdpa`.
 
-The kernel reads the pool in place; it wins wherever a sequence brings few query tokens, that is for every decode. A long
-chunk reuses each key for many queries, where torch's blocked matrix products win in spite of the gather.
+The kernel reads the pool in place; it wins wherever a sequence brings few query tokens, that is for every decode. A
+long chunk reuses each key for many queries, where torch's blocked matrix products win in spite of the gather.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,9 @@ class NumbaAttention:
             positions = positions[torch.from_numpy(short)]
             starts = np.cumsum(lengths) - lengths
             size = self._pool.layout.block_size
-            chunks = tuple(plan_chunk(batch, i, int(starts[i]), size) for i in np.flatnonzero(lengths >= _CHUNK_TOKENS))
+            chunks = tuple(
+                plan_chunk(batch, int(i), int(starts[i]), size) for i in np.flatnonzero(lengths >= _CHUNK_TOKENS)
+            )
         return NumbaPlan(
             batch.num_tokens,
             torch.from_numpy(rows),

@@ -18,15 +18,13 @@ _MAX_PADDING = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A sequence with several query tokens. `rows` of the packed batch, `blocks` int64 of its context."""
+    """A sequence with several query tokens: `rows` of the packed batch, the first at position `start` of its context;
+    `blocks` int64 of the context."""
 
     rows: slice
-    blocks: torch.Tensor
+    start: int
     context_len: int
-
-    @property
-    def start(self) -> int:
-        return self.context_len - (self.rows.stop - self.rows.start)
+    blocks: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,8 @@ def plan_chunk(batch: ForwardBatch, sequence: int, first_row: int, block_size: i
     """Describe one sequence of several query tokens."""
     length = batch.context_lens_host[sequence]
     blocks = batch.block_tables[sequence, : -(-length // block_size)].long()
-    return Chunk(slice(first_row, first_row + batch.query_lens[sequence]), blocks, length)
+    rows = batch.query_lens[sequence]
+    return Chunk(slice(first_row, first_row + rows), length - rows, length, blocks)
 
 
 def attend_chunk(

@@ -5,7 +5,7 @@ each step that they make), so that a fused layer equals the plain one up to the 
 Every public name is the address pair of a kernel: {dtype: address}.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="attr-defined, no-untyped-def, no-untyped-call"
 
 import math
 from typing import Any

@@ -6,10 +6,14 @@ that the system put aside holds nobody's work but its current item) and a kernel
 bfloat16 travels as uint16: `load` and `store` convert by the element type, so that one body serves both dtypes.
 """
 
+import os
 from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, TypeVar
 
-from llvmlite import ir
+import numba
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -20,39 +24,59 @@ F = TypeVar("F", bound=Callable[..., Any])
 REASSOCIATE = {"reassoc", "contract", "nsz", "arcp"}
 
 
+def _intrinsic(function: Any) -> Any:
+    """numba's decorator, untyped: compiled code calls the result without the leading typing context."""
+    return intrinsic(function)
+
+
 def inlined(function: F) -> F:
     """Compile a function that is always inlined, with reorderable sums."""
-    compiled: F = njit(function, fastmath=REASSOCIATE, forceinline=True, nogil=True, error_model="numpy")
+    compiled: F = njit(function, fastmath=REASSOCIATE, forceinline=True, error_model="numpy")
     return compiled
 
 
 def inlined_exact(function: F) -> F:
     """Compile a function that is always inlined; arithmetic in the written order (fused multiply-add allowed)."""
-    compiled: F = njit(function, fastmath={"contract"}, forceinline=True, nogil=True, error_model="numpy")
+    compiled: F = njit(function, fastmath={"contract"}, forceinline=True, error_model="numpy")
     return compiled
 
 
 def kernel(function: Callable[[Any], None]) -> int:
     """Compile ``function(data)`` to machine code and return its address. The code is kept for the process's life.
 
-    Cached on disk next to the source or in the user's cache folder; where neither can be written it is compiled anew.
+    Cached on disk in the user's cache folder; where that cannot be written it is compiled anew (a few seconds).
     """
-    options: dict[str, Any] = {"fastmath": REASSOCIATE, "nogil": True, "error_model": "numpy"}
+    decorate: Any = cfunc
+    options = {"fastmath": REASSOCIATE, "nogil": True, "error_model": "numpy"}
+    folder = _cache_folder()
+    settings: Any = numba.config
+    before = settings.CACHE_DIR
+    settings.CACHE_DIR = "" if folder is None else str(folder)
     try:
-        compiled = cfunc(types.void(types.voidptr), cache=True, **options)(function)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-        compiled = cfunc(types.void(types.voidptr), **options)(function)
+        compiled = decorate(types.void(types.voidptr), cache=folder is not None, **options)(function)
+    finally:
+        settings.CACHE_DIR = before
     _COMPILED.append(compiled)
-    address: int = compiled.address
-    return address
+    return int(compiled.address)
+
+
+def _cache_folder() -> Path | None:
+    """Folder of this version of the kernels: numba itself would not notice a change in a function that is inlined."""
+    digest = blake2b(digest_size=8)
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    try:
+        folder = Path.home() / ".cache" / "tandem" / f"kernels-{digest.hexdigest()}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or not ours to write
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 _COMPILED: list[object] = []  # a cfunc frees its code when it is collected
 
 
-@intrinsic
+@_intrinsic
 def pointer(typingctx, address):  # type: ignore[no-untyped-def]  # numba's calling convention
     """Return the int64 `address` as a void pointer, for `numba.carray`."""
 
@@ -62,7 +86,7 @@ def pointer(typingctx, address):  # type: ignore[no-untyped-def]  # numba's call
     return types.voidptr(types.int64), codegen
 
 
-@intrinsic
+@_intrinsic
 def take_item(typingctx, data):  # type: ignore[no-untyped-def]
     """Atomically return word 0 of `data` and add one to it."""
 
@@ -76,7 +100,8 @@ def take_item(typingctx, data):  # type: ignore[no-untyped-def]
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     """Element pointer without numba's wrap-around of negative indices, which would keep loops from vectorising."""
-    return builder.gep(cgutils.create_struct_proxy(array_type)(context, builder, array).data, [index])
+    proxy: Any = cgutils.create_struct_proxy(array_type)  # type: ignore[no-untyped-call]
+    return builder.gep(proxy(context, builder, array).data, [index])
 
 
 def _widen(builder: Any, bits: Any) -> Any:
@@ -95,7 +120,7 @@ def _narrow(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.lshr(top, ir.Constant(word, 16)), half)
 
 
-@intrinsic
+@_intrinsic
 def load(typingctx, array, index):  # type: ignore[no-untyped-def]
     """Return ``array[index]`` of float32 or bfloat16 (uint16) elements as float32."""
     is_bf16 = array.dtype == types.uint16
@@ -107,7 +132,7 @@ def load(typingctx, array, index):  # type: ignore[no-untyped-def]
     return types.float32(array, types.int64), codegen
 
 
-@intrinsic
+@_intrinsic
 def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
     """Set ``array[index]`` to a float32 value, rounded to the array's type."""
     is_bf16 = array.dtype == types.uint16
@@ -120,7 +145,7 @@ def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
     return types.void(array, types.int64, types.float32), codegen
 
 
-@intrinsic
+@_intrinsic
 def rounded(typingctx, array, value):  # type: ignore[no-untyped-def]
     """Return a float32 value as it would be after a round trip through the array's element type."""
     is_bf16 = array.dtype == types.uint16
@@ -131,7 +156,7 @@ def rounded(typingctx, array, value):  # type: ignore[no-untyped-def]
     return types.float32(array, types.float32), codegen
 
 
-@intrinsic
+@_intrinsic
 def _float_of(typingctx, bits):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.bitcast(args[0], ir.FloatType())

@@ -5,7 +5,7 @@ with an online softmax, each key and value row read (and widened from bfloat16) 
 gathered or padded. Source: online softmax of Milakov and Gimelshein; paged reads as in vLLM's PagedAttention.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="attr-defined, no-untyped-def, no-untyped-call"
 
 import numpy as np
 from numba import carray, types

@@ -24,7 +24,7 @@ class Kernel:
     """
 
     def __init__(self, address: int, format_: str) -> None:
-        """`format_`: one struct letter per word after the counter, ``q`` for integers and addresses, ``d`` for floats."""
+        """`format_`: a struct letter per word after the counter: ``q`` integers and addresses, ``d`` floats."""
         self._address = ctypes.c_void_p(address)
         self._alone = _GilHeldEntry(address)  # short calls keep the GIL: giving it away costs more than they take
         self._words = ctypes.create_string_buffer(8 * _WORDS)
