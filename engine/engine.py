@@ -1,0 +1,402 @@
+"""The engine: requests in, tokens out, one forward pass per step; prefill and decode together or apart.
+
+A request's path:
+
+1. `add`: it waits, is admitted with its blocks, computed in chunks, decoded, and ends; every `step` returns news.
+2. `add_prefill`: the same up to its first token; then its blocks stay under a lease, to be read, until `release`.
+3. `reserve`: blocks for a prompt that another engine computes; KV is written into them, then `activate` lets the
+   request join the batch, at its first token or later.
+
+`abort` ends any of these at any moment. Synchronous, knows no network. Everything is called by one thread (see
+`engine.loop`) but `read_kv` and `write_kv`, which any thread may call while a step runs (see `engine.handoff`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from core.errors import DuplicateRequest, RejectedError, RejectReason, ServingError
+from core.ids import RequestId
+from core.kv_events import BlocksStored, KvEvent
+from core.layout import KvLayout
+from core.membership import LoadReport
+from core.request import GenerateRequest, RequestOutput, TokenOutput
+from core.text import Decode
+from engine.blocks import BlockManager, Owner
+from engine.config import EngineConfig, ModelConfig
+from engine.detokenize import load_decode
+from engine.execution import Executor, PrefillObserver, Runner
+from engine.handoff import HandoffTable
+from engine.intake import Intake
+from engine.ledger import KvLedger
+from engine.pool import KvPool
+from engine.prefix_cache import PrefixCache
+from engine.runner import ModelRunner
+from engine.sampler import TokenDetail
+from engine.scheduler import Scheduler, StepPlan
+from engine.sequence import SequenceEvent, SequenceState, TokenSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """`held_tokens`: leading prompt tokens whose KV is here already and need not be sent."""
+
+    held_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request got into the batch for the first time. `cached_tokens` of its prompt need no computing."""
+
+    request_id: RequestId
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What the last step did."""
+
+    num_prompt_tokens: int = 0
+    num_decodes: int = 0
+    num_preempted: int = 0
+    admitted: tuple[Admission, ...] = ()
+
+
+class StepFailed(ServingError):
+    """The forward pass or the sampling of a step failed. The requests of that step are as before it; abort them."""
+
+    def __init__(self, request_ids: tuple[RequestId, ...], cause: BaseException) -> None:
+        line = next((line for line in str(cause).splitlines() if line.strip()), "")
+        super().__init__(f"engine step failed: {type(cause).__name__}: {line.strip()}")
+        self.request_ids = request_ids
+
+
+class Engine:
+    """See the module. Attributes: `layout`, `model_info`, `last_step`."""
+
+    def __init__(self, runner: Runner, config: EngineConfig, decode: Decode | None = None) -> None:
+        """
+        Args:
+            decode: text of token ids; without it stop strings are refused.
+        """
+        pool = runner.pool
+        self.model_info = runner.info
+        self.layout: KvLayout = pool.layout
+        self.last_step = StepStats()
+        self._block_size = pool.layout.block_size
+        self._max_waiting = config.max_num_waiting
+        blocks = BlockManager(pool.num_blocks)
+        self._ledger = KvLedger(blocks, PrefixCache(blocks, max_blocks=_cache_blocks(config, pool)), self._block_size)
+        self._scheduler = Scheduler(
+            self._ledger, max_batch_tokens=config.max_batch_tokens, max_num_requests=config.max_num_requests
+        )
+        self._handoffs = HandoffTable(pool)
+        self._executor = Executor(runner, layer_group_size=config.layer_group_size)
+        self._intake = Intake(runner.info, block_size=self._block_size, num_blocks=pool.num_blocks, decode=decode)
+        self._live: dict[RequestId, TokenSequence] = {}
+        self._observers: dict[RequestId, PrefillObserver] = {}
+        self._quarantined: dict[object, TokenSequence] = {}
+        self._ready_outputs: list[RequestOutput] = []
+        self._num_arrivals = 0
+
+    @classmethod
+    def load(
+        cls, model: ModelConfig, config: EngineConfig, *, progress: Callable[[str, float], None] = lambda _, __: None
+    ) -> "Engine":
+        """Load a checkpoint and allocate its pool.
+
+        Args:
+            progress: told (what is being done, fraction of the whole).
+        Raises:
+            ConfigError: the path, the checkpoint, the device or its memory cannot work.
+        """
+        runner = ModelRunner.load(model, config, progress)
+        return cls(runner, config, load_decode(model.path))
+
+    # One engine for all
+
+    def add(self, request: GenerateRequest) -> int:
+        """Queue a request; return how many of its prompt tokens are cached now.
+
+        Raises:
+            InvalidRequest, PromptTooLong: it can never work. DuplicateRequest: the id is in use.
+            RejectedError: the queue is full. Nothing is kept in any of these cases.
+        """
+        return self._queue(request, is_prefill=False)
+
+    def abort(self, request_id: RequestId) -> bool:
+        """End a request at whatever point it is, without further output; say whether it was there.
+
+        Its blocks are free at once, or, while another thread copies from or to them, as soon as that has ended.
+        """
+        before = len(self._ready_outputs)
+        self._ready_outputs = [output for output in self._ready_outputs if output.request_id != request_id]
+        sequence = self._live.get(request_id)
+        if sequence is not None:
+            self._end(sequence)
+        return sequence is not None or len(self._ready_outputs) < before
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step: admit, preempt, compute, sample. Returns nothing when nothing could be computed.
+
+        Raises:
+            StepFailed: computing failed; the engine can go on once the named requests are aborted.
+        """
+        self._collect_drained()
+        plan = self._scheduler.schedule()
+        self._note(plan)
+        for sequence in plan.admitted:
+            if sequence.is_prefill:
+                self._open_lease(sequence)
+        if plan.shares:
+            try:
+                choices = self._executor.compute(plan.shares, self._observers)
+            except Exception as error:
+                raise StepFailed(tuple(sequence.request_id for sequence, _ in plan.shares), error) from error
+            row = 0
+            for sequence, share in plan.shares:
+                sequence.num_computed += share
+                if sequence.num_computed // self._block_size > len(sequence.chain):
+                    self._ledger.index(sequence)
+                if len(sequence.tokens) == sequence.num_computed:
+                    output = self._advance(sequence, choices.token_ids[row], choices.details.get(row))
+                    self._ready_outputs.append(output)
+                    row += 1
+        outputs, self._ready_outputs = self._ready_outputs, []
+        return outputs
+
+    def has_work(self) -> bool:
+        """Say whether a step could produce anything, now or when blocks come back."""
+        return bool(self._scheduler.running or self._scheduler.waiting or self._ready_outputs)
+
+    @property
+    def request_ids(self) -> tuple[RequestId, ...]:
+        """Every request that is here, in whatever state."""
+        return tuple(self._live)
+
+    # Prefill side of a hand-off
+
+    def add_prefill(self, request: GenerateRequest, observer: PrefillObserver) -> int:
+        """Like `add`, but the request leaves the batch after its first token and its blocks stay, under a lease.
+
+        If the first token ends the request, its output says so and there is no lease.
+        """
+        cached_tokens = self._queue(request, is_prefill=True)
+        self._observers[request.request_id] = observer
+        return cached_tokens
+
+    def read_kv(
+        self, request_id: RequestId, layers: range, tokens: range, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Copy KV of a prefill, announced by its observer, into a canonical frame [layers, 2, K, T, D]. Any thread.
+
+        Args:
+            out: frame to fill; made when absent.
+        Raises:
+            NoSuchHandoff: the lease has ended, or the request never was here.
+            TransferError: the range is outside of the prompt.
+        """
+        return self._handoffs.read(request_id, layers, tokens, out)
+
+    def release(self, request_id: RequestId) -> None:
+        """End the lease, if it is there: full prompt blocks stay in the prefix cache, the rest becomes free."""
+        sequence = self._live.get(request_id)
+        if sequence is not None and sequence.state is SequenceState.LEASED:
+            self._end(sequence)
+
+    # Decode side of a hand-off
+
+    def reserve(self, request: GenerateRequest) -> Reservation:
+        """Take blocks for the whole prompt and one token; cached ones are shared.
+
+        Raises:
+            InvalidRequest, PromptTooLong, DuplicateRequest: as `add`.
+            RejectedError: no place in the batch, or not enough blocks. Nothing is kept in any of these cases.
+        """
+        self._collect_drained()
+        sequence = self._new_sequence(request, SequenceState.RESERVED, is_prefill=False)
+        if not self._scheduler.can_reserve():
+            raise RejectedError(RejectReason.QUEUE_FULL, "the batch has no place left")
+        if self._scheduler.has_preempted():
+            raise RejectedError(RejectReason.NO_BLOCKS, "preempted requests wait for blocks")
+        prompt = sequence.num_prompt_tokens
+        if not self._ledger.admit(
+            sequence,
+            num_tokens=prompt + 1,
+            max_cached_tokens=prompt,
+            headroom=self._scheduler.headroom(),
+            owner=Owner.LEASE,
+        ):
+            raise RejectedError(RejectReason.NO_BLOCKS, f"{self._ledger.num_available} blocks are available")
+        self._live[sequence.request_id] = sequence
+        self._scheduler.num_reserved += 1
+        tokens = range(sequence.cached_tokens, prompt)
+        self._handoffs.open_writing(sequence.request_id, sequence.block_table[: sequence.num_blocks], tokens)
+        return Reservation(sequence.cached_tokens)
+
+    def write_kv(self, request_id: RequestId, layers: range, tokens: range, kv: torch.Tensor) -> None:
+        """Copy a canonical frame into a reservation. Any thread; a part may come again, as long as it is the same.
+
+        Raises:
+            NoSuchHandoff: the reservation has ended, or never was here.
+            TransferError: wrong shape or dtype, or a range outside of what was reserved to be written.
+        """
+        self._handoffs.write(request_id, layers, tokens, kv)
+
+    def activate(self, request_id: RequestId, first_tokens: Sequence[int], *, exact: bool = True) -> None:
+        """Let a reserved request, whose KV has been written whole, go on after the tokens generated elsewhere.
+
+        If these end the request already, the next `step` says so.
+
+        Args:
+            first_tokens: everything generated so far; at least one.
+            exact: the KV is what the model computes here; if not, it is never shared with other requests.
+        Raises:
+            NoSuchHandoff: there is no such reservation.
+            TransferError: KV is missing or being written; the reservation stays.
+        """
+        self._handoffs.check_complete(request_id)
+        assert first_tokens, "the first token comes from the prefill side"
+        self._handoffs.close(request_id)
+        sequence = self._live[request_id]
+        self._ledger.change_owner(sequence, Owner.REQUEST)
+        sequence.handle(SequenceEvent.ACTIVATED)
+        self._scheduler.num_reserved -= 1
+        self._scheduler.join(sequence)
+        sequence.num_computed = sequence.num_prompt_tokens
+        sequence.is_shareable = exact
+        self._ledger.index(sequence)
+        for token_id in first_tokens:
+            finish = sequence.push(token_id)
+            if finish is not None:
+                self._ready_outputs.append(RequestOutput(request_id, (), finish))
+                self._end(sequence)
+                break
+
+    # What others may know
+
+    def load_report(self) -> LoadReport:
+        """Return counts; the rates are the loop's."""
+        self._collect_drained()
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        prompts = sum(sequence.num_pending for sequence in running if sequence.num_pending > 1)
+        return LoadReport(
+            num_running=len(running),
+            num_waiting=len(waiting) + self._scheduler.num_reserved,
+            queued_prefill_tokens=prompts + sum(sequence.num_pending for sequence in waiting),
+            context_tokens=sum(sequence.num_computed for sequence in running),
+            free_blocks=self._ledger.num_available,
+            total_blocks=self._ledger.blocks.num_blocks,
+            cached_blocks=len(self._ledger.cache),
+        )
+
+    def take_kv_events(self) -> list[KvEvent]:
+        """Return the changes of the prefix cache since the last call, in order."""
+        return self._ledger.cache.take_events()
+
+    def snapshot_cache(self) -> list[BlocksStored]:
+        """Return the whole prefix cache as chains, parents first; it includes every event taken so far and pending."""
+        return self._ledger.cache.snapshot()
+
+    def clear_cache(self) -> None:
+        """Drop every cached block that no request holds."""
+        self._ledger.cache.clear()
+
+    def notify_drained(self, on_drained: Callable[[], None]) -> None:
+        """Have `on_drained` called, from a transfer thread, when blocks that a copy had kept can be collected."""
+        self._handoffs.on_drained = on_drained
+
+    def check(self) -> None:
+        """Assert that every block has exactly one owner and that all books agree."""
+        self._collect_drained()
+        self._ledger.check(self._live.values(), self._quarantined.values())
+        states = [sequence.state for sequence in self._live.values()]
+        assert len(self._scheduler.waiting) == states.count(SequenceState.WAITING)
+        assert len(self._scheduler.running) == states.count(SequenceState.RUNNING)
+        assert self._scheduler.num_reserved == states.count(SequenceState.RESERVED)
+        assert all(sequence in self._live.values() for sequence in self._scheduler.running)
+        assert self._observers.keys() <= self._live.keys()
+
+    # Inside
+
+    def _queue(self, request: GenerateRequest, *, is_prefill: bool) -> int:
+        sequence = self._new_sequence(request, SequenceState.WAITING, is_prefill=is_prefill)
+        if len(self._scheduler.waiting) >= self._max_waiting:
+            raise RejectedError(RejectReason.QUEUE_FULL, f"{self._max_waiting} requests are waiting")
+        self._live[sequence.request_id] = sequence
+        self._scheduler.add(sequence)
+        return self._ledger.cached_tokens(sequence)
+
+    def _new_sequence(self, request: GenerateRequest, state: SequenceState, *, is_prefill: bool) -> TokenSequence:
+        if request.request_id in self._live:
+            raise DuplicateRequest(f"request {request.request_id} is in flight")
+        self._num_arrivals += 1
+        return self._intake.sequence(request, arrival=self._num_arrivals, state=state, is_prefill=is_prefill)
+
+    def _open_lease(self, sequence: TokenSequence) -> None:
+        prompt = sequence.num_prompt_tokens
+        self._handoffs.open_reading(sequence.request_id, sequence.block_table[: sequence.num_blocks], prompt)
+        if sequence.cached_tokens:
+            observer = self._observers[sequence.request_id]
+            layers = range(self.layout.num_layers)
+            observer.on_kv_ready(sequence.request_id, layers, range(sequence.cached_tokens))
+
+    def _advance(self, sequence: TokenSequence, token_id: int, detail: TokenDetail | None) -> RequestOutput:
+        """Take a sampled token into a sequence and let it live on, lease or end accordingly."""
+        index = sequence.num_generated
+        finish = sequence.push(token_id)
+        if finish is not None:
+            self._end(sequence)
+        elif sequence.is_prefill:
+            self._scheduler.remove(sequence)
+            self._ledger.change_owner(sequence, Owner.LEASE)
+            sequence.handle(SequenceEvent.PREFILLED)
+            del self._observers[sequence.request_id]
+        if detail is None:
+            token = TokenOutput(index, token_id)
+        else:
+            token = TokenOutput(index, token_id, detail.logprob, detail.top_logprobs)
+        return RequestOutput(sequence.request_id, (token,), finish)
+
+    def _end(self, sequence: TokenSequence) -> None:
+        """Take a request out of everything; its blocks go back, or to quarantine while they are being copied."""
+        state = sequence.state
+        if state in (SequenceState.WAITING, SequenceState.RUNNING):
+            self._scheduler.remove(sequence)
+        elif state is SequenceState.RESERVED:
+            self._scheduler.num_reserved -= 1
+        del self._live[sequence.request_id]
+        self._observers.pop(sequence.request_id, None)
+        pinned = self._handoffs.close(sequence.request_id)
+        if pinned is None:
+            self._ledger.release(sequence)
+        else:
+            self._ledger.change_owner(sequence, Owner.QUARANTINE)
+            self._quarantined[pinned] = sequence
+        sequence.handle(SequenceEvent.ENDED)
+
+    def _collect_drained(self) -> None:
+        for pinned in self._handoffs.take_drained():
+            self._ledger.release(self._quarantined.pop(pinned), Owner.QUARANTINE)
+
+    def _note(self, plan: StepPlan) -> None:
+        num_decodes = sum(sequence.num_generated > 0 and share == 1 for sequence, share in plan.shares)
+        self.last_step = StepStats(
+            num_prompt_tokens=sum(share for _, share in plan.shares) - num_decodes,
+            num_decodes=num_decodes,
+            num_preempted=len(plan.preempted),
+            admitted=tuple(
+                Admission(sequence.request_id, sequence.cached_tokens)
+                for sequence in plan.admitted
+                if not sequence.num_preemptions
+            ),
+        )
+
+
+def _cache_blocks(config: EngineConfig, pool: KvPool) -> int:
+    if not config.prefix_cache:
+        return 0
+    if config.prefix_cache_bytes is None:
+        return pool.num_blocks
+    return min(pool.num_blocks, config.prefix_cache_bytes // pool.layout.bytes_per_block)

@@ -1,0 +1,102 @@
+"""Runs what the scheduler planned: packs the batch, computes it, samples, tells observers which KV is ready.
+
+Knows the model and the sampler; changes no request.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from core.ids import RequestId
+from engine.checkpoint import ModelInfo
+from engine.forward import ForwardBatch, SequenceChunk, build_batch
+from engine.pool import KvPool
+from engine.sampler import Choices, Sampler
+from engine.sequence import TokenSequence
+
+
+class Runner(Protocol):
+    """The model: what `engine.runner.ModelRunner` is, and what a test may put in its place."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def pool(self) -> KvPool: ...
+
+    def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        """Compute the batch into the pool; return float32 logits [R, V], which the caller may overwrite.
+
+        Args:
+            on_layer: called with a layer's index once its K and V of the whole batch are in the pool.
+        """
+        ...
+
+
+class PrefillObserver(Protocol):
+    """Told, on the engine thread, which KV of a prefill is in the pool. Must not block."""
+
+    def on_kv_ready(self, request_id: RequestId, layers: range, tokens: range) -> None:
+        """These layers of these prompt positions can be read until the lease ends.
+
+        Called once for a cached prefix (all layers) when the request is first scheduled, then for each (layer group,
+        chunk) as soon as the last layer of the group has run: together every layer of every position exactly once.
+        """
+        ...
+
+
+Shares = Sequence[tuple[TokenSequence, int]]
+Observers = Mapping[RequestId, PrefillObserver]
+
+
+class Executor:
+    """One forward pass and one sampling per call."""
+
+    def __init__(self, runner: Runner, *, layer_group_size: int) -> None:
+        self._runner = runner
+        self._layout = runner.pool.layout
+        self._device = runner.pool.kv.device
+        self._layer_group_size = layer_group_size
+        self._sampler = Sampler(runner.info.vocab_size, self._device)
+
+    def compute(self, shares: Shares, observers: Observers) -> Choices:
+        """Compute each sequence's share.
+
+        Returns:
+            A token for each sequence that is computed to its end by this step, in the order of `shares`.
+        """
+        chunks = []
+        complete = []
+        for sequence, share in shares:
+            start = sequence.num_computed
+            end = start + share
+            is_complete = end == len(sequence.tokens)
+            chunks.append(SequenceChunk(sequence.tokens[start:end], start, sequence.block_table, is_complete))
+            if is_complete:
+                complete.append(sequence.sampling)
+        batch = build_batch(chunks, self._layout.block_size, self._device)
+        with torch.inference_mode():
+            logits = self._runner.forward(batch, self._layer_hook(shares, observers))
+            return self._sampler.choose(logits, complete) if complete else Choices([], {})
+
+    def _layer_hook(self, shares: Shares, observers: Observers) -> Callable[[int], None] | None:
+        """Return what tells the observers of this step's prefills; None when there are none."""
+        if not observers:
+            return None
+        watched = [
+            (observer, sequence.request_id, range(sequence.num_computed, sequence.num_computed + share))
+            for sequence, share in shares
+            if (observer := observers.get(sequence.request_id)) is not None
+        ]
+        if not watched:
+            return None
+        size, num_layers = self._layer_group_size, self._layout.num_layers
+
+        def on_layer(layer_idx: int) -> None:
+            if (layer_idx + 1) % size == 0 or layer_idx + 1 == num_layers:
+                layers = range(layer_idx // size * size, layer_idx + 1)
+                for observer, request_id, tokens in watched:
+                    observer.on_kv_ready(request_id, layers, tokens)
+
+        return on_layer

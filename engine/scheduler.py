@@ -1,0 +1,135 @@
+"""Which requests run, and what each step computes: bookkeeping around the decisions of `engine.policy`.
+
+Continuous batching. First come, first served: requests wait in the order of their arrival and the oldest is admitted
+as soon as the blocks for all its known tokens are there; nobody overtakes it. A running request takes further blocks
+one at a time while it generates; when there are none, the youngest running request loses its blocks and waits again
+at its old place, to be recomputed.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+from operator import attrgetter
+
+from engine.blocks import Owner
+from engine.ledger import KvLedger
+from engine.policy import admission_headroom, choose_victims, share_budget
+from engine.sequence import SequenceEvent, SequenceState, TokenSequence
+
+_BY_ARRIVAL = attrgetter("arrival")
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step.
+
+    Attributes:
+        shares: (sequence, tokens to compute), at least one token each.
+        admitted: those among them that were waiting.
+        preempted: those that lost their blocks.
+    """
+
+    shares: list[tuple[TokenSequence, int]]
+    admitted: list[TokenSequence]
+    preempted: list[TokenSequence]
+
+
+class Scheduler:
+    """The waiting and the running requests, each list oldest first.
+
+    Attributes:
+        num_reserved: requests whose KV is on its way; each has a place in the batch kept for it.
+    """
+
+    def __init__(self, ledger: KvLedger, *, max_batch_tokens: int, max_num_requests: int) -> None:
+        self._ledger = ledger
+        self._max_batch_tokens = max_batch_tokens
+        self._max_running = min(max_num_requests, max_batch_tokens)  # so that every decode fits in every step
+        self.waiting: list[TokenSequence] = []
+        self.running: list[TokenSequence] = []
+        self.num_reserved = 0
+
+    def add(self, sequence: TokenSequence) -> None:
+        """Queue a new request."""
+        insort(self.waiting, sequence, key=_BY_ARRIVAL)
+
+    def remove(self, sequence: TokenSequence) -> None:
+        """Take a request out of the queue or the batch; its blocks are the caller's affair."""
+        (self.waiting if sequence.state is SequenceState.WAITING else self.running).remove(sequence)
+
+    def can_reserve(self) -> bool:
+        """Say whether the batch has a place for one more request from elsewhere."""
+        return len(self.running) + self.num_reserved < self._max_running
+
+    def has_preempted(self) -> bool:
+        """Say whether a request that ran before waits for blocks; it goes before anything new."""
+        return any(sequence.num_preemptions for sequence in self.waiting)
+
+    def headroom(self) -> int:
+        """Return the blocks that must stay available when a request is let in."""
+        return admission_headroom(self.num_reserved + sum(not sequence.is_prefill for sequence in self.running))
+
+    def join(self, sequence: TokenSequence) -> None:
+        """Put a request whose KV has landed into the batch."""
+        insort(self.running, sequence, key=_BY_ARRIVAL)
+
+    def schedule(self) -> StepPlan:
+        """Decide on the next step, and take and give blocks accordingly."""
+        preempted = self._make_room()
+        # After a preemption nobody is let in: whatever became free belongs to those that are running.
+        admitted = [] if preempted else self._admit()
+        pending = [len(sequence.tokens) - sequence.num_computed for sequence in self.running]
+        shares = share_budget(pending, self._max_batch_tokens)
+        return StepPlan(
+            [(sequence, share) for sequence, share in zip(self.running, shares, strict=True) if share],
+            admitted,
+            preempted,
+        )
+
+    def _make_room(self) -> list[TokenSequence]:
+        ledger, size = self._ledger, self._ledger.block_size
+        growing = [sequence for sequence in self.running if len(sequence.tokens) > sequence.num_blocks * size]
+        if not growing:
+            return []
+        preempted: list[TokenSequence] = []
+        missing = [ledger.missing_blocks(sequence) for sequence in self.running]
+        if sum(missing) > ledger.num_available:
+            held = [ledger.reclaimable(sequence) for sequence in self.running]
+            can_yield = [sequence.is_preemptible for sequence in self.running]
+            preempted = [self.running[at] for at in choose_victims(missing, held, can_yield, ledger.num_available)]
+            for sequence in preempted:
+                self._preempt(sequence)
+        for sequence in growing:
+            if sequence.state is SequenceState.RUNNING:
+                ledger.grow(sequence)
+        return preempted
+
+    def _preempt(self, sequence: TokenSequence) -> None:
+        self.running.remove(sequence)
+        self._ledger.release(sequence)
+        sequence.num_preemptions += 1
+        sequence.is_shareable = True  # whatever it was before, it is recomputed here, exactly
+        sequence.handle(SequenceEvent.PREEMPTED)
+        insort(self.waiting, sequence, key=_BY_ARRIVAL)
+
+    def _admit(self) -> list[TokenSequence]:
+        admitted = []
+        left = self._max_batch_tokens - sum(len(sequence.tokens) - sequence.num_computed for sequence in self.running)
+        while self.waiting and left > 0 and self.can_reserve():
+            sequence = self.waiting[0]
+            num_tokens = len(sequence.tokens)
+            # At least one token is computed: without it there would be no logits. A shared block is never written, so
+            # the block of that token is not taken from the cache even if it is there.
+            if not self._ledger.admit(
+                sequence,
+                num_tokens=num_tokens,
+                max_cached_tokens=num_tokens - 1,
+                headroom=self.headroom(),
+                owner=Owner.REQUEST,
+            ):
+                break
+            del self.waiting[0]
+            sequence.handle(SequenceEvent.ADMITTED)
+            insort(self.running, sequence, key=_BY_ARRIVAL)
+            admitted.append(sequence)
+            left -= num_tokens - sequence.num_computed
+        return admitted

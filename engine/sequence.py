@@ -1,0 +1,168 @@
+"""One generation inside the engine: its tokens, how far they are computed, the blocks it holds, its life.
+
+Life: a request is added and waits, runs, and ends. With a hand-off it either ends as a lease on the prefill side, or
+begins as a reservation on the decode side. Preemption takes its blocks and lets it wait again; its tokens stay.
+Mutable, and changed by the engine thread only.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.blocks import extend_hash, num_blocks
+from core.errors import InvalidTransition
+from core.request import Finish, GenerateRequest
+from engine.prefix_cache import CacheEntry
+from engine.sampler import SamplingState
+from engine.stops import StopChecker
+
+
+class SequenceState(StrEnum):
+    WAITING = "waiting"  # holds nothing
+    RUNNING = "running"  # in the batch
+    LEASED = "leased"  # prefilled; out of the batch until the hand-off ends
+    RESERVED = "reserved"  # blocks wait for KV from another worker
+    ENDED = "ended"
+
+
+class SequenceEvent(StrEnum):
+    ADMITTED = "admitted"
+    PREEMPTED = "preempted"
+    PREFILLED = "prefilled"
+    ACTIVATED = "activated"
+    ENDED = "ended"
+
+
+_S, _E = SequenceState, SequenceEvent
+EDGES: Mapping[SequenceState, Mapping[SequenceEvent, SequenceState]] = MappingProxyType(
+    {
+        _S.WAITING: {
+            _E.ADMITTED: _S.RUNNING,  # its turn came and its blocks were there
+            _E.ENDED: _S.ENDED,  # aborted in the queue
+        },
+        _S.RUNNING: {
+            _E.PREEMPTED: _S.WAITING,  # an older request needed its blocks
+            _E.PREFILLED: _S.LEASED,  # first token sampled, the KV is to be handed over
+            _E.ENDED: _S.ENDED,  # finished or aborted
+        },
+        _S.LEASED: {_E.ENDED: _S.ENDED},  # the hand-off ended, well or not
+        _S.RESERVED: {
+            _E.ACTIVATED: _S.RUNNING,  # the KV has landed
+            _E.ENDED: _S.ENDED,  # it never came, or the request was aborted
+        },
+        _S.ENDED: {},
+    }
+)
+
+
+class TokenSequence:
+    """Tokens and blocks of one request.
+
+    Attributes:
+        arrival: order of acceptance; smaller is older and goes first.
+        tokens: prompt, then what was generated.
+        num_computed: leading tokens whose KV is in the pool.
+        block_table: int32, the blocks of positions 0.. in order; only the first `num_blocks` are meant.
+        chain: cache entries held, one per leading full block. Block i of the table is either lent by entry i or, when
+            the same prefix was cached by somebody else meanwhile, a private copy.
+        is_prefill: leaves the batch after its first token.
+        is_shareable: its KV is exact, so full blocks may enter the prefix cache.
+        cached_tokens: prompt tokens found in the cache when it was last admitted or reserved.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        arrival: int,
+        state: SequenceState,
+        block_size: int,
+        max_tokens: int,
+        namespace: bytes,
+        sampling: SamplingState,
+        stops: StopChecker,
+        is_prefill: bool = False,
+    ) -> None:
+        """
+        Args:
+            max_tokens: prompt plus output at the very most.
+            namespace: root of the request's hash chain.
+        """
+        self.request = request
+        self.request_id = request.request_id
+        self.arrival = arrival
+        self.state = state
+        self.num_prompt_tokens = request.num_prompt_tokens
+        self.tokens = list(request.prompt_token_ids)
+        self.num_computed = 0
+        self.block_table: NDArray[np.int32] = np.zeros(num_blocks(max_tokens, block_size), np.int32)
+        self.num_blocks = 0
+        self.chain: list[CacheEntry] = []
+        self.sampling = sampling
+        self.stops = stops
+        self.is_prefill = is_prefill
+        self.is_shareable = True
+        self.cached_tokens = 0
+        self.num_preemptions = 0
+        self._block_size = block_size
+        self._namespace = namespace
+        given = request.block_hashes
+        self._hashes = list(given) if len(given) == self.num_prompt_tokens // block_size else []
+
+    def handle(self, event: SequenceEvent) -> None:
+        """Move along an edge.
+
+        Raises:
+            InvalidTransition: there is none; nothing changed.
+        """
+        after = EDGES[self.state].get(event)
+        if after is None:
+            raise InvalidTransition("sequence", self.state, event)
+        self.state = after
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens to compute before the next one can be sampled; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def is_preemptible(self) -> bool:
+        """A prefill for a hand-off is not: its KV is being sent while it is computed, and it never grows."""
+        return not self.is_prefill
+
+    def push(self, token_id: int) -> Finish | None:
+        """Append a generated token to all that keeps count of them; return the end if it is one."""
+        self.tokens.append(token_id)
+        self.sampling.add(token_id)
+        return self.stops.push(token_id)
+
+    def hashes(self, count: int) -> list[bytes]:
+        """Return the chained hashes of the first `count` blocks, all full of known tokens."""
+        known = self._hashes
+        while len(known) < count:
+            start = len(known) * self._block_size
+            known.append(extend_hash(self.parent_hash(len(known)), self.tokens[start : start + self._block_size]))
+        return known[:count]
+
+    def parent_hash(self, block_idx: int) -> bytes:
+        """Return the hash before block `block_idx`."""
+        return self._hashes[block_idx - 1] if block_idx else self._namespace
+
+    def append_blocks(self, block_ids: list[int]) -> None:
+        """Extend the block table."""
+        end = self.num_blocks + len(block_ids)
+        self.block_table[self.num_blocks : end] = block_ids
+        self.num_blocks = end
+
+    def private_blocks(self) -> list[int]:
+        """Return the blocks of the table that no cache entry lends."""
+        table = self.block_table[: self.num_blocks].tolist()
+        lent = [entry.block_id for entry in self.chain]
+        return [block for at, block in enumerate(table) if at >= len(lent) or lent[at] != block]
