@@ -1,0 +1,161 @@
+"""The whole cluster in one YAML: composed of the packages' own configurations. The defaults run on a laptop."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from cluster.backoff import BackOffConfig
+from cluster.settings import complete, section
+from core.config import ConfigModel, load_config
+from decode_workers.config import DecodeWorkerConfig
+from engine.config import ModelConfig
+from kv_transfer.config import KvTransferConfig
+from prefill_workers.config import PrefillWorkerConfig
+from router.config import RouterConfig
+
+
+class ResourcesConfig(ConfigModel):
+    """What each worker of a pool reserves on its node."""
+
+    num_cpus: float | None = Field(
+        None, gt=0, le=1024, description="CPU cores, pinned when whole; default: an equal share, not pinned"
+    )
+    num_gpus: float | None = Field(
+        None, ge=0, le=16, description="default: 1 on cuda, 0 on cpu; a fraction lets workers share a GPU"
+    )
+    custom: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, such as node labels")
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="Ray placement of the pool's workers over the nodes"
+    )
+
+
+class PoolConfig(ConfigModel):
+    """One pool of workers: how many, where, and every setting of its worker."""
+
+    replicas: int = Field(1, ge=1, le=1024)
+    resources: ResourcesConfig = ResourcesConfig()
+
+
+class GatewayConfig(ConfigModel):
+    """The gateway: where it listens, how it admits and routes."""
+
+
+if TYPE_CHECKING:  # the real classes are made below, of fields that no static checker can see
+    PrefillPool = PoolConfig
+    DecodePool = PoolConfig
+    RouterSection = GatewayConfig
+else:
+    _FILLED = {"model", "transfer", "host", "port", "metrics_port"}
+    PrefillPool = section("PrefillPool", __name__, PoolConfig, PrefillWorkerConfig, filled=_FILLED)
+    DecodePool = section("DecodePool", __name__, PoolConfig, DecodeWorkerConfig, filled=_FILLED)
+    _OF_MODEL = {"model_path", "served_model_name", "max_model_len"}
+    RouterSection = section("RouterSection", __name__, GatewayConfig, RouterConfig, filled=_OF_MODEL)
+
+
+class RedisConfig(ConfigModel):
+    """The shared store."""
+
+    url: str | None = Field(
+        None,
+        pattern=r"^(redis|rediss|unix)://",
+        description="a Redis 6.2+ or Valkey of yours; absent: one is embedded, on a private port of 127.0.0.1",
+    )
+    deadline_s: float = Field(1.0, gt=0, le=60, description="of every call")
+    embedded_max_memory_bytes: int = Field(256 * 2**20, ge=8 * 2**20)
+
+
+class RayConfig(ConfigModel):
+    """Where the processes run."""
+
+    address: str | None = Field(
+        None, description="host:port of an existing Ray cluster's GCS, or auto; absent: a private one on this machine"
+    )
+    object_store_bytes: int = Field(
+        80 * 2**20, ge=75 * 2**20, description="of the private cluster; nothing of ours uses it"
+    )
+    ship_code: bool = Field(
+        True, description="send our packages to the nodes of an existing cluster; false: they have them installed"
+    )
+    connect_timeout_s: float = Field(60.0, gt=0)
+    place_timeout_s: float = Field(30.0, gt=0, description="for every worker to find a node")
+
+    @field_validator("address")
+    @classmethod
+    def _no_ray_client(cls, address: str | None) -> str | None:
+        if address is None or address == "auto":
+            return address
+        host, _, port = address.rpartition(":")
+        if "/" in address or not host or not port.isdigit():
+            raise ValueError("must be host:port of the GCS, or auto (a ray:// client cannot host the launcher)")
+        return address
+
+
+class SupervisionConfig(ConfigModel):
+    """Deadlines of starting and stopping, and patience with failures."""
+
+    worker_start_deadline_s: float = Field(600.0, gt=0, description="process, weights, KV pool, first registration")
+    gateway_start_deadline_s: float = Field(60.0, gt=0)
+    redis_start_deadline_s: float = Field(10.0, gt=0)
+    drain_deadline_s: float = Field(10.0, ge=0, description="for running requests to finish when the cluster stops")
+    back_off: BackOffConfig = BackOffConfig()
+
+
+class ClusterConfig(ConfigModel):
+    """One Tandem cluster."""
+
+    name: str = Field("tandem", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    model: ModelConfig
+    prefill: PrefillPool = PrefillPool()
+    decode: DecodePool = DecodePool()
+    router: RouterSection = RouterSection()
+    transfer: KvTransferConfig = KvTransferConfig()
+    redis: RedisConfig = RedisConfig()
+    ray: RayConfig = RayConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="after")
+    def _whole_is_consistent(self) -> Self:
+        for name, build in (("prefill", self.prefill_worker), ("decode", self.decode_worker), ("router", self.gateway)):
+            try:
+                build()
+            except ValidationError as error:
+                raise ValueError(f"{name}: {error.errors()[0]['msg']}") from error
+        return self
+
+    def prefill_worker(self, **filled: object) -> PrefillWorkerConfig:
+        """Return the configuration of one prefill worker; `filled` are the fields that the launcher chose."""
+        return complete(PrefillWorkerConfig, self.prefill, model=self.model, transfer=self.transfer, **filled)
+
+    def decode_worker(self, **filled: object) -> DecodeWorkerConfig:
+        """Return the configuration of one decode worker; `filled` are the fields that the launcher chose."""
+        return complete(DecodeWorkerConfig, self.decode, model=self.model, transfer=self.transfer, **filled)
+
+    def gateway(self, **filled: object) -> RouterConfig:
+        """Return the gateway's configuration; `filled` are the fields that the launcher chose."""
+        model = {
+            "model_path": self.model.path,
+            "served_model_name": self.model.name,
+            "max_model_len": self.model.max_model_len,
+        }
+        return complete(RouterConfig, self.router, **(model | filled))
+
+
+def load_cluster_config(path: Path) -> ClusterConfig:
+    """Read the YAML. A relative `model.path` is relative to the file's folder.
+
+    Raises:
+        ConfigError: naming the file, the dotted path and the problem.
+    """
+    return _rooted(load_config(ClusterConfig, path), path.resolve().parent)
+
+
+def _rooted(config: ClusterConfig, folder: Path) -> ClusterConfig:
+    model = config.model.model_copy(update={"path": folder / config.model.path.expanduser()})
+    return config.model_copy(update={"model": model})
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of the YAML, for editors and other validators."""
+    return ClusterConfig.model_json_schema()

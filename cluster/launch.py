@@ -1,0 +1,133 @@
+"""The only builder of services.
+
+`specs_of` turns a configuration into one supervised service per worker and gateway. The `build_*` functions run inside
+the processes, which is why they import what they build: the launcher itself never loads torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from cluster.config import ClusterConfig, PoolConfig
+from cluster.incarnation import Incarnation, ServiceSpec
+from cluster.lifecycle import LifePolicy
+from cluster.placement import CoreMap
+from cluster.ray_backend import RayBackend
+from cluster.service_host import Factory, Seat, Service, Whereabouts
+from core.clock import MonotonicClock
+from core.ids import Epoch, WorkerId
+from core.membership import Role, WorkerIdentity
+from core.store_redis import RedisStore
+from core.telemetry import setup_logging
+
+GATEWAY = WorkerId("gateway-0")
+PACKAGES = (
+    "cluster", "core", "decode_workers", "engine", "kv_transfer", "prefill_workers", "protos", "router",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """How a process reaches the shared store."""
+
+    url: str
+    deadline_s: float
+
+    def open(self) -> RedisStore:
+        return RedisStore(self.url, deadline_s=self.deadline_s)
+
+
+def build_prefill(config: ClusterConfig, identity: WorkerIdentity, store: StoreAddress, seat: Seat) -> Service:
+    from prefill_workers.service import PrefillWorker
+
+    setup_logging(identity.worker_id, level=config.log_level)
+    settings = _seated(config, seat).prefill_worker(host=seat.host)
+    return PrefillWorker(settings, identity, store.open(), MonotonicClock())
+
+
+def build_decode(config: ClusterConfig, identity: WorkerIdentity, store: StoreAddress, seat: Seat) -> Service:
+    from decode_workers.service import DecodeWorker
+
+    setup_logging(identity.worker_id, level=config.log_level)
+    settings = _seated(config, seat).decode_worker(host=seat.host)
+    return DecodeWorker(settings, identity, store.open(), MonotonicClock())
+
+
+def build_gateway(config: ClusterConfig, port: int, store: StoreAddress, seat: Seat) -> Service:
+    from router.service import Gateway
+
+    setup_logging(GATEWAY, level=config.log_level)
+    return Gateway(config.gateway(port=port), config.name, store.open(), MonotonicClock())
+
+
+def _seated(config: ClusterConfig, seat: Seat) -> ClusterConfig:
+    """Return the configuration as it holds on one seat: threads and the address of KV links."""
+    return config.model_copy(
+        update={
+            "prefill": _with_threads(config.prefill, seat),
+            "decode": _with_threads(config.decode, seat),
+            "transfer": config.transfer.model_copy(update={"host": seat.host}),
+        }
+    )
+
+
+def _with_threads(pool: PoolConfig, seat: Seat) -> PoolConfig:
+    engine = pool.engine  # type: ignore[attr-defined]
+    if engine.num_threads is not None:
+        return pool
+    return pool.model_copy(update={"engine": engine.model_copy(update={"num_threads": seat.num_threads})})
+
+
+class Blueprint:
+    """Specs of all services that run as Ray actors.
+
+    Args:
+        cpus: per worker of each pool (`cluster.placement.shares`).
+        gateway_port: a fixed one, also when the configuration says "any", so that clients find a restarted gateway.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, backend: RayBackend, store: StoreAddress, cpus: dict[str, float], gateway_port: int
+    ) -> None:
+        self._config = config
+        self._backend = backend
+        self._store = store
+        self._cpus = cpus
+        self._gateway_port = gateway_port
+        self._cores = CoreMap()
+
+    def services(self) -> list[ServiceSpec]:
+        prefill = [self._worker(Role.PREFILL, n, build_prefill) for n in range(self._config.prefill.replicas)]
+        decode = [self._worker(Role.DECODE, n, build_decode) for n in range(self._config.decode.replicas)]
+        return [*prefill, *decode, self._gateway()]
+
+    def _worker(self, role: Role, index: int, build: Callable[..., Service]) -> ServiceSpec:
+        name = WorkerId(f"{role}-{index}")
+
+        async def spawn(epoch: Epoch) -> Incarnation:
+            identity = WorkerIdentity(name, epoch, self._config.name)
+            factory: Factory = partial(build, self._config, identity, self._store)
+            return await self._backend.spawn(factory, partial(self._seat, name, role), pool=role, bundle=index)
+
+        return ServiceSpec(name, role, spawn, self._policy(self._config.supervision.worker_start_deadline_s))
+
+    def _gateway(self) -> ServiceSpec:
+        factory: Factory = partial(build_gateway, self._config, self._gateway_port, self._store)
+
+        def seat(whereabouts: Whereabouts) -> Seat:
+            return Seat(frozenset(), 1, self._config.gateway().host)
+
+        async def spawn(epoch: Epoch) -> Incarnation:
+            return await self._backend.spawn(factory, seat, pool=None)
+
+        return ServiceSpec(GATEWAY, "gateway", spawn, self._policy(self._config.supervision.gateway_start_deadline_s))
+
+    def _seat(self, name: WorkerId, role: Role, whereabouts: Whereabouts) -> Seat:
+        cpus = self._cpus[role]
+        cores = self._cores.take(name, whereabouts.node, whereabouts.cores, cpus)
+        host = whereabouts.address if self._backend.nodes.num_nodes > 1 else "127.0.0.1"
+        return Seat(cores, max(1, int(cpus)), host)
+
+    def _policy(self, start_deadline_s: float) -> LifePolicy:
+        supervision = self._config.supervision
+        return LifePolicy(start_deadline_s, supervision.drain_deadline_s, supervision.back_off)

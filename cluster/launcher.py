@@ -1,0 +1,205 @@
+"""Brings a whole cluster up, keeps it up, and takes it down. Order:
+
+1. what can be wrong is looked for before anything is started (`cluster.preflight`);
+2. Redis: the embedded one, or a word with yours;
+3. Ray, and a reserved place for every worker;
+4. workers and gateway, all at once; then the gateway must see every worker.
+Any failure takes down what was started and is told in one line. Down: gateway first, so that nothing new comes in,
+then the workers, Redis and Ray; whatever is left after the deadlines is killed.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from cluster.config import ClusterConfig
+from cluster.fencing import StoreFencer
+from cluster.incarnation import ServiceSpec, SpawnError
+from cluster.launch import GATEWAY, PACKAGES, Blueprint, StoreAddress
+from cluster.lifecycle import LifePolicy
+from cluster.placement import demands, shares
+from cluster.preflight import check, packages_folder
+from cluster.progress import Progress
+from cluster.ray_backend import RayBackend
+from cluster.redis_server import EmbeddedRedis, free_port
+from cluster.supervisor import ServiceStatus, Supervisor
+from cluster.workspace import end_marked, workspace
+from core.clock import MonotonicClock
+from core.errors import ConfigError, ServingError, StoreUnavailable
+from core.ids import WorkerId
+from core.membership import WorkerRecord, worker_prefix
+from core.store_redis import RedisStore
+
+_REDIS = WorkerId("redis")
+_DETAIL_PERIOD_S = 0.3
+_RAY_DOWN_S = 15.0
+
+
+class Launcher:
+    """One cluster that is coming up, up, or going down. Made by `launched`.
+
+    Attributes:
+        gateway_address: host:port, fixed before the gateway starts.
+        mark: of all processes of this launch on this machine.
+    """
+
+    def __init__(self, config: ClusterConfig, progress: Progress, folder: Path, mark: str) -> None:
+        gateway = config.gateway()
+        self._gateway_port = gateway.port or free_port()
+        self.gateway_address = f"{gateway.host}:{self._gateway_port}"
+        self.mark = mark
+        self._config = config
+        self._progress = progress
+        self._folder = folder
+        self._backend: RayBackend | None = None
+        self._store: RedisStore | None = None
+        self._supervisor: Supervisor | None = None
+
+    async def up(self) -> None:
+        """Start everything and return when requests can be served.
+
+        Raises:
+            ServingError: in one line, why not. The caller takes down what was started.
+        """
+        check(self._config)
+        address, embedded = self._redis_address()
+        self._store = address.open()
+        announced_s = self._config.supervision.worker_start_deadline_s + self._config.supervision.back_off.max_s
+        fencer = StoreFencer(self._store, self._config.name, announcement_s=announced_s)
+        self._supervisor = Supervisor(fencer, MonotonicClock(), random.random, self._progress.service)
+        await self._start_redis(embedded)
+        blueprint = await self._prepare_ray(address)
+        self._progress.phase("starting workers and gateway")
+        services = blueprint.services()
+        self._supervisor.add(services)
+        deadline_s = max(service.policy.start_deadline_s for service in services)
+        details = asyncio.create_task(self._show_details())
+        try:
+            await self._supervisor.until_ready([service.name for service in services], deadline_s)
+        finally:
+            details.cancel()
+            await asyncio.wait([details])
+
+    async def run(self) -> None:
+        """Wait for a defect of the supervisor; the cluster lives meanwhile. Cancel it to end the wait."""
+        assert self._supervisor is not None, "up first"
+        await asyncio.shield(self._supervisor.broken)
+
+    async def down(self, *, force: bool = False) -> None:
+        """Stop everything. Never raises; bounded by the drain deadlines."""
+        if self._supervisor is not None:
+            names = [status.name for status in self._supervisor.status()]
+            first = [name for name in names if name == GATEWAY]
+            rest = [name for name in names if name not in (GATEWAY, _REDIS)]
+            for group in (first, rest, [name for name in names if name == _REDIS]):
+                await self._supervisor.stop(group, force=force)
+            await self._supervisor.close()
+        if self._store is not None:
+            await self._store.close()
+        if self._backend is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._backend.close), _RAY_DOWN_S)
+        await asyncio.to_thread(end_marked, self.mark, 5.0)
+
+    def status(self) -> list[ServiceStatus]:
+        return self._supervisor.status() if self._supervisor is not None else []
+
+    def _redis_address(self) -> tuple[StoreAddress, EmbeddedRedis | None]:
+        redis = self._config.redis
+        if redis.url is not None:
+            return StoreAddress(redis.url, redis.deadline_s), None
+        folder = self._folder / "redis"
+        folder.mkdir()
+        embedded = EmbeddedRedis(folder, max_memory_bytes=redis.embedded_max_memory_bytes)
+        return StoreAddress(embedded.url, redis.deadline_s), embedded
+
+    async def _start_redis(self, embedded: EmbeddedRedis | None) -> None:
+        assert self._supervisor is not None
+        assert self._store is not None
+        supervision = self._config.supervision
+        if embedded is not None:
+            policy = LifePolicy(supervision.redis_start_deadline_s, 2.0, supervision.back_off)
+            self._supervisor.add([ServiceSpec(_REDIS, "redis", embedded.spawn, policy)])
+            await self._supervisor.until_ready([_REDIS], supervision.redis_start_deadline_s)
+            return
+        try:
+            await self._store.ping()
+        except StoreUnavailable as error:
+            raise ConfigError(f"redis.url: {error}") from error
+
+    async def _prepare_ray(self, address: StoreAddress) -> Blueprint:
+        config = self._config
+        where = f"the one at {config.ray.address}" if config.ray.address else "a private one"
+        self._progress.phase(f"connecting to Ray ({where})")
+        wanted = demands(config)
+        folder = self._folder / "ray"
+        folder.mkdir()
+        try:
+            self._backend = await asyncio.wait_for(
+                asyncio.to_thread(
+                    RayBackend.connect,
+                    config.ray,
+                    namespace=f"tandem-{config.name}",
+                    packages=packages_folder(),
+                    names=PACKAGES,
+                    temp=folder,
+                ),
+                config.ray.connect_timeout_s,
+            )
+        except TimeoutError:
+            raise ConfigError(f"ray: not connected within {config.ray.connect_timeout_s:g} s ({where})") from None
+        nodes = self._backend.nodes
+        if nodes.num_nodes > 1 and config.redis.url is None:
+            raise ConfigError("redis.url: needed when Ray has several nodes; the embedded Redis serves one machine")
+        place = "the Ray cluster" if config.ray.address else "this machine"
+        cpus = shares(wanted, cpus=nodes.cpus, gpus=nodes.gpus, where=place)
+        for role, pool in ((role, getattr(config, role)) for role in wanted):
+            bundle = {"CPU": cpus[role], "GPU": wanted[role].num_gpus, **pool.resources.custom}
+            bundle = {kind: amount for kind, amount in bundle.items() if amount > 0}
+            await asyncio.to_thread(
+                self._backend.reserve,
+                role,
+                [bundle] * pool.replicas,
+                pool.resources.strategy,
+                config.ray.place_timeout_s,
+            )
+        return Blueprint(config, self._backend, address, cpus, self._gateway_port)
+
+    async def _show_details(self) -> None:
+        """Pass on what the workers say of themselves while they load."""
+        assert self._store is not None
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                for value in (await self._store.scan(worker_prefix(self._config.name))).values():
+                    with contextlib.suppress(ValidationError):
+                        record = WorkerRecord.model_validate_json(value)
+                        if record.detail:
+                            self._progress.detail(record.worker_id, record.detail)
+            await asyncio.sleep(_DETAIL_PERIOD_S)  # the store port has no watch, and these are only for the eye
+
+
+@contextlib.asynccontextmanager
+async def launched(config: ClusterConfig, progress: Progress) -> AsyncIterator[Launcher]:
+    """Yield a running cluster; take it down in the end, whatever the end is.
+
+    Raises:
+        ServingError: it did not come up; everything was taken down.
+    """
+    with workspace() as (folder, mark):
+        launcher = Launcher(config, progress, folder, mark)
+        try:
+            await launcher.up()
+        except SpawnError as error:
+            await launcher.down(force=True)
+            raise ServingError(str(error)) from error
+        except BaseException:
+            await launcher.down(force=True)
+            raise
+        try:
+            yield launcher
+        finally:
+            await launcher.down()
