@@ -40,7 +40,7 @@ def position_key(mixed_seed: int, position: int) -> int:
 
 def mix32(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Hash every element to 32 bits. Pure."""
-    mixed = values ^ (values >> np.uint32(16))
+    mixed: NDArray[np.uint32] = values ^ (values >> np.uint32(16))
     mixed = mixed * np.uint32(_MULTIPLY_1)
     mixed = mixed ^ (mixed >> np.uint32(15))
     mixed = mixed * np.uint32(_MULTIPLY_2)

@@ -34,7 +34,7 @@ from engine.pool import KvPool
 from engine.prefix_cache import PrefixCache
 from engine.runner import ModelRunner
 from engine.sampler import TokenDetail
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler, StepStats
 from engine.sequence import SequenceEvent, SequenceState, TokenSequence
 
 
@@ -43,24 +43,6 @@ class Reservation:
     """`held_tokens`: leading prompt tokens whose KV is here already and need not be sent."""
 
     held_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A request got into the batch for the first time. `cached_tokens` of its prompt need no computing."""
-
-    request_id: RequestId
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """What the last step did."""
-
-    num_prompt_tokens: int = 0
-    num_decodes: int = 0
-    num_preempted: int = 0
-    admitted: tuple[Admission, ...] = ()
 
 
 class StepFailed(ServingError):
@@ -145,7 +127,7 @@ class Engine:
         """
         self._collect_drained()
         plan = self._scheduler.schedule()
-        self._note(plan)
+        self.last_step = plan.stats()
         for sequence in plan.admitted:
             if sequence.is_prefill:
                 self._open_lease(sequence)
@@ -379,19 +361,6 @@ class Engine:
     def _collect_drained(self) -> None:
         for pinned in self._handoffs.take_drained():
             self._ledger.release(self._quarantined.pop(pinned), Owner.QUARANTINE)
-
-    def _note(self, plan: StepPlan) -> None:
-        num_decodes = sum(sequence.num_generated > 0 and share == 1 for sequence, share in plan.shares)
-        self.last_step = StepStats(
-            num_prompt_tokens=sum(share for _, share in plan.shares) - num_decodes,
-            num_decodes=num_decodes,
-            num_preempted=len(plan.preempted),
-            admitted=tuple(
-                Admission(sequence.request_id, sequence.cached_tokens)
-                for sequence in plan.admitted
-                if not sequence.num_preemptions
-            ),
-        )
 
 
 def _cache_blocks(config: EngineConfig, pool: KvPool) -> int:

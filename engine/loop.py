@@ -22,11 +22,13 @@ from core.ids import RequestId
 from core.kv_events import KvEvent
 from core.membership import LoadReport
 from core.request import RequestOutput
-from engine.engine import Engine, StepFailed, StepStats
+from engine.engine import Engine, StepFailed
+from engine.scheduler import StepStats
 
 _LOG = logging.getLogger(__name__)
 _FAILED_STEPS_IN_A_ROW = 3
 _STALLED_WAIT_S = 0.5  # requests wait for blocks: whatever frees some wakes the loop; this only bounds a mistake
+_IDLE_WAIT_S = 60.0  # nothing to do: every call wakes the loop
 _RATE_WEIGHT = 0.1  # of the newest step in the moving averages
 
 T = TypeVar("T")
@@ -143,6 +145,8 @@ class EngineLoop:
         with self._changed:
             self._is_stopping = True
             self._changed.notify()
+        if self._thread.ident is None:
+            self._finish(EngineStopped("the engine was stopped before it started"), is_fatal=False)
         return self.join(deadline_s)
 
     def join(self, deadline_s: float) -> bool:
@@ -165,7 +169,7 @@ class EngineLoop:
         is_fatal = False
         try:
             is_stalled = False
-            while self._wait(is_stalled):
+            while self._wait_for_work(is_stalled):
                 is_stalled = self._turn()
         except Exception as cause:
             _LOG.exception("the engine is broken")
@@ -176,7 +180,7 @@ class EngineLoop:
         finally:
             self._finish(error, is_fatal=is_fatal)
 
-    def _wait(self, is_stalled: bool) -> bool:
+    def _wait_for_work(self, is_stalled: bool) -> bool:
         """Wait until there is something to do; return False to end."""
 
         def has_news() -> bool:
@@ -184,7 +188,7 @@ class EngineLoop:
 
         with self._changed:
             if not self._engine.has_work():
-                self._changed.wait_for(has_news)
+                self._changed.wait_for(has_news, _IDLE_WAIT_S)
             elif is_stalled:
                 self._changed.wait_for(has_news, _STALLED_WAIT_S)
             self._has_drained = False

@@ -10,12 +10,31 @@ from bisect import insort
 from dataclasses import dataclass
 from operator import attrgetter
 
+from core.ids import RequestId
 from engine.blocks import Owner
 from engine.ledger import KvLedger
 from engine.policy import admission_headroom, choose_victims, share_budget
 from engine.sequence import SequenceEvent, SequenceState, TokenSequence
 
 _BY_ARRIVAL = attrgetter("arrival")
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request got into the batch for the first time. `cached_tokens` of its prompt need no computing."""
+
+    request_id: RequestId
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What the last step did."""
+
+    num_prompt_tokens: int = 0
+    num_decodes: int = 0
+    num_preempted: int = 0
+    admitted: tuple[Admission, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +50,20 @@ class StepPlan:
     shares: list[tuple[TokenSequence, int]]
     admitted: list[TokenSequence]
     preempted: list[TokenSequence]
+
+    def stats(self) -> StepStats:
+        """Return the plan in numbers."""
+        num_decodes = sum(sequence.num_generated > 0 and share == 1 for sequence, share in self.shares)
+        return StepStats(
+            num_prompt_tokens=sum(share for _, share in self.shares) - num_decodes,
+            num_decodes=num_decodes,
+            num_preempted=len(self.preempted),
+            admitted=tuple(
+                Admission(sequence.request_id, sequence.cached_tokens)
+                for sequence in self.admitted
+                if not sequence.num_preemptions
+            ),
+        )
 
 
 class Scheduler:
