@@ -126,6 +126,13 @@ class Aborted(ServingError):
     http_status = 499
 
 
+class SlowReader(ServingError):
+    """The client did not read its stream, and what was kept for it reached the bound; the request was aborted."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 429
+
+
 class ProtocolError(ServingError):
     """A peer broke the wire contract; what it sent was refused and nothing of it was kept."""
 

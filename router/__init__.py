@@ -1,0 +1,1 @@
+"""The global router and its gRPC gateway: admits, places and follows every request; computes nothing itself."""

@@ -1,0 +1,76 @@
+"""Configuration of one gateway process."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from core.config import ConfigModel
+
+
+class RoutingConfig(ConfigModel):
+    """How a pair of workers is chosen. The defaults for rates hold only until a worker has measured its own."""
+
+    temperature: float = Field(
+        0.0, ge=0, description="softmax over candidates, cost range as unit; 0 takes the cheapest"
+    )
+    candidates_per_role: int = Field(
+        8, ge=1, description="best workers of each role that are paired and scored in full"
+    )
+    default_prefill_tokens_per_s: float = Field(5_000.0, gt=0)
+    default_link_bytes_per_s: float = Field(1e9, gt=0)
+    decode_step_s: float = Field(0.01, gt=0, description="decode step of an empty batch, before scaling to the machine")
+    decode_step_per_request_s: float = Field(0.0005, gt=0)
+    decode_step_per_context_token_s: float = Field(2e-7, ge=0)
+    expected_output_tokens: int = Field(64, ge=1, description="decode steps that the slow-down is charged for, at most")
+    explained_decisions: int = Field(512, ge=1, description="decisions kept with all their candidates")
+    prefix_index_bytes: int = Field(256 * 2**20, ge=4096, description="cap of the whole prefix index of this process")
+
+
+class MirrorConfig(ConfigModel):
+    """The local mirror of the shared store."""
+
+    poll_interval_s: float = Field(0.25, gt=0)
+    forget_after_s: float = Field(3.0, ge=0, description="a record that left the store is kept so long: stores restart")
+    kv_events_per_read: int = Field(256, ge=1)
+
+
+class WorkerStreamConfig(ConfigModel):
+    """The stream to each worker, and patience with it."""
+
+    connect_timeout_s: float = Field(2.0, gt=0)
+    reconnect_min_s: float = Field(0.05, gt=0)
+    reconnect_max_s: float = Field(1.0, gt=0)
+    accept_timeout_s: float = Field(2.0, gt=0, description="a worker that neither accepts nor rejects is lost")
+    max_losses: int = Field(2, ge=0, description="workers that one request may lose before it is given up")
+    reservation_lease_s: float = Field(30.0, gt=0, description="decode blocks wait so long for the first offer")
+    max_unread_commands: int = Field(16_384, ge=1)
+
+
+class RouterConfig(ConfigModel):
+    """One gateway."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(50051, ge=0, le=65535, description="0 takes a free port")
+    model_path: Path = Field(description="checkpoint folder: tokenizer, chat template, config.json")
+    served_model_name: str = Field("", description="name that clients use; empty: the folder's name")
+    max_model_len: int | None = Field(None, ge=1, description="lowers what config.json says")
+    max_prompt_bytes: int = Field(4 * 2**20, ge=1, description="of the text, before tokenising")
+    inline_prompt_bytes: int = Field(16_384, ge=0, description="longer prompts are tokenised off the event loop")
+    default_max_tokens: int = Field(1024, ge=1)
+    max_queued_requests: int = Field(1024, ge=1)
+    max_queued_tokens: int = Field(4_000_000, ge=1)
+    max_active_requests: int = Field(16_384, ge=1)
+    request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request whose client set none")
+    no_workers_timeout_s: float = Field(5.0, ge=0, description="how long requests wait for the first worker of a role")
+    retry_min_s: float = Field(0.02, gt=0, description="first wait after every worker refused; doubles, with jitter")
+    retry_max_s: float = Field(0.5, gt=0)
+    max_unread_tokens: int = Field(4096, ge=1, description="tokens kept for a slow reader before it is cut off")
+    metrics_port: int = Field(0, ge=0, le=65535, description="0: no metrics endpoint")
+    metrics_host: str = "127.0.0.1"
+    routing: RoutingConfig = RoutingConfig()
+    mirror: MirrorConfig = MirrorConfig()
+    workers: WorkerStreamConfig = WorkerStreamConfig()
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model_path.resolve().name

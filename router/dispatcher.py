@@ -1,0 +1,362 @@
+"""The shell of all request machines of one gateway: feeds them events, performs their effects, arms their timers.
+
+submit -> AdmissionQueue -> (its turn) -> policy over the fleet's snapshot -> decode worker -> prefill worker
+reports of workers -> the machine of the work they name -> tokens to the request's stream
+"""
+
+import asyncio
+import logging
+import random
+from dataclasses import replace
+
+from core.alarm import Alarm
+from core.clock import Clock
+from core.errors import (
+    Aborted,
+    DuplicateRequest,
+    InvalidTransition,
+    NoWorkers,
+    PromptTooLong,
+    ProtocolError,
+    RejectedError,
+    RejectReason,
+    ServingError,
+    SlowReader,
+    WorkerLost,
+)
+from core.ids import RequestId, WorkerId, transfer_id
+from core.request import Finish, GenerateRequest
+from router import messages as m
+from router.admission import AdmissionQueue
+from router.config import RouterConfig
+from router.fleet import Fleet
+from router.in_flight import ActiveRequest, InFlight
+from router.metrics import GatewayMetrics
+from router.placement import Placer, needs_decode
+from router.policy import NoCandidate, Obstacle
+from router.prompt_hashes import PromptHashes
+from router.state import RequestMachine, RequestState
+from router.stream import Completion, RequestStream
+from router.worker_codec import WorkEvents
+
+_log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """All requests in flight. Implements `router.fleet.FleetListener`.
+
+    Concurrency: the event loop's thread. Only `wait_idle` awaits.
+    """
+
+    def __init__(
+        self, config: RouterConfig, fleet: Fleet, clock: Clock, rng: random.Random, metrics: GatewayMetrics
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._clock = clock
+        self._metrics = metrics
+        self._placer = Placer(config.routing, fleet, clock, rng)
+        self._queue = AdmissionQueue(
+            max_requests=config.max_queued_requests,
+            max_tokens=config.max_queued_tokens,
+            retry_min_s=config.retry_min_s,
+            retry_max_s=config.retry_max_s,
+            rng=rng,
+        )
+        self._requests = InFlight()
+        self._is_pump_due = False
+        self._gate_alarm = Alarm(clock, self._pump)
+        self._gone_since: float | None = clock.now()  # since when a role has had no live worker
+        self._gone_alarm = Alarm(clock, self._give_up_without_workers)
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_draining = False
+        self.fleet_changed = asyncio.Event()
+        """Set whenever workers came, went or changed; whoever waits for it clears it."""
+
+    @property
+    def placer(self) -> Placer:
+        return self._placer
+
+    @property
+    def num_active(self) -> int:
+        return len(self._requests)
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    def num_on_worker(self, worker_id: WorkerId) -> int:
+        """Requests that hold something on a worker."""
+        return len(self._requests.on_worker(worker_id))
+
+    def submit(
+        self, request: GenerateRequest, hashes: PromptHashes, *, arrived_at: float, timeout_s: float
+    ) -> RequestStream:
+        """Take a request whose parameters have been checked.
+
+        Raises:
+            DuplicateRequest, RejectedError: refused now; nothing was kept.
+        """
+        try:
+            self._check_admissible(request)
+            self._queue.enter(request.request_id, request.num_prompt_tokens)
+        except ServingError as error:
+            self._metrics.rejected(error)
+            raise
+        machine = RequestMachine(
+            request.request_id,
+            arrived_at=arrived_at,
+            deadline_at=arrived_at + timeout_s,
+            accept_timeout_s=self._config.workers.accept_timeout_s,
+            max_losses=self._config.workers.max_losses,
+        )
+        stream = RequestStream(request.request_id, self._config.max_unread_tokens)
+        active = ActiveRequest(request, hashes, machine, stream)
+        active.alarm = Alarm(self._clock, lambda: self._perform_all(active, machine.poll(self._clock.now())))
+        self._requests.add(active)
+        self._idle.clear()
+        self._metrics.active.set(len(self._requests))
+        self._gone_alarm.arm(self._gone_deadline())
+        self._feed(active, m.Queued())
+        self._pump()
+        return stream
+
+    def abort(self, request_id: RequestId, error: ServingError) -> bool:
+        """End a request early; its stream fails with `error`. Returns whether it was in flight."""
+        active = self._requests.get(request_id)
+        if active is None:
+            return False
+        self._feed(active, m.AbortRequested(error))
+        return True
+
+    def begin_drain(self) -> None:
+        """Refuse what comes from now on."""
+        self._is_draining = True
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Return True once nothing is in flight, False after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self, error: ServingError) -> None:
+        """End everything that is in flight."""
+        for active in self._requests.all():
+            self._feed(active, m.AbortRequested(error))
+        self._gate_alarm.disarm()
+        self._gone_alarm.disarm()
+
+    # --- what the fleet tells ---
+
+    def on_work_events(self, worker_id: WorkerId, events: WorkEvents) -> None:
+        for work_id, event in events:
+            active = self._requests.by_work(work_id)
+            if active is None:
+                _log.debug("%s: late %s from %s", work_id, type(event).__name__, worker_id)
+                continue
+            match event:
+                case m.DecodeAccepted() | m.PrefillAccepted():
+                    self._fleet.credit.accepted(worker_id, work_id)
+                case m.DecodeRejected(error) | m.PrefillRejected(error):
+                    self._metrics.refused(error)
+                case m.PrefillProduced():
+                    self._fleet.credit.drop(worker_id, work_id)  # computed: no report needs to tell
+                case m.KvLanded() if active.machine.prefill_worker is not None:
+                    pair = (active.machine.prefill_worker, worker_id)
+                    self._fleet.estimates.observe_transfer(*pair, event.kv_bytes, event.exposed_s)
+                case _:
+                    pass
+            self._feed(active, event)
+
+    def on_worker_down(self, worker_id: WorkerId, error: ServingError) -> None:
+        self._metrics.worker_lost()
+        lost = WorkerLost(f"lost worker {worker_id}: {error}")
+        for active in self._requests.on_worker(worker_id):
+            is_decode = active.machine.decode == worker_id
+            self._feed(active, m.DecodeLost(lost) if is_decode else m.PrefillLost(lost))
+
+    def on_fleet_changed(self) -> None:
+        live = self._fleet.count_live()
+        for role, count in live.items():
+            self._metrics.workers.labels(role).set(count)
+        if all(live.values()):
+            self._gone_since = None
+        elif self._gone_since is None:
+            self._gone_since = self._clock.now()
+        self._gone_alarm.arm(self._gone_deadline())
+        self.fleet_changed.set()
+        self._queue.note_capacity(self._clock.now())
+        self._pump_soon()
+
+    # --- the queue ---
+
+    def _check_admissible(self, request: GenerateRequest) -> None:
+        if self._is_draining:
+            raise NoWorkers("this gateway is stopping")
+        if request.request_id in self._requests:
+            raise DuplicateRequest(f"request {request.request_id} is in flight")
+        if len(self._requests) >= self._config.max_active_requests:
+            bound = f"the gateway holds {self._config.max_active_requests} requests"
+            raise RejectedError(RejectReason.QUEUE_FULL, bound, self._config.retry_max_s)
+        gone_deadline = self._gone_deadline()
+        if gone_deadline is not None and self._clock.now() >= gone_deadline:
+            raise NoWorkers(self._missing_roles())
+
+    def _gone_deadline(self) -> float | None:
+        return None if self._gone_since is None else self._gone_since + self._config.no_workers_timeout_s
+
+    def _missing_roles(self) -> str:
+        return " and ".join(f"no live {role} worker" for role, count in self._fleet.count_live().items() if not count)
+
+    def _give_up_without_workers(self) -> None:
+        error = NoWorkers(self._missing_roles())
+        for active in self._requests.all():
+            if active.machine.state is RequestState.QUEUED:
+                self._feed(active, m.RequestFailed(error))
+
+    def _pump_soon(self) -> None:
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._is_pump_due = False
+        for request_id in self._queue.take(self._clock.now()):
+            active = self._requests.get(request_id)
+            assert active is not None, "the queue holds only requests in flight"
+            self._feed(active, m.Released())
+        self._gate_alarm.arm(self._queue.next_deadline())
+        self._metrics.queued.set(len(self._queue))
+
+    # --- machines ---
+
+    def _feed(self, active: ActiveRequest, event: m.Event) -> None:
+        now = self._clock.now()
+        try:
+            effects = active.machine.handle(event, now)
+        except (InvalidTransition, ProtocolError) as error:
+            _log.error("%s: %s", active.request_id, error)
+            broken = ProtocolError(f"a worker broke the protocol: {error}")
+            effects = active.machine.handle(m.RequestFailed(broken), now)
+        self._perform_all(active, effects)
+
+    def _perform_all(self, active: ActiveRequest, effects: list[m.Effect]) -> None:
+        for effect in effects:
+            self._perform(active, effect)
+        if active.alarm is not None:
+            active.alarm.arm(active.machine.next_deadline())
+
+    def _perform(self, active: ActiveRequest, effect: m.Effect) -> None:
+        match effect:
+            case m.Deliver(tokens):
+                if not active.stream.push(tokens):
+                    asyncio.get_running_loop().call_soon(self._cut_slow_reader, active)
+            case m.ChoosePair(refused):
+                self._choose(active, refused, reserved_decode=None)
+            case m.ChoosePrefill(refused, decode):
+                self._choose(active, refused, reserved_decode=decode)
+            case m.SubmitDecode(worker_id, attempt):
+                self._submit_decode(active, worker_id, attempt)
+            case m.SubmitPrefill(worker_id, decode, attempt):
+                self._submit_prefill(active, worker_id, decode, attempt)
+            case m.AbortWork(worker_id, reason):
+                self._fleet.pool.abort(worker_id, active.work_id, reason)
+                self._let_go(active, worker_id)
+            case m.ReleaseWorker(worker_id):
+                self._let_go(active, worker_id)
+            case m.ReturnToQueue(cause, retry_after_s):
+                _log.debug("%s: back to the queue, %s", active.request_id, cause)
+                num_tokens = active.request.num_prompt_tokens
+                self._queue.put_back(active.request_id, num_tokens, self._clock.now(), retry_after_s)
+                self._pump_soon()
+            case m.LeaveQueue():
+                self._queue.leave(active.request_id, accepted=True)
+                self._pump_soon()
+            case m.Conclude(finish, error):
+                self._conclude(active, finish, error)
+
+    def _choose(self, active: ActiveRequest, refused: frozenset[WorkerId], *, reserved_decode: WorkerId | None) -> None:
+        request = active.request
+        outcome = self._placer.place(request, active.hashes, refused=refused, reserved_decode=reserved_decode)
+        if not isinstance(outcome, NoCandidate):
+            self._metrics.decided(outcome)
+            is_pair = needs_decode(request) and reserved_decode is None
+            self._feed(active, m.PairChosen(outcome) if is_pair else m.PrefillChosen(outcome))
+        elif outcome.obstacle is Obstacle.TOO_LONG or active.machine.is_too_long:
+            total = request.num_prompt_tokens + request.sampling.max_tokens
+            problem = f"no {outcome.role} worker can hold a request of {total} tokens"
+            self._feed(active, m.RequestFailed(PromptTooLong("prompt", problem)))
+        else:
+            self._feed(active, m.NothingFits(outcome))
+
+    def _submit_decode(self, active: ActiveRequest, worker_id: WorkerId, attempt: int) -> None:
+        self._requests.begin_attempt(active, attempt)
+        request = self._hold(active, worker_id, prefill_tokens=0)
+        transfer = transfer_id(active.request_id, attempt)
+        if not self._fleet.submit_decode(worker_id, request, active.work_id, transfer):
+            self._feed(active, m.DecodeLost(WorkerLost(f"{worker_id} is not connected")))
+
+    def _submit_prefill(
+        self, active: ActiveRequest, worker_id: WorkerId, decode: WorkerId | None, attempt: int
+    ) -> None:
+        self._requests.begin_attempt(active, attempt)
+        held_tokens = self._fleet.held_tokens(active.hashes).get(worker_id, 0)
+        uncached_tokens = max(1, active.request.num_prompt_tokens - held_tokens)
+        request = self._hold(active, worker_id, prefill_tokens=uncached_tokens)
+        transfer = transfer_id(active.request_id, attempt)
+        if not self._fleet.submit_prefill(worker_id, request, active.work_id, transfer, decode):
+            self._feed(active, m.PrefillLost(WorkerLost(f"{worker_id} is not connected")))
+
+    def _hold(self, active: ActiveRequest, worker_id: WorkerId, *, prefill_tokens: int) -> GenerateRequest:
+        """Count the work as the worker's from now on. Returns the request with that worker's block hashes."""
+        context_tokens = active.request.num_prompt_tokens
+        self._requests.hold(active, worker_id)
+        self._fleet.credit.add(worker_id, active.work_id, prefill_tokens=prefill_tokens, context_tokens=context_tokens)
+        return replace(active.request, block_hashes=active.hashes.of(self._fleet.hash_key(worker_id)))
+
+    def _let_go(self, active: ActiveRequest, worker_id: WorkerId) -> None:
+        self._fleet.credit.drop(worker_id, active.work_id)
+        self._requests.let_go(active, worker_id)
+
+    def _cut_slow_reader(self, active: ActiveRequest) -> None:
+        error = SlowReader(f"more than {self._config.max_unread_tokens} tokens were left unread")
+        if self._requests.get(active.request_id) is active:
+            self._feed(active, m.AbortRequested(error))
+            active.stream.fail(error, drop_unread=True)
+
+    def _conclude(self, active: ActiveRequest, finish: Finish | None, error: ServingError | None) -> None:
+        self._requests.remove(active)
+        self._queue.leave(active.request_id, accepted=False)
+        self._queue.note_capacity(self._clock.now())
+        self._metrics.active.set(len(self._requests))
+        if finish is not None:
+            completion = self._complete(active, finish)
+            self._metrics.finished(completion)
+            active.stream.finish(completion)
+        elif error is not None:
+            outcome = "aborted" if isinstance(error, Aborted | SlowReader) else "failed"
+            self._metrics.failed(outcome, error, active.machine.num_tokens)
+            _log.info("%s: %s after %d tokens: %s", active.request_id, outcome, active.machine.num_tokens, error)
+            active.stream.fail(error)
+        if not len(self._requests):
+            self._idle.set()
+        self._pump_soon()
+
+    def _complete(self, active: ActiveRequest, finish: Finish) -> Completion:
+        machine = active.machine
+        return Completion(
+            finish=finish,
+            prompt_tokens=active.request.num_prompt_tokens,
+            completion_tokens=machine.num_tokens,
+            cached_tokens=machine.cached_tokens,
+            timing=machine.timeline.split(machine.num_tokens, self._clock.now()),
+            landed=machine.landed,
+            prefill_worker=machine.prefill_worker,
+            decode_worker=machine.decode_worker,
+            reason=machine.reason,
+            num_asked=machine.num_asked,
+        )

@@ -1,0 +1,108 @@
+"""What the gateway's doors call, whatever they speak: generate, abort, tokenize, model and cluster facts."""
+
+from core.clock import Clock
+from core.errors import Aborted, ServingError
+from core.ids import GatewayId, RequestId
+from core.membership import Role, WorkerRecord, WorkerState
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.fleet import Fleet
+from router.intake import GenerateCall, Intake, Prepared, Prompt
+from router.metrics import GatewayMetrics
+from router.stream import RequestStream
+from router.tokenizer import GatewayTokenizer, ModelFacts
+
+
+class Front:
+    """One gateway's request-level interface.
+
+    Concurrency: the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        cluster: str,
+        gateway_id: GatewayId,
+        *,
+        tokenizer: GatewayTokenizer,
+        facts: ModelFacts,
+        intake: Intake,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        metrics: GatewayMetrics,
+        clock: Clock,
+    ) -> None:
+        self.config = config
+        self.cluster = cluster
+        self.gateway_id = gateway_id
+        self.tokenizer = tokenizer
+        self.facts = facts
+        self.fleet = fleet
+        self.dispatcher = dispatcher
+        self._intake = intake
+        self._metrics = metrics
+        self._clock = clock
+
+    async def generate(self, call: GenerateCall, timeout_s: float | None) -> tuple[Prepared, RequestStream]:
+        """Check a request and take it in. Whoever stops reading the stream before its end must `abort`.
+
+        Raises:
+            ServingError: refused; nothing was kept.
+        """
+        arrived_at = self._clock.now()
+        try:
+            prepared = await self._intake.prepare(call)
+        except ServingError as error:
+            self._metrics.rejected(error)
+            raise
+        stream = self.dispatcher.submit(
+            prepared.request,
+            prepared.hashes,
+            arrived_at=arrived_at,
+            timeout_s=self.config.request_timeout_s if timeout_s is None else timeout_s,
+        )
+        return prepared, stream
+
+    def abort(self, request_id: RequestId, reason: str) -> bool:
+        """End a request on every worker. Returns whether it was in flight."""
+        return self.dispatcher.abort(request_id, Aborted(reason))
+
+    async def tokenize(self, model: str, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt as `generate` would see it.
+
+        Raises:
+            ModelNotFound, InvalidRequest
+        """
+        self.check_model(model)
+        return await self._intake.tokenize(prompt)
+
+    def check_model(self, name: str) -> None:
+        """Raises: ModelNotFound, unless `name` is empty or the model served."""
+        self._intake.check_model(name)
+
+    def max_model_len(self) -> int:
+        """How long prompt and output together may be, in the cluster as it is now."""
+        return longest_request(self.config, self.facts, self.fleet)
+
+    def any_record(self) -> WorkerRecord | None:
+        """Return some ready worker's record: what all workers of one model agree on, or None without workers."""
+        ready = (record for record in self.fleet.records.values() if record.state is WorkerState.READY)
+        return min(ready, key=lambda record: (record.role is not Role.PREFILL, record.worker_id), default=None)
+
+    def is_serving(self) -> bool:
+        """At least one worker of each role can be asked now."""
+        return all(self.fleet.count_live().values())
+
+
+def longest_request(config: RouterConfig, facts: ModelFacts, fleet: Fleet) -> int:
+    """The model's context, less what the configuration and the ready workers of either role allow."""
+    longest = min(facts.max_model_len, config.max_model_len or facts.max_model_len)
+    for role in Role:
+        limits = [
+            record.max_model_len
+            for record in fleet.records.values()
+            if record.role is role and record.state is WorkerState.READY and record.max_model_len
+        ]
+        longest = min([longest, max(limits)]) if limits else longest
+    return longest

@@ -1,0 +1,84 @@
+"""The requests in the gateway, and who holds what of them: by request, by work id on the wire, by worker.
+
+A work id names one attempt of one request: the request's id, then "<id>/1", "<id>/2", ... (a client's own id has no
+slash). Reports that name an unknown work are late news of a finished attempt."""
+
+from dataclasses import dataclass, field
+
+from core.alarm import Alarm
+from core.ids import RequestId, WorkerId, transfer_id
+from core.request import GenerateRequest
+from router.prompt_hashes import PromptHashes
+from router.state import RequestMachine
+from router.stream import RequestStream
+
+
+@dataclass(slots=True, eq=False)
+class ActiveRequest:
+    """One request with all that the shell keeps for it."""
+
+    request: GenerateRequest
+    hashes: PromptHashes
+    machine: RequestMachine
+    stream: RequestStream
+    alarm: Alarm | None = None
+    work_id: str = ""
+    workers: set[WorkerId] = field(default_factory=set)
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.request.request_id
+
+
+class InFlight:
+    """The three ways to find a request."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[RequestId, ActiveRequest] = {}
+        self._by_work: dict[str, ActiveRequest] = {}
+        self._by_worker: dict[WorkerId, dict[RequestId, ActiveRequest]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._by_id
+
+    def get(self, request_id: RequestId) -> ActiveRequest | None:
+        return self._by_id.get(request_id)
+
+    def by_work(self, work_id: str) -> ActiveRequest | None:
+        return self._by_work.get(work_id)
+
+    def on_worker(self, worker_id: WorkerId) -> list[ActiveRequest]:
+        """Return the requests that hold, or were asked to hold, something on a worker."""
+        return list(self._by_worker.get(worker_id, {}).values())
+
+    def all(self) -> list[ActiveRequest]:
+        return list(self._by_id.values())
+
+    def add(self, active: ActiveRequest) -> None:
+        self._by_id[active.request_id] = active
+
+    def remove(self, active: ActiveRequest) -> None:
+        """Forget a request that holds nothing any more."""
+        assert not active.workers, f"{active.request_id} still holds {active.workers}"
+        del self._by_id[active.request_id]
+        self._by_work.pop(active.work_id, None)
+
+    def begin_attempt(self, active: ActiveRequest, attempt: int) -> None:
+        """Name the work after its attempt; the name of the last attempt is forgotten."""
+        self._by_work.pop(active.work_id, None)
+        active.work_id = transfer_id(active.request_id, attempt) if attempt else active.request_id
+        self._by_work[active.work_id] = active
+
+    def hold(self, active: ActiveRequest, worker_id: WorkerId) -> None:
+        active.workers.add(worker_id)
+        self._by_worker.setdefault(worker_id, {})[active.request_id] = active
+
+    def let_go(self, active: ActiveRequest, worker_id: WorkerId) -> None:
+        active.workers.discard(worker_id)
+        holders = self._by_worker.get(worker_id, {})
+        holders.pop(active.request_id, None)
+        if not holders:
+            self._by_worker.pop(worker_id, None)

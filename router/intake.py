@@ -1,0 +1,185 @@
+"""From what a client asked to a request that workers can run: checks, tokenises, fills in what was left open.
+
+Everything that is wrong with a request is found here, before it takes a place anywhere, and named by field.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from core.errors import InvalidRequest, ModelNotFound, PromptTooLong
+from core.ids import new_request_id, parse_request_id
+from core.request import MAX_SEED, GenerateRequest, SamplingParams
+from router.config import RouterConfig
+from router.prompt_hashes import HashKey, PromptHashes
+from router.tokenizer import ChatTurn, GatewayTokenizer, ModelFacts
+
+_TOKENIZER_THREADS = 2
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    turns: tuple[ChatTurn, ...]
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateCall:
+    """What a client asked for, as any surface understood it.
+
+    Attributes:
+        request_id: empty: one is made.
+        sampling: its `max_tokens` and `seed` count only when the flags say that the client gave them.
+    """
+
+    model: str
+    request_id: str
+    prompt: Prompt | None
+    sampling: SamplingParams
+    has_max_tokens: bool
+    has_seed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request and its block hashes."""
+
+    request: GenerateRequest
+    hashes: PromptHashes
+
+
+class Intake:
+    """Checks and tokenises.
+
+    Args:
+        max_model_len: how long a request may become in the cluster as it is now.
+        hash_keys: the ways to hash that workers use now.
+
+    Concurrency: event loop; long prompts are encoded in threads of its own.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        tokenizer: GatewayTokenizer,
+        facts: ModelFacts,
+        rng: random.Random,
+        *,
+        max_model_len: Callable[[], int],
+        hash_keys: Callable[[], set[HashKey]],
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._facts = facts
+        self._rng = rng
+        self._max_model_len = max_model_len
+        self._hash_keys = hash_keys
+        self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def check_model(self, name: str) -> None:
+        """Raises: ModelNotFound, unless `name` is empty or the model served."""
+        if name and name != self._config.model_name:
+            raise ModelNotFound(f"model {name!r} is not served here; {self._config.model_name!r} is")
+
+    async def prepare(self, call: GenerateCall) -> Prepared:
+        """Check `call` and make a request of it.
+
+        Raises:
+            ModelNotFound, InvalidRequest, PromptTooLong
+        """
+        self.check_model(call.model)
+        request_id = parse_request_id(call.request_id) if call.request_id else new_request_id()
+        longest = self._max_model_len()
+        # Checked first with any legal length: a bad parameter should not cost a tokenisation.
+        sampling = call.sampling
+        if not call.has_max_tokens:
+            sampling = replace(sampling, max_tokens=max(self._config.default_max_tokens, sampling.min_tokens, 1))
+        sampling.check(self._facts.vocab_size)
+        token_ids = tuple(await self.tokenize(call.prompt))
+        max_tokens = self._fit(len(token_ids), sampling, longest, call.has_max_tokens)
+        seed = sampling.seed if call.has_seed else self._rng.randrange(MAX_SEED)
+        request = GenerateRequest(request_id, token_ids, replace(sampling, max_tokens=max_tokens, seed=seed))
+        hashes = PromptHashes(token_ids)
+        if len(token_ids) * 4 > self._config.inline_prompt_bytes:
+            keys = self._hash_keys()
+            await self._in_thread(lambda: [hashes.of(key) for key in keys])
+        return Prepared(request, hashes)
+
+    async def tokenize(self, prompt: Prompt | None) -> list[int]:
+        """Return the prompt's token ids: at least one, all in the vocabulary.
+
+        Raises:
+            InvalidRequest: it is missing, empty, too large in bytes, or cannot be rendered.
+        """
+        match prompt:
+            case TokenPrompt(token_ids):
+                return self._checked_ids(token_ids)
+            case TextPrompt(text):
+                if not text:
+                    raise InvalidRequest("text", "must not be empty")
+                return await self._encode("text", text, lambda: self._tokenizer.encode(text))
+            case ChatPrompt(turns):
+                self._check_turns(turns)
+                whole = "".join(turn.content for turn in turns)
+                return await self._encode("chat", whole, lambda: self._tokenizer.encode_chat(turns))
+            case None:
+                raise InvalidRequest("prompt", "is missing: set text, token_ids or chat")
+
+    async def _encode(self, name: str, text: str, encode: Callable[[], list[int]]) -> list[int]:
+        try:
+            num_bytes = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(name, f"is no valid Unicode text: {error.reason}") from error
+        if num_bytes > self._config.max_prompt_bytes:
+            raise InvalidRequest(name, f"has {num_bytes} bytes, at most {self._config.max_prompt_bytes} are allowed")
+        ids = encode() if num_bytes <= self._config.inline_prompt_bytes else await self._in_thread(encode)
+        if not ids:
+            raise InvalidRequest(name, "has no tokens")
+        return ids
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _checked_ids(self, token_ids: tuple[int, ...]) -> list[int]:
+        if not token_ids:
+            raise InvalidRequest("token_ids", "must not be empty")
+        highest = max(token_ids)
+        if highest >= self._facts.vocab_size:
+            raise InvalidRequest("token_ids", f"{highest} is outside the vocabulary of {self._facts.vocab_size}")
+        return list(token_ids)
+
+    def _check_turns(self, turns: tuple[ChatTurn, ...]) -> None:
+        if not turns:
+            raise InvalidRequest("chat.messages", "must not be empty")
+        for position, turn in enumerate(turns):
+            if not turn.role:
+                raise InvalidRequest(f"chat.messages[{position}].role", "must not be empty")
+
+    def _fit(self, num_prompt_tokens: int, sampling: SamplingParams, longest: int, is_asked: bool) -> int:
+        room = longest - num_prompt_tokens
+        if room < 1:
+            raise PromptTooLong("prompt", f"has {num_prompt_tokens} tokens, the context holds {longest}")
+        if sampling.min_tokens > room or (is_asked and sampling.max_tokens > room):
+            name = "min_tokens" if sampling.min_tokens > room else "max_tokens"
+            problem = f"{num_prompt_tokens} prompt tokens leave room for {room} in a context of {longest}"
+            raise PromptTooLong(f"sampling.{name}", problem)
+        return sampling.max_tokens if is_asked else min(room, sampling.max_tokens)

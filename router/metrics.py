@@ -1,0 +1,98 @@
+"""The gateway's metrics: `tandem_gateway_*` (requests as clients meet them) and `tandem_router_*` (decisions)."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from core.errors import RejectedError, ServingError
+from core.telemetry import LATENCY_BUCKETS_S
+from router.policy import Decision
+from router.stream import Completion
+
+TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+_NO_REASON = "none"
+
+
+class GatewayMetrics:
+    """Metrics of one gateway in a registry of its own. Label values are enums of ours, never a client's text."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self._requests = Counter(
+            "tandem_gateway_requests", "Requests by how they ended.", ["outcome", "reason"], registry=registry
+        )
+        self._rejected = Counter(
+            "tandem_gateway_rejected", "Requests refused at the door.", ["reason"], registry=registry
+        )
+        self.active = Gauge("tandem_gateway_active_requests", "Requests in the gateway now.", registry=registry)
+        self.queued = Gauge(
+            "tandem_gateway_queued_requests", "Requests that no workers accepted yet.", registry=registry
+        )
+        self._ttft = self._latency("tandem_gateway_time_to_first_token_seconds", "Arrival to first token.")
+        self._tpot = self._latency("tandem_gateway_time_per_output_token_seconds", "Mean gap between tokens.")
+        self._total = self._latency("tandem_gateway_request_duration_seconds", "Arrival to last token.")
+        self._queue = self._latency("tandem_gateway_queue_seconds", "TTFT part: arrival to dispatch.")
+        self._route = self._latency("tandem_router_route_seconds", "TTFT part: dispatch until both workers accepted.")
+        self._prefill = self._latency("tandem_gateway_prefill_seconds", "TTFT part: accepted to first token.")
+        self._transfer = self._latency("tandem_gateway_transfer_seconds", "Exposed part of the KV hand-off.")
+        self._first_decode = self._latency("tandem_gateway_first_decode_seconds", "KV landed to next token.")
+        self._prompt_tokens = Histogram(
+            "tandem_gateway_prompt_tokens", "Prompt length.", buckets=TOKEN_BUCKETS, registry=registry
+        )
+        self._output_tokens = Counter("tandem_gateway_output_tokens", "Tokens sent to clients.", registry=registry)
+        self._hit_tokens = Counter(
+            "tandem_router_prefix_hit_tokens", "Prompt tokens found in prefill caches.", registry=registry
+        )
+        self._kv_bytes = Counter("tandem_router_kv_transfer_bytes", "KV bytes moved for requests.", registry=registry)
+        self._decisions = Counter("tandem_router_decisions", "Placements.", ["reason"], registry=registry)
+        self._refusals = Counter(
+            "tandem_router_worker_refusals", "Work that a worker refused.", ["reason"], registry=registry
+        )
+        self._losses = Counter("tandem_router_worker_losses", "Links to workers that ended.", registry=registry)
+        self.staleness = Gauge(
+            "tandem_router_store_staleness_seconds", "Age of the mirror of the shared store.", registry=registry
+        )
+        self.index_bytes = Gauge("tandem_router_prefix_index_bytes", "Memory of the prefix index.", registry=registry)
+        self.workers = Gauge("tandem_router_live_workers", "Ready and connected workers.", ["role"], registry=registry)
+
+    def rejected(self, error: ServingError) -> None:
+        """A request was refused before it entered."""
+        self._rejected.labels(_reason_of(error)).inc()
+
+    def decided(self, decision: Decision) -> None:
+        self._decisions.labels(decision.reason).inc()
+
+    def refused(self, error: RejectedError) -> None:
+        self._refusals.labels(error.reason).inc()
+
+    def worker_lost(self) -> None:
+        self._losses.inc()
+
+    def finished(self, completion: Completion) -> None:
+        timing = completion.timing
+        self._requests.labels("finished", completion.finish.reason).inc()
+        self._ttft.observe(timing.ttft_s)
+        self._queue.observe(timing.queue_s)
+        self._route.observe(timing.route_s)
+        self._prefill.observe(timing.prefill_s)
+        self._total.observe(timing.total_s)
+        if completion.completion_tokens > 1:
+            self._tpot.observe(timing.tpot_s)
+        if completion.landed is not None:
+            self._transfer.observe(completion.landed.exposed_s)
+            self._first_decode.observe(completion.landed.first_decode_s)
+            self._kv_bytes.inc(completion.landed.kv_bytes)
+        self._prompt_tokens.observe(completion.prompt_tokens)
+        self._output_tokens.inc(completion.completion_tokens)
+        self._hit_tokens.inc(completion.cached_tokens)
+
+    def failed(self, outcome: str, error: ServingError, num_tokens: int) -> None:
+        """A request that had entered ended badly, after `num_tokens` tokens."""
+        self._requests.labels(outcome, _reason_of(error)).inc()
+        self._output_tokens.inc(num_tokens)
+
+    def _latency(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, buckets=LATENCY_BUCKETS_S, registry=self.registry)
+
+
+def _reason_of(error: ServingError) -> str:
+    return str(error.reason) if isinstance(error, RejectedError) else error.grpc_code.lower()

@@ -1,0 +1,100 @@
+"""Tokens to what the client is sent: certain text, tokens with log-probabilities, the closing account. Pure."""
+
+from collections.abc import Callable, Sequence
+
+from core.request import Finish, GenerateRequest, TokenOutput
+from core.text import IncrementalDetokenizer, StopScanner
+from protos import inference_pb2 as pb
+from protos.codec import finish_reason_to_wire, token_to_wire
+from router.stream import Completion
+from router.tokenizer import GatewayTokenizer
+
+_PROMPT_TAIL_TOKENS = 8  # as the engine does, so that both see the same text
+
+
+class GenerationText:
+    """The text of one generation, piece by piece, cut before a stop string and without a stop token."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], request: GenerateRequest) -> None:
+        self._detokenizer = IncrementalDetokenizer(decode, request.prompt_token_ids[-_PROMPT_TAIL_TOKENS:])
+        self._scanner = StopScanner(request.sampling.stop)
+        self._has_stops = bool(request.sampling.stop)
+
+    def push(self, tokens: Sequence[TokenOutput], finish: Finish | None) -> str:
+        """Add tokens (`finish`: they are the last); return the text that became certain."""
+        ids = [token.token_id for token in tokens]
+        if finish is not None and isinstance(finish.matched_stop, int) and ids and ids[-1] == finish.matched_stop:
+            ids.pop()  # it ended the generation; it is no text
+        # The engine looked for stop strings after every token, so the pieces must be the same here.
+        steps = [[one] for one in ids] if self._has_stops else [ids] if ids else []
+        text = "".join(self._scanner.push(self._detokenizer.push(step)) for step in steps)
+        if finish is None:
+            return text
+        text += self._scanner.push(self._detokenizer.flush())
+        return text if isinstance(finish.matched_stop, str) else text + self._scanner.flush()
+
+
+def started(request: GenerateRequest, model: str) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        started=pb.Started(
+            request_id=request.request_id,
+            model=model,
+            seed=request.sampling.seed,
+            prompt_tokens=request.num_prompt_tokens,
+        )
+    )
+
+
+def delta(text: str, tokens: Sequence[TokenOutput], tokenizer: GatewayTokenizer) -> pb.GenerateResponse:
+    wire = [token_to_wire(token) for token in tokens]
+    for token in wire:
+        for other in token.top_logprobs:
+            other.token = tokenizer.token_text(other.token_id)
+    return pb.GenerateResponse(delta=pb.TokenDelta(text=text, tokens=wire))
+
+
+def finished(completion: Completion) -> pb.GenerateResponse:
+    message = pb.Finished(
+        reason=finish_reason_to_wire(completion.finish.reason),
+        usage=pb.Usage(
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+            cached_tokens=completion.cached_tokens,
+        ),
+        timing=_timing(completion),
+        placement=_placement(completion),
+    )
+    matched = completion.finish.matched_stop
+    if isinstance(matched, str):
+        message.stop_string = matched
+    elif matched is not None:
+        message.stop_token_id = matched
+    return pb.GenerateResponse(finished=message)
+
+
+def _timing(completion: Completion) -> pb.Timing:
+    split, landed = completion.timing, completion.landed
+    return pb.Timing(
+        queue_s=split.queue_s,
+        route_s=split.route_s,
+        prefill_s=split.prefill_s,
+        transfer_s=landed.exposed_s if landed else 0.0,
+        first_decode_s=landed.first_decode_s if landed else 0.0,
+        ttft_s=split.ttft_s,
+        tpot_s=split.tpot_s,
+        total_s=split.total_s,
+    )
+
+
+def _placement(completion: Completion) -> pb.Placement:
+    landed = completion.landed
+    return pb.Placement(
+        prefill_worker=completion.prefill_worker or "",
+        decode_worker=completion.decode_worker or "",
+        reason=completion.reason,
+        attempts=completion.num_asked,
+        kv_bytes=landed.kv_bytes if landed else 0,
+        kv_tokens_sent=landed.kv_tokens_sent if landed else 0,
+        kv_tokens_held=landed.kv_tokens_held if landed else 0,
+        kv_profile=landed.kv_profile if landed else "",
+    )

@@ -1,0 +1,126 @@
+"""The gateway's public gRPC door: Inference, Admin, grpc.health.v1 and reflection."""
+
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from core.errors import InvalidRequest
+from core.ids import RequestId
+from core.rpc import bind, create_server, reply_errors
+from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
+from protos import inference_pb2 as pb
+from router.calls import read_generate, read_tokenize
+from router.front import Front
+from router.replies import GenerationText, delta, finished, started
+from router.status import cluster_status, model_info
+
+_INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+_OVERALL = ""
+_CLOSE_GRACE_S = 1.0
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """tandem.v1.Inference."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    # A coroutine that writes, not a generator: a cancelled call then runs its `finally` at once.
+    async def Generate(  # type: ignore[override]  # noqa: N802
+        self, request: pb.GenerateRequest, context: inference_pb2_grpc._ServicerContext
+    ) -> None:
+        front = self._front
+        async with reply_errors(context):
+            prepared, stream = await front.generate(read_generate(request), context.time_remaining())
+            try:
+                text = GenerationText(front.tokenizer.decode, prepared.request)
+                tokens, completion = await stream.take()
+                await context.write(started(prepared.request, front.config.model_name))
+                while True:
+                    piece = text.push(tokens, completion.finish if completion else None)
+                    if tokens or piece:
+                        await context.write(delta(piece, tokens, front.tokenizer))
+                    if completion is not None:
+                        await context.write(finished(completion))
+                        return
+                    tokens, completion = await stream.take()
+            finally:
+                # Cancelled by the client, its deadline or a broken connection: both workers are told to free it.
+                front.abort(stream.request_id, "the client went away")
+
+    async def Abort(  # noqa: N802
+        self, request: pb.AbortRequest, context: inference_pb2_grpc._ServicerContext
+    ) -> pb.AbortResponse:
+        async with reply_errors(context):
+            if not request.request_id:
+                raise InvalidRequest("request_id", "must not be empty")
+            found = self._front.abort(RequestId(request.request_id), "aborted by an Abort call")
+            return pb.AbortResponse(found=found)
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: pb.GetModelInfoRequest, context: inference_pb2_grpc._ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        async with reply_errors(context):
+            self._front.check_model(request.model)
+            return model_info(self._front)
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: inference_pb2_grpc._ServicerContext
+    ) -> pb.TokenizeResponse:
+        async with reply_errors(context):
+            ids = await self._front.tokenize(request.model, read_tokenize(request))
+            texts = [self._front.tokenizer.token_text(one) for one in ids] if request.with_tokens else []
+            return pb.TokenizeResponse(ids=ids, tokens=texts, max_model_len=self._front.max_model_len())
+
+
+class AdminServicer(admin_pb2_grpc.AdminServicer):
+    """tandem.v1.Admin."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    async def GetClusterStatus(  # noqa: N802
+        self, request: admin_pb2.GetClusterStatusRequest, context: admin_pb2_grpc._ServicerContext
+    ) -> admin_pb2.GetClusterStatusResponse:
+        return cluster_status(self._front)
+
+
+class GatewayServer:
+    """The gRPC server of one gateway."""
+
+    def __init__(self) -> None:
+        self._server = create_server()
+        self._health = health.aio.HealthServicer()
+        self._is_serving: bool | None = None
+
+    def bind(self, host: str, port: int) -> int:
+        """Take the port (0: a free one) and return it. Raises: ConfigError."""
+        return bind(self._server, host, port)
+
+    async def start(self, front: Front) -> None:
+        """Register everything and serve."""
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(front), self._server)
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(front), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (_INFERENCE, _ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        await self._health.set(_ADMIN, health_pb2.HealthCheckResponse.SERVING)
+        await self.set_serving(serving=False)
+        await self._server.start()
+
+    async def set_serving(self, *, serving: bool) -> None:
+        """Tell health checkers whether a request could be served now."""
+        if serving is self._is_serving:
+            return
+        self._is_serving = serving
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in (_OVERALL, _INFERENCE):
+            await self._health.set(name, status)
+
+    async def drain(self) -> None:
+        """All services are NOT_SERVING from now on, whatever `set_serving` says."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self) -> None:
+        """Close the port and end all calls."""
+        await self._server.stop(_CLOSE_GRACE_S)

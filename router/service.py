@@ -1,0 +1,158 @@
+"""One gateway process: builds the parts, runs them, stops them.
+
+start: tokenizer and model facts are read, the port is bound, the mirror and the links begin.
+stop: health says NOT_SERVING, new requests are refused, running ones get until the deadline, the rest are aborted.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+
+from core.clock import Clock
+from core.errors import Aborted
+from core.ids import new_gateway_id
+from core.store import Store
+from core.telemetry import MetricsServer
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.fleet import Fleet
+from router.front import Front, longest_request
+from router.intake import Intake
+from router.metrics import GatewayMetrics
+from router.rpc import GatewayServer
+from router.tokenizer import GatewayTokenizer, read_model_facts
+
+_log = logging.getLogger(__name__)
+_OBSERVE_S = 0.5
+
+
+class Gateway:
+    """The router and its public gRPC door.
+
+    Args:
+        rng: draws seeds and breaks ties; the system's generator by default.
+    """
+
+    def __init__(
+        self, config: RouterConfig, cluster: str, store: Store, clock: Clock, *, rng: random.Random | None = None
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._clock = clock
+        self._rng = rng or random.SystemRandom()
+        self._gateway_id = new_gateway_id()
+        self._metrics = GatewayMetrics()
+        self._fleet = Fleet(config, cluster, self._gateway_id, store, clock, self._rng)
+        self._dispatcher = Dispatcher(config, self._fleet, clock, self._rng, self._metrics)
+        self._intake: Intake | None = None
+        self._server: GatewayServer | None = None
+        self._metrics_server: MetricsServer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_stopping = False
+        self._stopped = asyncio.Event()
+
+    @property
+    def metrics(self) -> GatewayMetrics:
+        return self._metrics
+
+    @property
+    def fleet(self) -> Fleet:
+        return self._fleet
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        return self._dispatcher
+
+    async def start(self) -> str:
+        """Bind and begin to serve. Returns host:port.
+
+        Raises:
+            ConfigError: the checkpoint folder or a port cannot be used; nothing is left running.
+        """
+        config = self._config
+        facts = await asyncio.to_thread(read_model_facts, config.model_path)
+        tokenizer = await asyncio.to_thread(GatewayTokenizer.load, config.model_path)
+        server = GatewayServer()
+        port = server.bind(config.host, config.port)
+        if config.metrics_port:
+            try:
+                self._metrics_server = MetricsServer(self._metrics.registry, config.metrics_host, config.metrics_port)
+            except BaseException:
+                await server.stop()
+                raise
+        self._intake = Intake(
+            config,
+            tokenizer,
+            facts,
+            self._rng,
+            max_model_len=lambda: longest_request(config, facts, self._fleet),
+            hash_keys=self._fleet.hash_keys,
+        )
+        front = Front(
+            config,
+            self._cluster,
+            self._gateway_id,
+            tokenizer=tokenizer,
+            facts=facts,
+            intake=self._intake,
+            fleet=self._fleet,
+            dispatcher=self._dispatcher,
+            metrics=self._metrics,
+            clock=self._clock,
+        )
+        self._server = server
+        await server.start(front)
+        self._tasks = [
+            asyncio.create_task(self._fleet.run(self._dispatcher), name="fleet"),
+            asyncio.create_task(self._observe(front, server), name="gateway observer"),
+        ]
+        address = f"{config.host}:{port}"
+        _log.info("gateway %s serves %s at %s", self._gateway_id, config.model_name, address)
+        return address
+
+    async def run(self) -> None:
+        """Return once stopped. Raises what ended the gateway otherwise."""
+        stopped = asyncio.create_task(self._stopped.wait(), name="gateway stopped")
+        try:
+            await asyncio.wait([stopped, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in self._tasks:
+                if task.done() and not task.cancelled():
+                    task.result()
+        finally:
+            stopped.cancel()
+
+    async def stop(self, deadline_s: float) -> None:
+        """Refuse new requests, let running ones finish within `deadline_s`, abort the rest, close all. Idempotent."""
+        if self._is_stopping:
+            await self._stopped.wait()
+            return
+        self._is_stopping = True
+        self._dispatcher.begin_drain()
+        if self._server is not None:
+            await self._server.drain()
+        if not await self._dispatcher.wait_idle(deadline_s):
+            _log.warning("aborting %d requests that did not finish in time", self._dispatcher.num_active)
+        self._dispatcher.close(Aborted("the gateway is stopping"))
+        if self._server is not None:
+            await self._server.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._intake is not None:
+            self._intake.close()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
+        self._stopped.set()
+
+    async def _observe(self, front: Front, server: GatewayServer) -> None:
+        """Keep health and gauges in step with the fleet."""
+        changed = self._dispatcher.fleet_changed
+        while True:
+            changed.clear()
+            await server.set_serving(serving=front.is_serving())
+            self._metrics.staleness.set(self._fleet.staleness_s)
+            self._metrics.index_bytes.set(self._fleet.index.num_bytes)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_OBSERVE_S):
+                    await changed.wait()

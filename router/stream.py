@@ -1,0 +1,72 @@
+"""What one request's client will read: tokens in order, then the end. Bounded; the writer never waits."""
+
+import asyncio
+from dataclasses import dataclass
+
+from core.errors import ServingError
+from core.ids import RequestId, WorkerId
+from core.request import Finish, TokenOutput
+from router.messages import KvLanded
+from router.timeline import TimingSplit
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """How a request ended well, with all that is told about it."""
+
+    finish: Finish
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    timing: TimingSplit
+    landed: KvLanded | None  # None: no KV crossed
+    prefill_worker: WorkerId | None
+    decode_worker: WorkerId | None
+    reason: str
+    num_asked: int
+
+
+class RequestStream:
+    """From the dispatcher to the client's call.
+
+    Concurrency: one event loop, one writer, one reader.
+    """
+
+    def __init__(self, request_id: RequestId, max_unread_tokens: int) -> None:
+        self.request_id = request_id
+        self._max_unread_tokens = max_unread_tokens
+        self._tokens: list[TokenOutput] = []
+        self._completion: Completion | None = None
+        self._error: ServingError | None = None
+        self._changed = asyncio.Event()
+
+    def push(self, tokens: tuple[TokenOutput, ...]) -> bool:
+        """Add tokens. Returns False when more are unread now than may be; the caller then fails the stream."""
+        self._tokens.extend(tokens)
+        self._changed.set()
+        return len(self._tokens) <= self._max_unread_tokens
+
+    def finish(self, completion: Completion) -> None:
+        self._completion = completion
+        self._changed.set()
+
+    def fail(self, error: ServingError, *, drop_unread: bool = False) -> None:
+        """End with an error, which the reader meets after what is unread."""
+        self._error = error
+        if drop_unread:
+            self._tokens.clear()
+        self._changed.set()
+
+    async def take(self) -> tuple[list[TokenOutput], Completion | None]:
+        """Wait for news; return all unread tokens, and the completion once there is one (then call no more).
+
+        Raises:
+            ServingError: how the request failed, after everything before it was taken.
+        """
+        while not self._tokens and self._completion is None and self._error is None:
+            self._changed.clear()
+            await self._changed.wait()
+        tokens, self._tokens = self._tokens, []
+        if self._error is not None and not tokens:
+            raise self._error
+        return tokens, self._completion

@@ -1,0 +1,192 @@
+"""gRPC to one worker: the multiplexed stream of one (gateway, worker) pair, and the snapshot of its prefix cache."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
+from typing import Generic, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from core.errors import ProtocolError, WorkerLost
+from core.ids import Epoch, GatewayId
+from core.kv_events import BlocksStored
+from core.membership import LoadReport, Role, WorkerRecord
+from core.request import GenerateRequest
+from core.rpc import connect, from_rpc_error
+from core.streams import Outbox
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as pb_grpc
+from protos.codec import request_to_wire
+from router.config import WorkerStreamConfig
+from router.mirror import CacheSnapshot
+from router.worker_codec import WorkEvents, read_decode_report, read_prefill_report
+
+OnReport = Callable[[WorkEvents | LoadReport], None]
+Command = TypeVar("Command", bound=Message)
+Report = TypeVar("Report", bound=Message)
+
+
+class _Channel(ABC, Generic[Command, Report]):
+    """Connection to one incarnation of one worker. `serve` may be called again after it ended.
+
+    Commands are dropped while the stream is down: its end has freed whatever the worker held.
+
+    Concurrency: one event loop; at most one `serve` at a time.
+    """
+
+    def __init__(self, record: WorkerRecord, gateway_id: GatewayId, config: WorkerStreamConfig) -> None:
+        self._record = record
+        self._gateway_id = gateway_id
+        self._config = config
+        self._channel = connect(record.address)
+        self._outbox: Outbox[Command] | None = None
+
+    async def serve(self, on_welcome: Callable[[], None], on_report: OnReport) -> None:
+        """Open the stream and pass on what comes. Never returns: it raises, or is cancelled.
+
+        Raises:
+            WorkerLost: no connection, no welcome in time, another incarnation answers, or the stream ended.
+            ProtocolError: the worker broke the contract; the stream was cut.
+        """
+        worker_id = self._record.worker_id
+        outbox = self._outbox = Outbox(self._config.max_unread_commands)
+        outbox.put(self._command(hello=pb.Hello(gateway_id=self._gateway_id, worker_epoch=self._record.epoch)))
+        call = self._connect(aiter(outbox))
+        try:
+            reports = aiter(call)
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                self._check_welcome(await anext(reports, None))
+            on_welcome()
+            async for report in reports:
+                on_report(self._read(report))
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, worker_id) from error
+        except TimeoutError as error:
+            raise WorkerLost(f"{worker_id} did not answer within {self._config.connect_timeout_s:g} s") from error
+        finally:
+            self._outbox = None
+            outbox.close()
+            call.cancel()
+        raise WorkerLost(f"{worker_id} ended the stream")
+
+    def abort(self, work_id: str, reason: str) -> None:
+        """Tell the worker to free what it holds."""
+        self._send(self._command(abort=pb.WorkAbort(request_id=work_id, reason=reason)))
+
+    async def list_cached_blocks(self) -> CacheSnapshot:
+        """Ask for everything that the prefix cache holds.
+
+        Raises:
+            ServingError: no answer, or no proper one.
+        """
+        try:
+            reply = await self._list_cached(self._config.connect_timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self._record.worker_id) from error
+        chains = tuple(BlocksStored(chain.parent, tuple(chain.hashes)) for chain in reply.chains)
+        return CacheSnapshot(Epoch(reply.epoch), reply.sequence, chains)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def _send(self, command: Command) -> None:
+        if self._outbox is not None:
+            self._outbox.put(command)
+
+    def _check_welcome(self, report: Report | None) -> None:
+        ours = self._record
+        theirs = self._welcome(report) if report is not None else None
+        if theirs is None:
+            raise ProtocolError(f"{ours.worker_id} did not begin with a welcome")
+        if (theirs.worker_id, theirs.epoch) != (ours.worker_id, ours.epoch):
+            raise WorkerLost(
+                f"{ours.address} is {theirs.worker_id} of epoch {theirs.epoch}, not {ours.worker_id} of {ours.epoch}"
+            )
+
+    @abstractmethod
+    def _connect(self, commands: AsyncIterator[Command]) -> "grpc.aio.StreamStreamCall[Command, Report]": ...
+
+    @abstractmethod
+    async def _list_cached(self, timeout_s: float) -> pb.ListCachedBlocksResponse: ...
+
+    @abstractmethod
+    def _welcome(self, report: Report) -> pb.Welcome | None: ...
+
+    @abstractmethod
+    def _command(self, *, hello: pb.Hello | None = None, abort: pb.WorkAbort | None = None) -> Command: ...
+
+    @abstractmethod
+    def _read(self, report: Report) -> WorkEvents | LoadReport: ...
+
+
+class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
+    """To a prefill worker."""
+
+    def submit(self, request: GenerateRequest, work_id: str, transfer_id: str, decode: WorkerRecord | None) -> None:
+        """Send the prompt; `decode` is where its KV goes, None for a request of one token."""
+        wire = request_to_wire(request)
+        wire.request_id = work_id
+        message = pb.PrefillSubmit(request=wire)
+        if decode is not None:
+            message.transfer_id = transfer_id
+            message.decode_worker_id = decode.worker_id
+            message.decode_epoch = decode.epoch
+            message.decode_address = decode.address
+        self._send(pb.PrefillCommand(submit=message))
+
+    def _connect(
+        self, commands: AsyncIterator[pb.PrefillCommand]
+    ) -> "grpc.aio.StreamStreamCall[pb.PrefillCommand, pb.PrefillReport]":
+        return pb_grpc.PrefillWorkerStub(self._channel).Connect(commands)
+
+    async def _list_cached(self, timeout_s: float) -> pb.ListCachedBlocksResponse:
+        stub = pb_grpc.PrefillWorkerStub(self._channel)
+        return await stub.ListCachedBlocks(pb.ListCachedBlocksRequest(), timeout=timeout_s)
+
+    def _welcome(self, report: pb.PrefillReport) -> pb.Welcome | None:
+        return report.welcome if report.HasField("welcome") else None
+
+    def _command(self, *, hello: pb.Hello | None = None, abort: pb.WorkAbort | None = None) -> pb.PrefillCommand:
+        return pb.PrefillCommand(hello=hello, abort=abort)
+
+    def _read(self, report: pb.PrefillReport) -> WorkEvents | LoadReport:
+        return read_prefill_report(report)
+
+
+class DecodeChannel(_Channel[pb.DecodeCommand, pb.DecodeReport]):
+    """To a decode worker."""
+
+    def submit(self, request: GenerateRequest, work_id: str, transfer_id: str) -> None:
+        """Ask to reserve blocks for the KV that will be offered under `transfer_id`."""
+        wire = request_to_wire(request)
+        wire.request_id = work_id
+        lease_s = self._config.reservation_lease_s
+        self._send(pb.DecodeCommand(submit=pb.DecodeSubmit(request=wire, transfer_id=transfer_id, lease_s=lease_s)))
+
+    def _connect(
+        self, commands: AsyncIterator[pb.DecodeCommand]
+    ) -> "grpc.aio.StreamStreamCall[pb.DecodeCommand, pb.DecodeReport]":
+        return pb_grpc.DecodeWorkerStub(self._channel).Connect(commands)
+
+    async def _list_cached(self, timeout_s: float) -> pb.ListCachedBlocksResponse:
+        stub = pb_grpc.DecodeWorkerStub(self._channel)
+        return await stub.ListCachedBlocks(pb.ListCachedBlocksRequest(), timeout=timeout_s)
+
+    def _welcome(self, report: pb.DecodeReport) -> pb.Welcome | None:
+        return report.welcome if report.HasField("welcome") else None
+
+    def _command(self, *, hello: pb.Hello | None = None, abort: pb.WorkAbort | None = None) -> pb.DecodeCommand:
+        return pb.DecodeCommand(hello=hello, abort=abort)
+
+    def _read(self, report: pb.DecodeReport) -> WorkEvents | LoadReport:
+        return read_decode_report(report)
+
+
+WorkerChannel = PrefillChannel | DecodeChannel
+
+
+def open_channel(record: WorkerRecord, gateway_id: GatewayId, config: WorkerStreamConfig) -> WorkerChannel:
+    """Return a lazy connection to the incarnation that `record` tells of. The caller closes it."""
+    kind = PrefillChannel if record.role is Role.PREFILL else DecodeChannel
+    return kind(record, gateway_id, config)
