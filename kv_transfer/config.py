@@ -27,7 +27,9 @@ class KvTransferConfig(ConfigModel):
     credit_bytes: int = Field(
         32 * MIB, ge=4096, description="bytes a sender may have sent to this receiver that are not yet in its pool"
     )
-    max_transfers: int = Field(1024, ge=1, description="live transfers per receiver; an offer past it is refused")
+    max_strays: int = Field(
+        256, ge=1, description="offers that a receiver lets wait for their reservation; one past it is refused"
+    )
     lease_s: float = Field(30.0, gt=0, description="life of a transfer that nobody hears of; renewed by heartbeats")
     offer_timeout_s: float = Field(10.0, gt=0, description="from an offer to its reservation, and for strays")
     connect_timeout_s: float = Field(5.0, gt=0, description="control stream: connection and hello")

@@ -15,7 +15,7 @@ class Gate:
         self._lock = threading.Lock()
         self._num_inside = 0
         self._is_closed = False
-        self._on_empty: list[Callable[[], None]] = []
+        self._on_empty: list[Callable[[], object]] = []
 
     @property
     def is_closed(self) -> bool:
@@ -38,7 +38,7 @@ class Gate:
         for callback in waiting:
             callback()
 
-    def close(self, on_empty: Callable[[], None]) -> None:
+    def close(self, on_empty: Callable[[], object]) -> None:
         """Admit nothing more; call `on_empty` when nobody is inside: now, or on the thread that leaves last."""
         with self._lock:
             self._is_closed = True

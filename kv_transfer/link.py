@@ -33,6 +33,23 @@ class Slot:
     index: int
     memory: Tensor
 
+    def view(self) -> memoryview:
+        """Return the same memory as bytes."""
+        return memoryview(self.memory.numpy())  # type: ignore[arg-type]  # arrays are buffers, also before Python 3.12
+
+
+@dataclass(frozen=True, slots=True)
+class PairIdentity:
+    """Which incarnations the two ends are: names their links and stamps their frames."""
+
+    sender_id: str
+    sender_epoch: int
+    receiver_id: str
+    receiver_epoch: int
+
+    def link_name(self, link_epoch: int) -> str:
+        return f"kv/{self.sender_id}@{self.sender_epoch}/{self.receiver_id}@{self.receiver_epoch}/{link_epoch}"
+
 
 @dataclass(frozen=True, slots=True)
 class LinkPlan:
@@ -120,7 +137,10 @@ class ReceiveEnd(Protocol):
 class Links(Protocol):
     """A carrier: where links come from. One per sender and one per receiver."""
 
-    backend: str
+    @property
+    def backend(self) -> str:
+        """Both sides of a pair must name the same."""
+        ...
 
     def host(self) -> str:
         """Receiver: begin to host what ends meet at, and return its address. Idempotent."""

@@ -1,15 +1,59 @@
-"""The prefill worker's end of all its KV transfers (signatures; the body follows)."""
+"""The prefill worker's end of all its KV transfers: the shell around `SenderSession` and `SendPump`.
+
+What happens to one transfer, and on which thread:
+
+1. `offer` (loop): a session is made; the pair to the decode worker is made if there is none: a control stream, and a
+   pump thread whose link opens with the first frame. The offer is said.
+2. `push` (engine thread): parts that are in the pool are queued at the pump.
+3. Reserved (loop): the pump may begin; it gathers, seals and sends while later parts are being computed.
+4. `commit` (any thread): behind the last part in the queue; when the pump gets there, the commit is said.
+5. Ack or Nack (loop): the gate of the transfer is closed; when no read is inside, the owner is told the outcome.
+
+A pair lives as long as its control stream. When that ends, everything of the pair that is not acknowledged fails.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.ids import RequestId, TransferId
+from core.errors import DuplicateRequest, InvalidTransition, TransferError
+from core.ids import RequestId, TransferId, WorkerId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
+from kv_transfer import sender_session as session
+from kv_transfer.box import Box
+from kv_transfer.codec import Codec, default_codecs
 from kv_transfer.config import KvTransferConfig
+from kv_transfer.control import Dialer
+from kv_transfer.deadline_timer import DeadlineTimer
+from kv_transfer.link import Links
+from kv_transfer.links import open_links
+from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.ports import KvReader, Peer, SenderOutcomes
+from kv_transfer.rpc import GrpcDialer
+from kv_transfer.send_pump import Commit, Outgoing
+from kv_transfer.sender_pair import SenderPair
+from kv_transfer.sender_session import SenderSession
+from kv_transfer.session import NackReason
+from protos import kv_transfer_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    """One live transfer of this sender."""
+
+    session: SenderSession
+    outgoing: Outgoing
+    pair: SenderPair
+    done: asyncio.Future[None] = field(default_factory=asyncio.Future)
 
 
 class KvSender:
-    """One per prefill worker; owns one control stream, one link and one sender thread per decode peer, lazily."""
+    """One per prefill worker. `push` and `commit` from any thread, everything else on one event loop."""
 
     def __init__(
         self,
@@ -19,20 +63,197 @@ class KvSender:
         reader: KvReader,
         outcomes: SenderOutcomes,
         clock: Clock,
+        *,
+        links: Links | None = None,
+        dialer: Dialer | None = None,
+        codecs: Mapping[int, Codec] | None = None,
+        metrics: KvTransferMetrics | None = None,
     ) -> None:
-        raise NotImplementedError
+        """Nothing is opened before the first offer. The keyword arguments replace parts, mostly for tests."""
+        self._config = config
+        self._identity = identity
+        self._layout = layout
+        self._reader = reader
+        self._outcomes = outcomes
+        self._clock = clock
+        self._links = links or open_links(config)
+        self._dialer = dialer or GrpcDialer()
+        self._codecs = codecs or default_codecs()
+        self._metrics = metrics or process_metrics()
+        self._transfers: dict[TransferId, _Transfer] = {}
+        self._pairs: dict[WorkerId, SenderPair] = {}
+        self._closing_pairs: set[asyncio.Task[None]] = set()
+        self._timer = DeadlineTimer(clock, self.tick)
+        self._all_heads = range(layout.num_kv_heads)
+        self._is_closed = False
+
+    # --- the owner's side ---------------------------------------------------------------------------------------------
 
     async def offer(self, transfer_id: TransferId, request_id: RequestId, num_tokens: int, peer: Peer) -> None:
-        raise NotImplementedError
+        """Begin a transfer of the KV of [0, num_tokens); exactly one outcome will follow. Does not wait for the peer.
+
+        Raises:
+            DuplicateRequest: the transfer is live already.
+            TransferError: CLOSED, or EPOCH: a newer incarnation of the peer is known.
+        """
+        if self._is_closed:
+            raise TransferError(NackReason.CLOSED, "the sender is closed")
+        if transfer_id in self._transfers:
+            raise DuplicateRequest(f"transfer {transfer_id} is in progress")
+        pair = self._pair_to(peer)
+        now = self._clock.now()
+        machine = SenderSession(
+            transfer_id, offer_timeout_s=self._config.offer_timeout_s, lease_s=self._config.lease_s, now=now
+        )
+        self._transfers[transfer_id] = _Transfer(machine, Outgoing(transfer_id, request_id), pair)
+        pair.say(
+            pb.SenderMessage(
+                offer=pb.Offer(
+                    transfer_id=transfer_id,
+                    request_id=request_id,
+                    num_tokens=num_tokens,
+                    bytes_per_token=self._layout.bytes_per_token,
+                )
+            )
+        )
+        self._timer.arm(machine.next_deadline())
 
     def push(self, transfer_id: TransferId, layers: range, tokens: range) -> None:
-        raise NotImplementedError
+        """Queue a part that is in the pool. Any thread; never blocks; ignored when the transfer has ended."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None:
+            transfer.pair.pump.push(transfer.outgoing, Box(layers, self._all_heads, tokens))
 
     def commit(self, transfer_id: TransferId, first_token_id: int) -> None:
-        raise NotImplementedError
+        """Say that every part was pushed. Any thread; never blocks; ignored when the transfer has ended."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None:
+            transfer.pair.pump.push(transfer.outgoing, Commit(first_token_id))
 
     async def abort(self, transfer_id: TransferId, reason: str) -> None:
-        raise NotImplementedError
+        """End a transfer; returns after its outcome was told. Does nothing when it has ended."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None:
+            self.feed(transfer_id, session.Aborted(NackReason.CANCELLED, reason))
+            await asyncio.shield(transfer.done)
 
     async def close(self) -> None:
-        raise NotImplementedError
+        """Fail what is live, end all threads and streams. Idempotent."""
+        self._is_closed = True
+        for transfer_id in list(self._transfers):
+            self.feed(transfer_id, session.Aborted(NackReason.CLOSED, "the sender is closing"))
+        waiting = [transfer.done for transfer in self._transfers.values()]
+        for pair in list(self._pairs.values()):
+            self._retire(pair)
+        await asyncio.gather(*waiting, *self._closing_pairs)
+        self._timer.disarm()
+        self._links.close()
+
+    def tick(self) -> None:
+        """Let pass the deadlines that are due, and arm the timer for the next."""
+        now = self._clock.now()
+        renewals: dict[SenderPair, list[str]] = {}
+        for transfer_id, transfer in list(self._transfers.items()):
+            for effect in transfer.session.tick(now):
+                if isinstance(effect, session.SayRenewal):
+                    renewals.setdefault(transfer.pair, []).append(transfer_id)
+                else:
+                    self._perform(transfer, effect)
+            self._timer.arm(transfer.session.next_deadline())
+        for pair, transfer_ids in renewals.items():
+            pair.say(pb.SenderMessage(renew=pb.RenewLeases(transfer_ids=transfer_ids)))
+
+    # --- pairs --------------------------------------------------------------------------------------------------------
+
+    def _pair_to(self, peer: Peer) -> SenderPair:
+        pair = self._pairs.get(peer.worker_id)
+        if pair is not None and pair.peer != peer:
+            if pair.peer.epoch > peer.epoch:
+                raise TransferError(NackReason.EPOCH, f"{peer.worker_id} is at epoch {pair.peer.epoch} by now")
+            self._retire(pair)
+            pair = None
+        if pair is None:
+            pair = SenderPair(
+                peer,
+                self._identity,
+                self._config,
+                self._layout,
+                self._links,
+                self._reader,
+                self._codecs,
+                self._dialer.dial(peer),
+                self._metrics,
+                owner=self,
+            )
+            self._pairs[peer.worker_id] = pair
+        return pair
+
+    def on_pair_lost(self, pair: SenderPair, detail: str) -> None:
+        self._retire(pair, detail)
+
+    def _retire(self, pair: SenderPair, detail: str = "the pair was closed") -> None:
+        """Take a pair out of use, fail its transfers, and end its thread and stream in the background."""
+        if self._pairs.get(pair.peer.worker_id) is pair:
+            del self._pairs[pair.peer.worker_id]
+        for transfer_id, transfer in list(self._transfers.items()):
+            if transfer.pair is pair:
+                self.feed(transfer_id, session.StreamLost(detail))
+        task = asyncio.get_running_loop().create_task(pair.close())
+        self._closing_pairs.add(task)
+        task.add_done_callback(self._closing_pairs.discard)
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def on_link_lost(self, pair: SenderPair, detail: str) -> None:
+        for transfer_id, transfer in list(self._transfers.items()):
+            if transfer.pair is pair:
+                self.feed(transfer_id, session.LinkLost(detail))
+
+    def feed(self, transfer_id: TransferId, event: session.SenderEvent) -> None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            return  # settled; what was on its way came late
+        now = self._clock.now()
+        try:
+            effects = transfer.session.handle(event, now)
+        except InvalidTransition as error:
+            _log.warning("transfer %s: %s", transfer_id, error)
+            effects = transfer.session.handle(session.Aborted(NackReason.PROTOCOL, str(error)), now)
+        for effect in effects:
+            self._perform(transfer, effect)
+        self._timer.arm(transfer.session.next_deadline())
+
+    def _perform(self, transfer: _Transfer, effect: session.SenderEffect) -> None:
+        transfer_id, pair = transfer.session.transfer_id, transfer.pair
+        match effect:
+            case session.StartSending(held_tokens):
+                pair.pump.reserve(transfer.outgoing, held_tokens)
+            case session.SayCommit(num_frames, payload_bytes, first_token_id):
+                commit = pb.Commit(
+                    transfer_id=transfer_id,
+                    num_frames=num_frames,
+                    payload_bytes=payload_bytes,
+                    first_token_id=first_token_id,
+                )
+                pair.say(pb.SenderMessage(commit=commit))
+            case session.SayAbort(reason):
+                pair.say(pb.SenderMessage(abort=pb.AbortTransfer(transfer_id=transfer_id, reason=reason)))
+            case session.SayRenewal():
+                pair.say(pb.SenderMessage(renew=pb.RenewLeases(transfer_ids=[transfer_id])))
+            case session.ReportAcked():
+                self._metrics.transfers.labels("sender").inc()
+                self._settle_when_unread(transfer, lambda: self._outcomes.on_acked(transfer_id))
+            case session.ReportFailed(reason, detail):
+                self._metrics.failures.labels("sender", reason).inc()
+                self._settle_when_unread(transfer, lambda: self._outcomes.on_failed(transfer_id, str(reason), detail))
+
+    def _settle_when_unread(self, transfer: _Transfer, tell: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def settle() -> None:
+            del self._transfers[transfer.session.transfer_id]
+            transfer.done.set_result(None)
+            tell()
+
+        transfer.outgoing.gate.close(lambda: loop.call_soon_threadsafe(settle))
+        transfer.pair.pump.wake()

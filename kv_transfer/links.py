@@ -1,0 +1,18 @@
+"""Which carrier a configuration means."""
+
+from kv_transfer.config import KvTransferConfig
+from kv_transfer.link import Links
+from kv_transfer.memory_links import MemoryLinks
+from kv_transfer.process_group_links import ProcessGroupLinks
+
+
+def open_links(config: KvTransferConfig) -> Links:
+    """Return the carrier of `config.backend`. Opens nothing yet."""
+    match config.backend:
+        case "memory":
+            return MemoryLinks()
+        case "nccl":
+            return ProcessGroupLinks("nccl", config.host)
+        case "gloo" | "auto":
+            # auto stays gloo on GPU machines too, until NCCL pairs have been measured (they have not been run yet)
+            return ProcessGroupLinks("gloo", config.host)

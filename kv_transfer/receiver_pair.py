@@ -1,0 +1,166 @@
+"""The receiver's side of one pair: what one prefill worker may say, and the thread that lands its frames."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from core.errors import ProtocolError
+from core.ids import TransferId
+from core.layout import KvLayout
+from core.membership import WorkerIdentity
+from kv_transfer import receiver_session as session
+from kv_transfer.codec import Codec
+from kv_transfer.config import KvTransferConfig
+from kv_transfer.control import ControlReply, nack_reason
+from kv_transfer.landing import FrameStamp, Landing, LandingZone
+from kv_transfer.link import LinkPlan, Links, PairIdentity
+from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.ports import KvWriter
+from kv_transfer.receive_pump import ReceivePump
+from kv_transfer.session import NackReason
+from protos import kv_transfer_pb2 as pb
+
+
+class ReceiverPairOwner(Protocol):
+    """Told on the event loop."""
+
+    def on_offer(self, pair: "ReceiverPair", offer: pb.Offer) -> None: ...
+
+    def feed_from(self, pair: "ReceiverPair", transfer_id: TransferId, event: session.ReceiverEvent) -> None:
+        """An event that this pair's peer or thread caused."""
+        ...
+
+    def on_link_lost(self, pair: "ReceiverPair", detail: str) -> None: ...
+
+
+class ReceiverPair:
+    """One prefill worker as the receiver sees it, for as long as its control stream lasts. Event loop only."""
+
+    def __init__(
+        self,
+        hello: pb.SenderHello,
+        identity: WorkerIdentity,
+        config: KvTransferConfig,
+        layout: KvLayout,
+        links: Links,
+        writer: KvWriter,
+        codecs: Mapping[int, Codec],
+        reply: ControlReply,
+        metrics: KvTransferMetrics,
+        owner: ReceiverPairOwner,
+    ) -> None:
+        self.sender_id = hello.worker_id
+        self.sender_epoch = hello.epoch
+        self.say = reply
+        self.landings: dict[TransferId, Landing] = {}
+        self._names = PairIdentity(hello.worker_id, hello.epoch, identity.worker_id, identity.epoch)
+        self._config = config
+        self._layout = layout
+        self._links = links
+        self._writer = writer
+        self._codecs = codecs
+        self._metrics = metrics
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._pump: ReceivePump | None = None
+        self._link_epoch = 0
+        self._dying_pumps: list[ReceivePump] = []
+        self._is_progress_posted = False
+        # Credit goes back in portions: large enough to be few messages, small enough that a sender which waits for one
+        # more slot always gets it.
+        self._credit_portion_bytes = min(config.credit_bytes // 8, config.credit_bytes - config.slot_bytes)
+
+    def hear(self, message: pb.SenderMessage) -> None:
+        """Take one message of the control stream.
+
+        Raises:
+            ProtocolError: it has no place in this protocol; the stream should end.
+        """
+        match message.WhichOneof("message"):
+            case "open_link":
+                self._open_link(message.open_link.link_epoch)
+            case "offer":
+                self._owner.on_offer(self, message.offer)
+            case "commit":
+                commit = message.commit
+                received = session.CommitReceived(commit.num_frames, commit.payload_bytes, commit.first_token_id)
+                self._owner.feed_from(self, TransferId(commit.transfer_id), received)
+            case "abort":
+                aborted = session.AbortReceived(nack_reason(message.abort.reason))
+                self._owner.feed_from(self, TransferId(message.abort.transfer_id), aborted)
+            case "renew":
+                for transfer_id in message.renew.transfer_ids:
+                    self._owner.feed_from(self, TransferId(transfer_id), session.LeaseRenewed())
+            case unexpected:
+                raise ProtocolError(f"{self.sender_id} said {unexpected or 'nothing that is known here'}")
+
+    def close_link(self) -> None:
+        """Break the link that is open, if any; its thread ends in the background."""
+        if self._pump is not None:
+            self._pump.close()
+            self._dying_pumps = [pump for pump in self._dying_pumps if not pump.finished.done()] + [self._pump]
+            self._pump = None
+
+    async def close(self) -> None:
+        """Break the link and wait for its threads; within the configured time, or raise that it could not."""
+        self.close_link()
+        # A thread may be inside the opening of a link, which nothing can interrupt.
+        timeout_s = self._config.close_timeout_s + self._config.open_timeout_s
+        for pump in self._dying_pumps:
+            await asyncio.wait_for(asyncio.wrap_future(pump.finished), timeout_s)
+
+    def _open_link(self, link_epoch: int) -> None:
+        if link_epoch <= self._link_epoch:
+            return  # a duplicate, or older than what is open
+        if self._pump is not None:
+            self.close_link()
+            self._owner.on_link_lost(self, f"the sender went on to link epoch {link_epoch}")
+        config = self._config
+        self._link_epoch = link_epoch
+        stamp = FrameStamp(self.sender_epoch, self._names.receiver_epoch, link_epoch)
+        zone = LandingZone(stamp, self._layout, self._writer, self._codecs, self.landings)
+        plan = LinkPlan(self._names.link_name(link_epoch), config.slot_bytes, config.num_slots, config.open_timeout_s)
+        opened = pb.LinkOpened(
+            link_epoch=link_epoch,
+            rendezvous=self._links.host(),
+            slot_bytes=config.slot_bytes,
+            backend=self._links.backend,
+        )
+        self._pump = ReceivePump(self._links, plan, link_epoch, zone, self, self._metrics)
+        self._pump.start()
+        self.say(pb.ReceiverMessage(link_opened=opened))
+        self.say(pb.ReceiverMessage(credit=pb.Credit(bytes=config.credit_bytes)))
+
+    # --- hooks of the pump, on its thread -----------------------------------------------------------------------------
+
+    def on_progress(self) -> None:
+        # Frames may land faster than the loop turns: one look at the totals serves all of them.
+        if not self._is_progress_posted:
+            self._is_progress_posted = True
+            self._post(self._look)
+
+    def on_refused(self, transfer_id: TransferId, reason: NackReason, detail: str) -> None:
+        self._post(self._owner.feed_from, self, transfer_id, session.FrameWasRefused(reason, detail))
+
+    def on_link_lost(self, link_epoch: int, detail: str) -> None:
+        self._post(self._lost, link_epoch, detail)
+
+    # --- the same, arrived on the loop --------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        self._is_progress_posted = False
+        for landing in list(self.landings.values()):
+            if landing.num_frames > landing.told_frames:
+                landing.told_frames = landing.num_frames
+                written = session.FramesWritten(landing.num_frames, landing.payload_bytes, landing.coverage.is_complete)
+                self._owner.feed_from(self, landing.transfer_id, written)
+        if self._pump is not None and (credit_bytes := self._pump.take_credit(self._credit_portion_bytes)):
+            self.say(pb.ReceiverMessage(credit=pb.Credit(bytes=credit_bytes)))
+
+    def _lost(self, link_epoch: int, detail: str) -> None:
+        if self._pump is not None and link_epoch == self._link_epoch:
+            self.close_link()
+            self._owner.on_link_lost(self, detail)
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        self._loop.call_soon_threadsafe(callback, *args)

@@ -1,0 +1,166 @@
+"""The sender's side of one pair: its control stream (on the loop) and its pump (a thread), joined."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Protocol
+
+from core.errors import ProtocolError, ServingError, WorkerLost
+from core.ids import TransferId
+from core.layout import KvLayout
+from core.membership import WorkerIdentity
+from kv_transfer import sender_session as session
+from kv_transfer.codec import Codec
+from kv_transfer.config import KvTransferConfig
+from kv_transfer.control import ControlStream, nack_reason
+from kv_transfer.frame import FRAME_VERSION
+from kv_transfer.link import Links, PairIdentity
+from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.ports import KvReader, Peer
+from kv_transfer.send_pump import OpenedLink, Outgoing, SendPump
+from kv_transfer.session import NackReason
+from protos import kv_transfer_pb2 as pb
+
+
+class PairOwner(Protocol):
+    """Told on the event loop."""
+
+    def feed(self, transfer_id: TransferId, event: session.SenderEvent) -> None: ...
+
+    def on_link_lost(self, pair: "SenderPair", detail: str) -> None: ...
+
+    def on_pair_lost(self, pair: "SenderPair", detail: str) -> None:
+        """The stream ended, or never came up. The pair is of no more use."""
+        ...
+
+
+class SenderPair:
+    """One decode worker as the sender sees it. Event loop only, but for the pump's hooks."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        identity: WorkerIdentity,
+        config: KvTransferConfig,
+        layout: KvLayout,
+        links: Links,
+        reader: KvReader,
+        codecs: Mapping[int, Codec],
+        stream: ControlStream,
+        metrics: KvTransferMetrics,
+        owner: PairOwner,
+    ) -> None:
+        """Begin to connect, and start the pump."""
+        self.peer = peer
+        self._config = config
+        self._owner = owner
+        self._stream = stream
+        self._is_up = False
+        self._unsaid: list[pb.SenderMessage] = []
+        self._loop = asyncio.get_running_loop()
+        pair = PairIdentity(identity.worker_id, identity.epoch, peer.worker_id, peer.epoch)
+        self.pump = SendPump(config, pair, layout, links, reader, codecs, self, metrics)
+        self.pump.start()
+        hello = pb.SenderHello(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            receiver_epoch=peer.epoch,
+            layout_fingerprint=layout.fingerprint,
+            frame_version=FRAME_VERSION,
+        )
+        self._task = self._loop.create_task(self._listen(hello), name=f"kv-control-{peer.worker_id}")
+
+    def say(self, message: pb.SenderMessage) -> None:
+        """Queue a message; those before the hello is answered wait for it."""
+        if self._is_up:
+            self._stream.send(message)
+        else:
+            self._unsaid.append(message)
+
+    async def close(self) -> None:
+        """End the stream and the thread; within the configured time, or raise that it could not."""
+        self.pump.close()
+        await self._stream.close()
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        await asyncio.wait_for(asyncio.wrap_future(self.pump.finished), self._close_timeout_s)
+
+    @property
+    def _close_timeout_s(self) -> float:
+        # The thread may be inside the opening of a link, which nothing can interrupt.
+        return self._config.close_timeout_s + self._config.open_timeout_s
+
+    # --- the control stream -------------------------------------------------------------------------------------------
+
+    async def _listen(self, hello: pb.SenderHello) -> None:
+        messages = self._stream.messages()
+        try:
+            self._stream.send(pb.SenderMessage(hello=hello))
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                await self._greet(messages)
+            async for message in messages:
+                self._hear(message)
+            detail = f"{self.peer.worker_id} ended the control stream"
+        except TimeoutError:
+            detail = f"{self.peer.worker_id} did not answer within {self._config.connect_timeout_s:g} s"
+        except ServingError as error:
+            detail = str(error)
+        self._owner.on_pair_lost(self, detail)
+
+    async def _greet(self, messages: AsyncIterator[pb.ReceiverMessage]) -> None:
+        try:
+            first = await anext(messages)
+        except StopAsyncIteration:
+            raise WorkerLost(f"{self.peer.worker_id} ended the control stream before its hello") from None
+        hello = first.hello
+        if first.WhichOneof("message") != "hello" or hello.frame_version != FRAME_VERSION:
+            raise ProtocolError(f"{self.peer.worker_id} did not answer with a hello of frame version {FRAME_VERSION}")
+        if (hello.worker_id, hello.epoch) != (self.peer.worker_id, self.peer.epoch):
+            raise WorkerLost(f"{hello.worker_id} epoch {hello.epoch} answers at the address of {self.peer.worker_id}")
+        self._is_up = True
+        for message in self._unsaid:
+            self._stream.send(message)
+        self._unsaid.clear()
+
+    def _hear(self, message: pb.ReceiverMessage) -> None:
+        match message.WhichOneof("message"):
+            case "link_opened":
+                opened = message.link_opened
+                self.pump.link_opened(
+                    OpenedLink(opened.link_epoch, opened.rendezvous, opened.slot_bytes, opened.backend)
+                )
+            case "credit":
+                self.pump.grant(message.credit.bytes)
+            case "reserved":
+                granted = session.ReservationGranted(message.reserved.held_tokens, message.reserved.lease_s)
+                self._owner.feed(TransferId(message.reserved.transfer_id), granted)
+            case "ack":
+                self._owner.feed(TransferId(message.ack.transfer_id), session.AckReceived())
+            case "nack":
+                nack = message.nack
+                received = session.NackReceived(nack_reason(nack.reason), nack.detail)
+                self._owner.feed(TransferId(nack.transfer_id), received)
+            case unexpected:
+                raise ProtocolError(f"{self.peer.worker_id} said {unexpected or 'nothing that is known here'}")
+
+    # --- hooks of the pump, on its thread -----------------------------------------------------------------------------
+
+    def on_first_frame(self, outgoing: Outgoing) -> None:
+        self._post(self._owner.feed, outgoing.transfer_id, session.FrameSent())
+
+    def on_all_sent(self, outgoing: Outgoing, first_token_id: int) -> None:
+        sent = session.AllSent(outgoing.num_frames, outgoing.payload_bytes, first_token_id)
+        self._post(self._owner.feed, outgoing.transfer_id, sent)
+
+    def on_failed(self, outgoing: Outgoing, reason: NackReason, detail: str) -> None:
+        self._post(self._owner.feed, outgoing.transfer_id, session.Aborted(reason, detail))
+
+    def on_link_lost(self, detail: str) -> None:
+        self._post(self._owner.on_link_lost, self, detail)
+
+    def on_link_needed(self, link_epoch: int) -> None:
+        self._post(self.say, pb.SenderMessage(open_link=pb.OpenLink(link_epoch=link_epoch)))
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        self._loop.call_soon_threadsafe(callback, *args)

@@ -1,0 +1,247 @@
+"""Peers for the KV transfer tests: pools that are plain arrays, owners that remember, control streams in memory."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import torch
+from prometheus_client import CollectorRegistry
+from torch import Tensor
+
+from core.clock import ManualClock, MonotonicClock
+from core.errors import RejectedError, RejectReason, ServingError, WorkerLost
+from core.ids import Epoch, RequestId, TransferId, WorkerId
+from core.layout import KvLayout
+from core.membership import WorkerIdentity
+from kv_transfer.codec import TORCH_DTYPES
+from kv_transfer.config import KvTransferConfig
+from kv_transfer.link import Links
+from kv_transfer.memory_links import MemoryHub, MemoryLinks
+from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.ports import LandedStats, Peer
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.sender import KvSender
+from protos import kv_transfer_pb2 as pb
+
+LAYOUT = KvLayout("weights", num_layers=3, num_kv_heads=2, head_dim=8, dtype="float32", block_size=4)
+PATIENCE_S = 20.0  # a deadline, not a duration: only a hang uses it up
+
+
+class ArrayPool:
+    """Reader and writer over one dense array per request; a block layout is the engine's business, not the wire's."""
+
+    def __init__(self, layout: KvLayout = LAYOUT) -> None:
+        self.layout = layout
+        self.arrays: dict[RequestId, Tensor] = {}
+        self.writes: list[tuple[RequestId, range, range]] = []
+        self.num_inside = 0
+        self.blocked_by: threading.Event | None = None  # accesses wait for it, as inside a slow copy
+        self.is_entered = threading.Event()
+
+    def fill(self, request_id: RequestId, num_tokens: int, seed: int = 0) -> Tensor:
+        """Put random KV of [0, num_tokens) there."""
+        generator = torch.Generator().manual_seed(seed)
+        kv = torch.randn(self._shape(num_tokens), generator=generator).to(TORCH_DTYPES[self.layout.dtype])
+        self.arrays[request_id] = kv
+        return kv
+
+    def clear(self, request_id: RequestId, num_tokens: int) -> Tensor:
+        """Reserve [0, num_tokens); nothing written is NaN."""
+        self.arrays[request_id] = torch.full(
+            self._shape(num_tokens), float("nan"), dtype=TORCH_DTYPES[self.layout.dtype]
+        )
+        return self.arrays[request_id]
+
+    def read_kv(self, request_id: RequestId, layers: range, tokens: range, out: Tensor | None = None) -> Tensor:
+        with self._inside():
+            kv = self._box(request_id, layers, tokens)
+            return out.copy_(kv) if out is not None else kv.contiguous()
+
+    def write_kv(self, request_id: RequestId, layers: range, tokens: range, kv: Tensor) -> None:
+        with self._inside():
+            self._box(request_id, layers, tokens).copy_(kv)
+            self.writes.append((request_id, layers, tokens))
+
+    def _box(self, request_id: RequestId, layers: range, tokens: range) -> Tensor:
+        try:
+            array = self.arrays[request_id]
+        except KeyError:
+            raise RejectedError(RejectReason.NO_BLOCKS, f"{request_id} has no blocks") from None
+        return array[layers.start : layers.stop, :, :, tokens.start : tokens.stop]
+
+    def _shape(self, num_tokens: int) -> tuple[int, int, int, int, int]:
+        return (self.layout.num_layers, 2, self.layout.num_kv_heads, num_tokens, self.layout.head_dim)
+
+    def _inside(self) -> "_Inside":
+        return _Inside(self)
+
+
+class _Inside:
+    def __init__(self, pool: ArrayPool) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> None:
+        self._pool.num_inside += 1
+        self._pool.is_entered.set()
+        if self._pool.blocked_by is not None:
+            assert self._pool.blocked_by.wait(PATIENCE_S)
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.num_inside -= 1
+
+
+@dataclass
+class Outcomes:
+    """Owner of either side: remembers every outcome and lets tests wait for one."""
+
+    pool: ArrayPool
+    told: dict[TransferId, list[tuple[str, str]]] = field(default_factory=dict)
+    first_tokens: dict[TransferId, int] = field(default_factory=dict)
+    stats: dict[TransferId, LandedStats] = field(default_factory=dict)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def on_acked(self, transfer_id: TransferId) -> None:
+        self._tell(transfer_id, "acked", "")
+
+    def on_landed(self, transfer_id: TransferId, first_token_id: int, stats: LandedStats) -> None:
+        self.first_tokens[transfer_id] = first_token_id
+        self.stats[transfer_id] = stats
+        self._tell(transfer_id, "landed", "")
+
+    def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
+        self._tell(transfer_id, reason, detail)
+
+    def _tell(self, transfer_id: TransferId, outcome: str, detail: str) -> None:
+        self.told.setdefault(transfer_id, []).append((outcome, detail))
+        self._changed.set()
+
+    async def outcome(self, transfer_id: TransferId) -> str:
+        """Wait for the outcome of a transfer; there must be exactly one."""
+        async with asyncio.timeout(PATIENCE_S):
+            while transfer_id not in self.told:
+                self._changed.clear()
+                await self._changed.wait()
+        assert len(self.told[transfer_id]) == 1, self.told[transfer_id]
+        return self.told[transfer_id][0][0]
+
+
+class MemoryDialer:
+    """Control streams straight into a receiver of this process. `to_receiver`/`to_sender` may change what passes."""
+
+    def __init__(self, receiver: KvReceiver) -> None:
+        self.receiver = receiver
+        self.streams: list[MemoryStream] = []
+
+    def dial(self, peer: Peer) -> "MemoryStream":
+        stream = MemoryStream(self.receiver)
+        self.streams.append(stream)
+        return stream
+
+
+class MemoryStream:
+    def __init__(self, receiver: KvReceiver) -> None:
+        self._receiver = receiver
+        self.to_receiver: asyncio.Queue[pb.SenderMessage | None] = asyncio.Queue()
+        self.to_sender: asyncio.Queue[pb.ReceiverMessage | ServingError | None] = asyncio.Queue()
+        self._served: asyncio.Task[None] | None = None
+        self.sent: list[pb.SenderMessage] = []
+        self.heard: list[pb.ReceiverMessage] = []
+
+    def send(self, message: pb.SenderMessage) -> None:
+        self.sent.append(message)
+        self.to_receiver.put_nowait(message)
+
+    async def messages(self) -> AsyncIterator[pb.ReceiverMessage]:
+        self._served = asyncio.create_task(self._serve())
+        while (message := await self.to_sender.get()) is not None:
+            if isinstance(message, ServingError):
+                raise WorkerLost(str(message)) from message
+            self.heard.append(message)
+            yield message
+
+    async def close(self) -> None:
+        self.to_receiver.put_nowait(None)
+        if self._served is not None:
+            await asyncio.wait([self._served])
+
+    def break_off(self) -> None:
+        """End the stream as a crash would: both sides notice."""
+        self.to_receiver.put_nowait(None)
+        self.to_sender.put_nowait(None)
+
+    async def _serve(self) -> None:
+        try:
+            await self._receiver.serve(self._inbound(), self.to_sender.put_nowait)
+            self.to_sender.put_nowait(None)
+        except ServingError as error:
+            self.to_sender.put_nowait(error)
+
+    async def _inbound(self) -> AsyncIterator[pb.SenderMessage]:
+        while (message := await self.to_receiver.get()) is not None:
+            yield message
+
+
+class Duo:
+    """A sender and a receiver of one process, joined by memory links and memory streams."""
+
+    def __init__(
+        self,
+        config: KvTransferConfig | None = None,
+        *,
+        clock: ManualClock | MonotonicClock | None = None,
+        sender_layout: KvLayout = LAYOUT,
+        receiver_layout: KvLayout = LAYOUT,
+        links: tuple[Links, Links] | None = None,
+    ) -> None:
+        self.config = config or KvTransferConfig(backend="memory", slot_bytes=4096, credit_bytes=16384)
+        self.clock = clock or MonotonicClock()
+        hub = MemoryHub()
+        sender_links, receiver_links = links or (MemoryLinks(hub), MemoryLinks(hub))
+        self.sender_metrics = KvTransferMetrics(CollectorRegistry())
+        self.receiver_metrics = KvTransferMetrics(CollectorRegistry())
+        self.source, self.target = ArrayPool(sender_layout), ArrayPool(receiver_layout)
+        self.sent, self.landed = Outcomes(self.source), Outcomes(self.target)
+        self.receiver = KvReceiver(
+            self.config,
+            WorkerIdentity(WorkerId("decode"), Epoch(7), "test"),
+            receiver_layout,
+            self.target,
+            self.landed,
+            self.clock,
+            links=receiver_links,
+            metrics=self.receiver_metrics,
+        )
+        self.dialer = MemoryDialer(self.receiver)
+        self.sender = KvSender(
+            self.config,
+            WorkerIdentity(WorkerId("prefill"), Epoch(3), "test"),
+            sender_layout,
+            self.source,
+            self.sent,
+            self.clock,
+            links=sender_links,
+            dialer=self.dialer,
+            metrics=self.sender_metrics,
+        )
+        self.peer = Peer(WorkerId("decode"), Epoch(7), "in memory")
+
+    async def __aenter__(self) -> "Duo":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.sender.close()
+        await self.receiver.close()
+        for outcomes in (self.sent, self.landed):
+            assert all(len(told) == 1 for told in outcomes.told.values()), outcomes.told
+        for thread in threading.enumerate():
+            assert not thread.name.startswith(("kv-send", "kv-receive")), thread.name
+
+    async def begin(self, name: str, num_tokens: int, held_tokens: int = 0) -> tuple[TransferId, Tensor, Tensor]:
+        """Fill the source, reserve in the target, expect and offer. Returns (transfer, source KV, target KV)."""
+        transfer_id, request_id = TransferId(f"{name}/0"), RequestId(name)
+        kv = self.source.fill(request_id, num_tokens)
+        target = self.target.clear(request_id, num_tokens)
+        await self.receiver.expect(transfer_id, request_id, held_tokens, num_tokens)
+        await self.sender.offer(transfer_id, request_id, num_tokens, self.peer)
+        return transfer_id, kv, target
