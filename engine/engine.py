@@ -12,11 +12,10 @@ A request's path:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from core.errors import DuplicateRequest, RejectedError, RejectReason, ServingError
+from core.errors import DuplicateRequest, RejectedError, RejectReason
 from core.ids import RequestId
 from core.kv_events import BlocksStored, KvEvent
 from core.layout import KvLayout
@@ -25,8 +24,9 @@ from core.request import GenerateRequest, RequestOutput, TokenOutput
 from core.text import Decode
 from engine.blocks import BlockManager, Owner
 from engine.config import EngineConfig, ModelConfig
+from engine.contract import PrefillObserver, Reservation, Runner, StepFailed
 from engine.detokenize import load_decode
-from engine.execution import Executor, PrefillObserver, Runner
+from engine.execution import Executor
 from engine.handoff import HandoffTable
 from engine.intake import Intake
 from engine.ledger import KvLedger
@@ -37,21 +37,7 @@ from engine.sampler import TokenDetail
 from engine.scheduler import Scheduler, StepStats
 from engine.sequence import SequenceEvent, SequenceState, TokenSequence
 
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """`held_tokens`: leading prompt tokens whose KV is here already and need not be sent."""
-
-    held_tokens: int
-
-
-class StepFailed(ServingError):
-    """The forward pass or the sampling of a step failed. The requests of that step are as before it; abort them."""
-
-    def __init__(self, request_ids: tuple[RequestId, ...], cause: BaseException) -> None:
-        line = next((line for line in str(cause).splitlines() if line.strip()), "")
-        super().__init__(f"engine step failed: {type(cause).__name__}: {line.strip()}")
-        self.request_ids = request_ids
+__all__ = ["Engine", "PrefillObserver", "Reservation", "StepFailed"]
 
 
 class Engine:

@@ -4,47 +4,14 @@ Knows the model and the sampler; changes no request.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 
 from core.ids import RequestId
-from engine.checkpoint import ModelInfo
-from engine.forward import ForwardBatch, SequenceChunk, build_batch
-from engine.pool import KvPool
+from engine.contract import PrefillObserver, Runner
+from engine.forward import SequenceChunk, build_batch
 from engine.sampler import Choices, Sampler
 from engine.sequence import TokenSequence
-
-
-class Runner(Protocol):
-    """The model: what `engine.runner.ModelRunner` is, and what a test may put in its place."""
-
-    @property
-    def info(self) -> ModelInfo: ...
-
-    @property
-    def pool(self) -> KvPool: ...
-
-    def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
-        """Compute the batch into the pool; return float32 logits [R, V], which the caller may overwrite.
-
-        Args:
-            on_layer: called with a layer's index once its K and V of the whole batch are in the pool.
-        """
-        ...
-
-
-class PrefillObserver(Protocol):
-    """Told, on the engine thread, which KV of a prefill is in the pool. Must not block."""
-
-    def on_kv_ready(self, request_id: RequestId, layers: range, tokens: range) -> None:
-        """These layers of these prompt positions can be read until the lease ends.
-
-        Called once for a cached prefix (all layers) when the request is first scheduled, then for each (layer group,
-        chunk) as soon as the last layer of the group has run: together every layer of every position exactly once.
-        """
-        ...
-
 
 Shares = Sequence[tuple[TokenSequence, int]]
 Observers = Mapping[RequestId, PrefillObserver]

@@ -22,7 +22,8 @@ from core.ids import RequestId
 from core.kv_events import KvEvent
 from core.membership import LoadReport
 from core.request import RequestOutput
-from engine.engine import Engine, StepFailed
+from engine.contract import StepFailed
+from engine.engine import Engine
 from engine.scheduler import StepStats
 
 _LOG = logging.getLogger(__name__)

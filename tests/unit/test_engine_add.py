@@ -8,12 +8,15 @@ from core.errors import DuplicateRequest, InvalidRequest, PromptTooLong, Rejecte
 from core.ids import RequestId
 from core.kv_events import BlocksStored
 from core.request import Finish, FinishReason, GenerateRequest, SamplingParams
-from engine.engine import Engine, StepFailed
+from engine.contract import StepFailed
+from engine.engine import Engine
 from engine.scheduler import Admission
 from tests.fake_model import EOS, FakeRunner, fake_engine, greedy, reference_tokens, run_to_end, token_ids
 
 
-def request(name: str, prompt: Sequence[int], params: SamplingParams | None = None, tenant: str = "") -> GenerateRequest:
+def request(
+    name: str, prompt: Sequence[int], params: SamplingParams | None = None, tenant: str = ""
+) -> GenerateRequest:
     return GenerateRequest(RequestId(name), tuple(prompt), params or greedy(), tenant=tenant)
 
 
@@ -151,9 +154,7 @@ def test_first_come_first_served() -> None:
 
 
 def test_end_of_sequence_ends_unless_ignored() -> None:
-    prompt = next(
-        [at] for at in range(90) if EOS in reference_tokens(request("r", [at], greedy(max_tokens=60)))
-    )
+    prompt = next([at] for at in range(90) if EOS in reference_tokens(request("r", [at], greedy(max_tokens=60))))
     engine = fake_engine()
     engine.add(request("r", prompt, greedy(max_tokens=60)))
     engine.add(request("on", prompt, greedy(max_tokens=60, ignore_eos=True)))
@@ -272,7 +273,7 @@ def test_a_failed_step_changes_nothing_and_names_its_requests() -> None:
     engine.step()
     engine.add(request("b", [1, 2]))
     runner_of(engine).fail_next = RuntimeError("out of memory\nmore")
-    with pytest.raises(StepFailed, match="engine step failed: RuntimeError: out of memory$") as caught:
+    with pytest.raises(StepFailed, match=r"engine step failed: RuntimeError: out of memory$") as caught:
         engine.step()
     assert caught.value.request_ids == ("a", "b")
     engine.check()
