@@ -11,11 +11,13 @@ must live as long as the launcher), and an existing cluster removes the actors o
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +71,7 @@ class RayBackend:
             ConfigError: the address does not answer, or Ray cannot work here.
         """
         restore = _set_environment(packages, is_private=config.address is None)
+        logging.getLogger("ray").setLevel(logging.ERROR)  # its own `logging_level` comes too late for some
         quiet: dict[str, Any] = {
             "namespace": namespace, "log_to_driver": False, "configure_logging": False,
             "logging_level": logging.ERROR,
@@ -147,7 +150,11 @@ class RayBackend:
             for group in self._groups.values():
                 remove_placement_group(group)
         self._groups.clear()
+        daemons = _daemons()
         ray.shutdown()
+        for daemon in daemons:  # ended by now; Ray itself never asks how
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(_GONE_S)
         _restore_environment(self._restore)
 
 
@@ -258,15 +265,21 @@ def _check_answers(address: str) -> None:
         raise ConfigError(f"ray.address: cannot reach {address}: {error.strerror or error}") from error
 
 
+@functools.cache
+def _token() -> str:
+    """One per process, because Ray reads it once per process."""
+    return secrets.token_hex(32)
+
+
 def _set_environment(packages: Path, *, is_private: bool) -> dict[str, str | None]:
     """Set what Ray's processes inherit from ours; returns the former values."""
     path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
     wanted = {"PYTHONPATH": path, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # unset, the latter is a warning
-    if is_private and "RAY_AUTH_MODE" not in os.environ:
-        # Whoever reaches its ports may run code: a token that only our own processes know. Ray's default is the same
-        # with a token file in the home folder, and a notice.
-        wanted |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    before = {name: os.environ.get(name) for name in wanted}
+    if is_private and not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & os.environ.keys():
+        # Whoever reaches its ports may run code, so Ray asks for a token by default. This one only our own processes
+        # know; left to itself, Ray would keep one in the home folder.
+        wanted["RAY_AUTH_TOKEN"] = _token()
+    before = {name: os.environ.get(name) for name in (*wanted, "RAY_AUTH_MODE")}  # the last one is set by Ray
     os.environ.update(wanted)
     return before
 
@@ -277,6 +290,13 @@ def _restore_environment(before: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def _daemons() -> list["subprocess.Popen[bytes]"]:
+    """Return the processes of a private cluster that are our own children."""
+    node = getattr(sys.modules["ray._private.worker"], "_global_node", None)
+    groups = getattr(node, "all_processes", {}).values()
+    return [info.process for group in groups for info in group]
 
 
 def _silence_raylet() -> None:

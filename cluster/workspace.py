@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 
 MARK = "TANDEM_LAUNCH"
+GONE = frozenset({psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD})
+"""States of a process that holds nothing any more."""
 _PREFIX = "tandem-"
 
 
@@ -45,7 +47,7 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             is_ours = process.pid != os.getpid() and process.environ().get(MARK) == mark
-            if is_ours and process.status() != psutil.STATUS_ZOMBIE:
+            if is_ours and process.status() not in GONE:
                 found.append(process)
     return found
 
@@ -64,7 +66,7 @@ def is_alive(pid: int, created_s: float) -> bool:
     """Tell whether the process that had `pid` at its start time still runs; process numbers are used again."""
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - created_s) < 1.5 and process.status() != psutil.STATUS_ZOMBIE
+        return abs(process.create_time() - created_s) < 1.5 and process.status() not in GONE
     except psutil.Error:
         return False
 
