@@ -78,7 +78,7 @@ class WorkerLife:
         """Why the worker may not go on; None while it may."""
         return self._failure
 
-    def move(self, state: WorkerState, detail: str = "", **facts: object) -> None:
+    def move(self, state: WorkerState, detail: str = "", /, **facts: str | int) -> None:
         """Enter `state` and tell the store, with other fields of the record.
 
         Raises:
@@ -122,7 +122,7 @@ class WorkerLife:
         self.fail(WorkerLost(f"epoch {self._identity.epoch} of {self._identity.worker_id} was fenced by {newer}"))
 
 
-def layout_facts(layout: KvLayout, max_model_len: int) -> dict[str, object]:
+def layout_facts(layout: KvLayout, max_model_len: int) -> dict[str, str | int]:
     """Return the fields of a worker record that tell of its model. Pure."""
     return {
         "layout_fingerprint": layout.fingerprint,

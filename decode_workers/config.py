@@ -19,9 +19,6 @@ class DecodeWorkerConfig(ConfigModel):
     port: int = Field(0, ge=0, le=65535, description="of the gRPC server; 0 takes a free one")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="of /metrics; absent: metrics are not served")
     max_requests: int = Field(256, ge=1, description="requests reserved or running; more are refused")
-    headroom_ratio: float = Field(
-        0.05, ge=0, lt=1, description="part of the pool that a new reservation must leave free for running requests"
-    )
     landing_timeout_s: float = Field(
         360.0, gt=0, description="acceptance to the last frame: the backstop behind the leases of the transfer"
     )

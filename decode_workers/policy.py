@@ -1,7 +1,7 @@
 """Whether a decode worker takes a request now. Pure: limits and a snapshot of the load go in, an answer comes out.
 
-The engine's reservation has the last word on blocks; this is what is decided before asking it. Running requests grow,
-so a reservation must leave some blocks free: filling the pool to the last block would preempt at the next step.
+The engine's reservation has the last word on blocks, because only the engine knows which of them the prompt shares with
+its prefix cache; it is asked only for what may succeed.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,12 @@ from core.membership import WorkerState
 
 @dataclass(frozen=True, slots=True)
 class DecodeLimits:
-    """What the worker can hold. `headroom_blocks` stay free for the growth of running requests."""
+    """What the worker can hold."""
 
     max_requests: int
     max_model_len: int
     total_blocks: int
     block_size: int
-    headroom_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +40,7 @@ class DecodeDemand:
 
 
 def refusal(demand: DecodeDemand, accounts: DecodeAccounts, limits: DecodeLimits) -> RejectedError | None:
-    """Return why the request cannot be taken now; None to try a reservation. Pure.
-
-    The headroom is not asked of an idle worker: what fits into an empty pool is served.
-    """
+    """Return why the request cannot be taken now; None to try a reservation. Pure."""
     prompt = demand.num_prompt_tokens
     if accounts.state is WorkerState.DRAINING or accounts.state is WorkerState.STOPPED:
         return RejectedError(RejectReason.DRAINING, "the worker takes no new requests")
@@ -58,7 +54,6 @@ def refusal(demand: DecodeDemand, accounts: DecodeAccounts, limits: DecodeLimits
         return RejectedError(RejectReason.TOO_LONG, f"{prompt} prompt tokens, at most {room} fit")
     if accounts.num_requests >= limits.max_requests:
         return RejectedError(RejectReason.QUEUE_FULL, f"{accounts.num_requests} requests held", accounts.step_s)
-    if accounts.num_requests > 0 and needed + limits.headroom_blocks > accounts.free_blocks:
-        detail = f"{needed} blocks needed beside {limits.headroom_blocks} for growth, {accounts.free_blocks} free"
-        return RejectedError(RejectReason.NO_BLOCKS, detail, accounts.step_s)
+    if accounts.num_requests > 0 and accounts.free_blocks == 0:
+        return RejectedError(RejectReason.NO_BLOCKS, "every block is in use", accounts.step_s)
     return None

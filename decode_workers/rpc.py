@@ -1,6 +1,6 @@
 """gRPC to core types and back, for the decode worker. The only importer of grpc in this package."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Protocol, cast
 
 import grpc
@@ -20,6 +20,8 @@ from decode_workers.messages import (
     SendOutputs,
     SendRejected,
 )
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.rpc import add_kv_transfer
 from protos import codec, worker_pb2, worker_pb2_grpc
 
 _PROFILE = "none"  # frames carry KV as it is
@@ -54,9 +56,7 @@ class Commands(Protocol):
 class DecodeServer:
     """The worker's gRPC server: for gateways, and for the prefill workers that send KV."""
 
-    def __init__(
-        self, worker: Commands, host: str, port: int, add_kv_transfer: Callable[[grpc.aio.Server], None]
-    ) -> None:
+    def __init__(self, worker: Commands, host: str, port: int, receiver: KvReceiver) -> None:
         """Bind.
 
         Raises:
@@ -64,7 +64,7 @@ class DecodeServer:
         """
         self._server = rpc.create_server()
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(_Servicer(worker), self._server)
-        add_kv_transfer(self._server)
+        add_kv_transfer(receiver, self._server)
         self.address = f"{host}:{rpc.bind(self._server, host, port)}"
 
     async def start(self) -> None:

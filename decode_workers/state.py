@@ -128,6 +128,7 @@ class DecodeRequest:
         self.transfer_id = transfer_id
         self.held_tokens = 0
         self.state = DecodeState.RESERVING
+        self.ended_by = ""  # the event that sealed its fate
         self._lease_s = lease_s
         self._landing_timeout_s = landing_timeout_s
         self._deadline: float | None = None
@@ -138,6 +139,10 @@ class DecodeRequest:
     @property
     def request_id(self) -> RequestId:
         return self.request.request_id
+
+    @property
+    def is_closed(self) -> bool:
+        return self.state is DecodeState.CLOSED
 
     def next_deadline(self) -> float | None:
         """When `DeadlinePassed` is due.
@@ -162,6 +167,8 @@ class DecodeRequest:
         self.state = after
         self._deadline = now + self._landing_timeout_s if after is DecodeState.RESERVED else None
         cause = type(event).__name__
+        if after in (DecodeState.STOPPING, DecodeState.FREEING, DecodeState.CLOSED):
+            self.ended_by = self.ended_by or cause
         effects: list[Effect] = []
         match event:
             case BlocksReserved(held_tokens):

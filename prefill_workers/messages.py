@@ -22,13 +22,17 @@ class HandOff:
 
 
 @dataclass(frozen=True, slots=True)
+class Scheduled:
+    """The request got into the engine's batch; `cached_tokens` of its prompt need no computing."""
+
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class FirstTokenComputed:
     """The engine sampled the first token and the stream goes on."""
 
     output: RequestOutput
-    queue_s: float
-    compute_s: float
-    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,6 @@ class LastTokenComputed:
     """The first token is also the last: end of sequence, a stop, or max_tokens = 1."""
 
     output: RequestOutput
-    queue_s: float
-    compute_s: float
-    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ class WorkerClosed:
 
 
 Event = (
-    FirstTokenComputed
+    Scheduled
+    | FirstTokenComputed
     | LastTokenComputed
     | EngineFailed
     | TransferAcked

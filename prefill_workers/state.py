@@ -31,6 +31,7 @@ from prefill_workers.messages import (
     HandOff,
     LastTokenComputed,
     ReleaseBlocks,
+    Scheduled,
     SendComputed,
     SendFailed,
     SendHandedOver,
@@ -53,6 +54,7 @@ class PrefillState(StrEnum):
 
 EDGES: Mapping[PrefillState, Mapping[type[Event], PrefillState]] = {
     PrefillState.COMPUTING: {
+        Scheduled: PrefillState.COMPUTING,  # a step began that computes some of it
         FirstTokenComputed: PrefillState.SENDING,  # the engine's step ended
         LastTokenComputed: PrefillState.STOPPING,  # the decode worker is not needed; its reservation is the gateway's
         EngineFailed: PrefillState.STOPPING,  # late refusal, or a failed step
@@ -75,7 +77,8 @@ EDGES: Mapping[PrefillState, Mapping[type[Event], PrefillState]] = {
         TransferStopped: PrefillState.FREEING,
         TransferAcked: PrefillState.STOPPING,  # crossed with our stop, whose own answer is on its way
         TransferFailed: PrefillState.STOPPING,
-        FirstTokenComputed: PrefillState.STOPPING,  # the step that was running when we gave up
+        Scheduled: PrefillState.STOPPING,  # all of these: the step that was running when we gave up
+        FirstTokenComputed: PrefillState.STOPPING,
         LastTokenComputed: PrefillState.STOPPING,
         EngineFailed: PrefillState.STOPPING,
         AbortRequested: PrefillState.STOPPING,  # its fate is sealed already
@@ -87,7 +90,8 @@ EDGES: Mapping[PrefillState, Mapping[type[Event], PrefillState]] = {
         TransferStopped: PrefillState.FREEING,
         TransferAcked: PrefillState.FREEING,
         TransferFailed: PrefillState.FREEING,
-        FirstTokenComputed: PrefillState.FREEING,  # the step that was running when we gave up
+        Scheduled: PrefillState.FREEING,  # as above
+        FirstTokenComputed: PrefillState.FREEING,
         LastTokenComputed: PrefillState.FREEING,
         EngineFailed: PrefillState.FREEING,
         AbortRequested: PrefillState.FREEING,
@@ -120,6 +124,9 @@ class PrefillRequest:
         self.hand_off = hand_off
         self.accepted_at = now
         self.state = PrefillState.COMPUTING
+        self.ended_by = ""  # the event that sealed its fate
+        self._scheduled_at = now
+        self._cached_tokens = 0
         self._is_computed = False
         self._end: SendHandedOver | SendFailed | None = None
         self._send_timeout_s = send_timeout_s
@@ -132,6 +139,10 @@ class PrefillRequest:
     @property
     def transfer_id(self) -> TransferId | None:
         return self.hand_off.transfer_id if self.hand_off else None
+
+    @property
+    def is_closed(self) -> bool:
+        return self.state is PrefillState.CLOSED
 
     def next_deadline(self) -> float | None:
         """When `DeadlinePassed` is due. Stopping a transfer is bounded by the transfer service, freeing by a step."""
@@ -148,18 +159,22 @@ class PrefillRequest:
         if after is None:
             raise InvalidTransition("prefill request", before, event)
         if after is before:
+            if isinstance(event, Scheduled) and after is PrefillState.COMPUTING:
+                self._scheduled_at, self._cached_tokens = now, event.cached_tokens
             return []
         self.state = after
         self._deadline = now + self._send_timeout_s if after is PrefillState.SENDING else None
         cause = type(event).__name__
+        if before in (PrefillState.COMPUTING, PrefillState.SENDING):
+            self.ended_by = cause
         effects: list[Effect] = []
         match event:
             case FirstTokenComputed() | LastTokenComputed():
                 self._is_computed = True
                 effects.append(SendOutput(event.output, cause))
-                effects.append(
-                    SendComputed(self.request_id, event.queue_s, event.compute_s, event.cached_tokens, cause)
-                )
+                queue_s = self._scheduled_at - self.accepted_at
+                compute_s = now - self._scheduled_at
+                effects.append(SendComputed(self.request_id, queue_s, compute_s, self._cached_tokens, cause))
             case TransferAcked():
                 self._end = SendHandedOver(self.request_id, cause)
             case TransferFailed(reason, detail):
@@ -169,7 +184,7 @@ class PrefillRequest:
             case DeadlinePassed():
                 late = TransferError("lease_expired", f"the prefill worker gave up {before}")
                 self._end = SendFailed(self.request_id, late, cause)
-            case AbortRequested() | GatewayLost() | TransferStopped() | BlocksFreed():
+            case AbortRequested() | GatewayLost() | TransferStopped() | BlocksFreed() | Scheduled():
                 pass  # nobody to tell, or told already
         match after:
             case PrefillState.SENDING:

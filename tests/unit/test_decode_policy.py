@@ -10,7 +10,7 @@ from core.errors import RejectReason
 from core.membership import WorkerState
 from decode_workers.policy import DecodeAccounts, DecodeDemand, DecodeLimits, refusal
 
-LIMITS = DecodeLimits(max_requests=4, max_model_len=2048, total_blocks=100, block_size=16, headroom_blocks=5)
+LIMITS = DecodeLimits(max_requests=4, max_model_len=2048, total_blocks=100, block_size=16)
 BUSY = DecodeAccounts(WorkerState.READY, num_requests=1, free_blocks=20, step_s=0.02)
 
 
@@ -18,8 +18,8 @@ BUSY = DecodeAccounts(WorkerState.READY, num_requests=1, free_blocks=20, step_s=
     ("demand", "changes", "reason"),
     [
         pytest.param(DecodeDemand(10), {}, None, id="room"),
-        pytest.param(DecodeDemand(239), {}, None, id="just beside the headroom"),
-        pytest.param(DecodeDemand(240), {}, RejectReason.NO_BLOCKS, id="into the headroom"),
+        pytest.param(DecodeDemand(1000), {}, None, id="perhaps most of it is cached: the engine knows"),
+        pytest.param(DecodeDemand(10), {"free_blocks": 0}, RejectReason.NO_BLOCKS, id="nothing free"),
         pytest.param(DecodeDemand(1599), {"num_requests": 0, "free_blocks": 100}, None, id="all of an idle pool"),
         pytest.param(DecodeDemand(1600), {"num_requests": 0}, RejectReason.TOO_LONG, id="more than the pool"),
         pytest.param(DecodeDemand(2048), {}, RejectReason.TOO_LONG, id="more than the model"),

@@ -20,6 +20,7 @@ from prefill_workers.messages import (
     HandOff,
     LastTokenComputed,
     ReleaseBlocks,
+    Scheduled,
     SendComputed,
     SendFailed,
     SendHandedOver,
@@ -36,10 +37,11 @@ R = RequestId("r")
 T = TransferId("r/0")
 OUTPUT = RequestOutput(R, (TokenOutput(0, 42),))
 ENDED = RequestOutput(R, (TokenOutput(0, 2),), Finish(FinishReason.STOP, 2))
-FIRST = FirstTokenComputed(OUTPUT, 0.1, 0.2, 16)
-LAST = LastTokenComputed(ENDED, 0.1, 0.2, 16)
+FIRST = FirstTokenComputed(OUTPUT)
+LAST = LastTokenComputed(ENDED)
 LOST = WorkerLost("gone")
 EVENTS: list[Event] = [
+    Scheduled(0),
     FIRST,
     LAST,
     EngineFailed(LOST),
@@ -78,9 +80,10 @@ def in_state(state: PrefillState) -> PrefillRequest:
 def test_the_good_way_hands_over_and_tells_so_last() -> None:
     it = machine()
     assert it.next_deadline() == 15.0
+    assert it.handle(Scheduled(16), 10.25) == []
     assert it.handle(FIRST, 11.0) == [
         SendOutput(OUTPUT, "FirstTokenComputed"),
-        SendComputed(R, 0.1, 0.2, 16, "FirstTokenComputed"),
+        SendComputed(R, 0.25, 0.75, 16, "FirstTokenComputed"),
         CommitTransfer(T, 42, "FirstTokenComputed"),
     ]
     assert it.next_deadline() == 14.0
