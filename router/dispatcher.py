@@ -71,8 +71,6 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
-        self.fleet_changed = asyncio.Event()
-        """Set whenever workers came, went or changed; whoever waits for it clears it."""
 
     @property
     def placer(self) -> Placer:
@@ -188,7 +186,6 @@ class Dispatcher:
         elif self._gone_since is None:
             self._gone_since = self._clock.now()
         self._gone_alarm.arm(self._gone_deadline())
-        self.fleet_changed.set()
         self._queue.note_capacity(self._clock.now())
         self._pump_soon()
 

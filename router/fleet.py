@@ -13,6 +13,7 @@ from core.ids import Epoch, GatewayId, TransferId, WorkerId
 from core.membership import LoadReport, Role, WorkerRecord
 from core.request import GenerateRequest
 from core.store import Store
+from router.broadcast import Broadcast
 from router.config import RouterConfig
 from router.credit import CreditLedger
 from router.estimates import Estimates
@@ -51,6 +52,8 @@ class Fleet:
         self._listener: FleetListener | None = None
         self._loads: dict[WorkerId, tuple[Epoch, LoadReport]] = {}
         self._epochs: dict[WorkerId, Epoch] = {}
+        self.changed = Broadcast()  # workers came, went, or changed state
+        self.cache_changed = Broadcast()  # the prefix index took news
         self.credit = CreditLedger()
         self.estimates = Estimates(config.routing)
         self.index = PrefixIndex(config.routing.prefix_index_bytes)
@@ -71,6 +74,7 @@ class Fleet:
             self.index,
             fetch_snapshot=self.pool.fetch_snapshot,
             on_change=self._on_records,
+            on_cache_change=self.cache_changed.notify,
         )
 
     @property
@@ -205,5 +209,6 @@ class Fleet:
             self.estimates.observe_load(worker_id, report)
 
     def _notify(self) -> None:
+        self.changed.notify()
         if self._listener is not None:
             self._listener.on_fleet_changed()

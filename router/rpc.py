@@ -27,7 +27,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     # A coroutine that writes, not a generator: a cancelled call then runs its `finally` at once.
     async def Generate(  # type: ignore[override]  # noqa: N802
-        self, request: pb.GenerateRequest, context: inference_pb2_grpc._ServicerContext
+        self, request: pb.GenerateRequest, context: "inference_pb2_grpc._ServicerContext"
     ) -> None:
         front = self._front
         async with reply_errors(context):
@@ -49,7 +49,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 front.abort(stream.request_id, "the client went away")
 
     async def Abort(  # noqa: N802
-        self, request: pb.AbortRequest, context: inference_pb2_grpc._ServicerContext
+        self, request: pb.AbortRequest, context: "inference_pb2_grpc._ServicerContext"
     ) -> pb.AbortResponse:
         async with reply_errors(context):
             if not request.request_id:
@@ -58,14 +58,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return pb.AbortResponse(found=found)
 
     async def GetModelInfo(  # noqa: N802
-        self, request: pb.GetModelInfoRequest, context: inference_pb2_grpc._ServicerContext
+        self, request: pb.GetModelInfoRequest, context: "inference_pb2_grpc._ServicerContext"
     ) -> pb.GetModelInfoResponse:
         async with reply_errors(context):
             self._front.check_model(request.model)
             return model_info(self._front)
 
     async def Tokenize(  # noqa: N802
-        self, request: pb.TokenizeRequest, context: inference_pb2_grpc._ServicerContext
+        self, request: pb.TokenizeRequest, context: "inference_pb2_grpc._ServicerContext"
     ) -> pb.TokenizeResponse:
         async with reply_errors(context):
             ids = await self._front.tokenize(request.model, read_tokenize(request))
@@ -80,7 +80,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self._front = front
 
     async def GetClusterStatus(  # noqa: N802
-        self, request: admin_pb2.GetClusterStatusRequest, context: admin_pb2_grpc._ServicerContext
+        self, request: admin_pb2.GetClusterStatusRequest, context: "admin_pb2_grpc._ServicerContext"
     ) -> admin_pb2.GetClusterStatusResponse:
         return cluster_status(self._front)
 

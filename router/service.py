@@ -147,12 +147,10 @@ class Gateway:
 
     async def _observe(self, front: Front, server: GatewayServer) -> None:
         """Keep health and gauges in step with the fleet."""
-        changed = self._dispatcher.fleet_changed
         while True:
-            changed.clear()
             await server.set_serving(serving=front.is_serving())
             self._metrics.staleness.set(self._fleet.staleness_s)
             self._metrics.index_bytes.set(self._fleet.index.num_bytes)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_OBSERVE_S):
-                    await changed.wait()
+                    await self._fleet.changed.wait()

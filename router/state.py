@@ -7,7 +7,8 @@
 3. A refusal asks somebody else: another pair (ROUTING), or, once a decode worker has accepted, another prefill worker
    for it under the same transfer id (REROUTING). With nobody left to ask it is QUEUED again, in its old place.
 4. The prefill worker's token goes to the client: HANDING_OVER until either worker tells that the KV arrived, then
-   DECODING until FINISHED. Or the first token was the last.
+   DECODING until FINISHED. Or the first token was the last. The two workers' streams are not ordered against each
+   other: when the decode worker's news comes first (OVERTAKEN), its tokens wait here for the first one.
 5. A worker that is lost before the first token costs an attempt, at most `max_losses` of them (a prompt that kills
    workers must not kill the pool). After the first token it ends the request: FAILED with UNAVAILABLE.
 6. Whatever ends it early, both workers are told to free what they hold.
@@ -34,6 +35,7 @@ class RequestState(StrEnum):
     DISPATCHING = "dispatching"
     REROUTING = "rerouting"
     PREFILLING = "prefilling"
+    OVERTAKEN = "overtaken"
     HANDING_OVER = "handing_over"
     DECODING = "decoding"
     FINISHED = "finished"
@@ -77,13 +79,22 @@ EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
     S.PREFILLING: {
         m.PrefillProduced: S.HANDING_OVER,
         m.PrefillFinished: S.FINISHED,
+        m.KvLanded: S.OVERTAKEN,
         m.PrefillLost: S.ROUTING,
+        m.DecodeLost: S.ROUTING,
+        **_ENDS,
+    },
+    S.OVERTAKEN: {
+        m.PrefillProduced: S.DECODING,
+        m.DecodeProduced: S.OVERTAKEN,  # kept until the first token is here
+        m.DecodeFinished: S.OVERTAKEN,
+        m.PrefillLost: S.ROUTING,  # the first token is lost, and nothing was delivered yet
         m.DecodeLost: S.ROUTING,
         **_ENDS,
     },
     S.HANDING_OVER: {
         m.PrefillMeasured: S.HANDING_OVER,
-        m.KvHandedOver: S.DECODING,  # the two workers' streams are not ordered against each other
+        m.KvHandedOver: S.DECODING,  # either news may be the first
         m.KvLanded: S.DECODING,
         m.PrefillLost: S.FAILED,
         m.DecodeLost: S.FAILED,
@@ -147,6 +158,7 @@ class RequestMachine:
         self._num_losses = 0
         self._refusals: dict[WorkerId, RejectReason | None] = {}  # in this round; None: lost
         self._retry_after_s = 0.0
+        self._early: list[m.DecodeProduced | m.DecodeFinished] = []
 
     @property
     def is_over(self) -> bool:
@@ -192,13 +204,19 @@ class RequestMachine:
         effects = self._effects(event, now)
         self.state = after
         self._answer_due_at = now + self._accept_timeout_s if after in (S.RESERVING, S.DISPATCHING) else None
+        if after is S.DECODING and self._early:
+            early, self._early = self._early, []
+            for kept in early:
+                effects += self.handle(kept, now)
         return effects
 
     def check(self) -> None:
         """Assert what must hold between events."""
-        has_decode = self.state in (S.RESERVING, S.REROUTING, S.DECODING)
-        assert not has_decode or self.decode is not None or self.state is S.REROUTING
-        assert self.state not in (S.DISPATCHING, S.PREFILLING, S.HANDING_OVER) or self.prefill is not None
+        has_decode = self.state in (S.RESERVING, S.OVERTAKEN, S.HANDING_OVER, S.DECODING)
+        assert not has_decode or self.decode is not None
+        has_prefill = self.state in (S.RESERVING, S.DISPATCHING, S.PREFILLING, S.OVERTAKEN, S.HANDING_OVER)
+        assert not has_prefill or self.prefill is not None
+        assert not self._early or self.state is S.OVERTAKEN
         assert self.state not in (S.RECEIVED, S.QUEUED, S.ROUTING) or (self.prefill, self.decode) == (None, None)
         assert not self.is_over or (self.prefill, self.decode) == (None, None)
         assert (self.num_tokens > 0) == (self.timeline.first_token_at is not None)
@@ -239,9 +257,11 @@ class RequestMachine:
                 self.timeline.prefill_accepted(now)
                 return [m.LeaveQueue()]
             case m.PrefillProduced(tokens):
-                if self.decode is None or not tokens:
-                    raise ProtocolError("the prefill worker neither finished the request nor began its hand-over")
-                return self._deliver(tokens, now)
+                return self._first_token(tokens, now)
+            case m.DecodeProduced() | m.DecodeFinished() if self.state is S.OVERTAKEN:
+                self._expect(event.tokens, first=1 + sum(len(kept.tokens) for kept in self._early))
+                self._early.append(event)
+                return []
             case m.DecodeProduced(tokens):
                 return self._deliver(tokens, now)
             case m.PrefillFinished(tokens, finish) | m.DecodeFinished(tokens, finish):
@@ -249,8 +269,12 @@ class RequestMachine:
             case m.PrefillMeasured(cached_tokens=cached_tokens):
                 self.cached_tokens = cached_tokens
                 return []
-            case m.KvHandedOver() | m.KvLanded():
-                return self._hand_over(event)
+            case m.KvLanded():
+                self.landed, self.decode_worker = event, self.decode
+                return [] if self.state is S.PREFILLING else self._release_prefill()
+            case m.KvHandedOver():
+                self.decode_worker = self.decode
+                return self._release_prefill()
             case m.PrefillLost(error) | m.DecodeLost(error):
                 return self._lost(event, error, now)
             case m.RequestFailed(error) | m.AbortRequested(error):
@@ -302,27 +326,32 @@ class RequestMachine:
         if self.num_tokens:
             return self._end(error)
         self._num_losses += 1
+        self._early.clear()
+        self.landed = self.decode_worker = None
         culprit = self.decode if isinstance(event, m.DecodeLost) else self.prefill
         if culprit is not None:
             self._refuse(culprit, None, 0.0)
         return [*self._free_workers(f"retry elsewhere: {error}"), m.ChoosePair(frozenset(self._refusals))]
 
-    def _hand_over(self, event: m.Event) -> list[m.Effect]:
-        if isinstance(event, m.KvLanded):
-            self.landed = event
-        self.decode_worker = self.decode
+    def _first_token(self, tokens: tuple[TokenOutput, ...], now: float) -> list[m.Effect]:
+        if self.decode is None or not tokens:
+            raise ProtocolError("the prefill worker neither finished the request nor began its hand-over")
+        effects = self._deliver(tokens, now)
+        return [*effects, *self._release_prefill()] if self.state is S.OVERTAKEN else effects
+
+    def _release_prefill(self) -> list[m.Effect]:
         released, self.prefill = self.prefill, None
         return [m.ReleaseWorker(released)] if released is not None else []
 
     def _deliver(self, tokens: tuple[TokenOutput, ...], now: float) -> list[m.Effect]:
-        self._expect(tokens)
+        self._expect(tokens, first=self.num_tokens)
         self.num_tokens += len(tokens)
         if tokens:
             self.timeline.tokens_arrived(now)
         return [m.Deliver(tokens)] if tokens else []
 
-    def _expect(self, tokens: tuple[TokenOutput, ...]) -> None:
-        for index, token in enumerate(tokens, self.num_tokens):
+    def _expect(self, tokens: tuple[TokenOutput, ...], *, first: int) -> None:
+        for index, token in enumerate(tokens, first):
             if token.index != index:
                 raise ProtocolError(f"expected token {index}, got token {token.index}")
 

@@ -1,0 +1,1 @@
+"""Fakes that behave: they speak the real protocols with scripted answers."""

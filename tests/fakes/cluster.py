@@ -1,0 +1,170 @@
+"""A gateway in front of fake workers, over real gRPC on this machine."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from core.clock import MonotonicClock
+from core.rpc import connect
+from core.store_memory import MemoryStore
+from protos import admin_pb2_grpc, inference_pb2_grpc
+from protos import inference_pb2 as pb
+from router.config import RouterConfig
+from router.service import Gateway
+from tests.fakes.worker import PATIENCE_S, FakeDecodeWorker, FakeNetwork, FakePrefillWorker, Reply, echo_alphabet
+
+CLUSTER = "test"
+
+
+@dataclass
+class FakeCluster:
+    """Everything that a test of the gateway needs."""
+
+    store: MemoryStore
+    network: FakeNetwork
+    prefills: list[FakePrefillWorker]
+    decodes: list[FakeDecodeWorker]
+    gateway: Gateway
+    address: str
+    channel: grpc.aio.Channel
+    others: list[FakePrefillWorker | FakeDecodeWorker] = field(default_factory=list)
+
+    @property
+    def inference(self) -> "inference_pb2_grpc.InferenceAsyncStub":
+        return inference_pb2_grpc.InferenceStub(self.channel)
+
+    @property
+    def admin(self) -> "admin_pb2_grpc.AdminAsyncStub":
+        return admin_pb2_grpc.AdminStub(self.channel)
+
+    @property
+    def health(self) -> Any:  # its stubs are untyped
+        return health_pb2_grpc.HealthStub(self.channel)
+
+    async def wait_health(self, wanted: int, service: str = "") -> None:
+        """Follow the health of a service until it is `wanted`."""
+        watch = self.health.Watch(health_pb2.HealthCheckRequest(service=service))
+        async with asyncio.timeout(PATIENCE_S):
+            async for reply in watch:
+                if reply.status == wanted:
+                    break
+        watch.cancel()
+
+    async def wait_serving(self) -> None:
+        await self.wait_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def wait_fleet(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the gateway's mirror or links change."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await self.gateway.fleet.changed.wait()
+
+    async def wait_cache(self, num_blocks: int) -> None:
+        """Wait until the prefix index has so many entries."""
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.gateway.fleet.index) != num_blocks:
+                await self.gateway.fleet.cache_changed.wait()
+
+    async def wait_live(self, count: int) -> None:
+        """Wait until so many workers can be asked."""
+        await self.wait_fleet(lambda: sum(self.gateway.fleet.count_live().values()) == count)
+
+
+def text_request(text: str = "hello", *, max_tokens: int = 5, **fields: Any) -> pb.GenerateRequest:
+    """Return a greedy request."""
+    sampling = pb.SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    request = pb.GenerateRequest(text=text, sampling=sampling)
+    request.MergeFrom(pb.GenerateRequest(**fields))
+    return request
+
+
+async def collect(call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]") -> "Collected":
+    """Read a stream to its end."""
+    collected = Collected()
+    async with asyncio.timeout(PATIENCE_S):
+        async for response in call:
+            collected.add(response)
+    return collected
+
+
+class Collected:
+    """What a Generate stream said."""
+
+    def __init__(self) -> None:
+        self.started: pb.Started | None = None
+        self.text = ""
+        self.tokens: list[pb.GeneratedToken] = []
+        self._finished: pb.Finished | None = None
+
+    @property
+    def finished(self) -> pb.Finished:
+        assert self._finished is not None, "the stream did not finish"
+        return self._finished
+
+    @property
+    def indices(self) -> list[int]:
+        return [token.index for token in self.tokens]
+
+    def add(self, response: pb.GenerateResponse) -> None:
+        match response.WhichOneof("event"):
+            case "started":
+                assert self.started is None
+                self.started = response.started
+            case "delta":
+                assert self.started is not None
+                self.text += response.delta.text
+                self.tokens.extend(response.delta.tokens)
+            case "finished":
+                assert self._finished is None
+                self._finished = response.finished
+
+
+@asynccontextmanager
+async def fake_cluster(
+    checkpoint: Path,
+    *,
+    num_prefills: int = 1,
+    num_decodes: int = 1,
+    reply: Callable[[Any], Reply] = echo_alphabet,
+    is_waited_for: bool = True,
+    **config: Any,
+) -> AsyncIterator[FakeCluster]:
+    """Bring up workers and a gateway; everything is closed at the end."""
+    settings: dict[str, Any] = {
+        "port": 0,
+        "model_path": checkpoint,
+        "served_model_name": "fake",
+        "retry_min_s": 0.005,
+        "retry_max_s": 0.05,
+        **config,
+    }
+    settings["mirror"] = {"poll_interval_s": 0.02, "forget_after_s": 0.1, **config.get("mirror", {})}
+    settings["workers"] = {"reconnect_min_s": 0.01, "reconnect_max_s": 0.05, **config.get("workers", {})}
+    store = MemoryStore()
+    network = FakeNetwork(reply)
+    prefills = [FakePrefillWorker(f"p{index}", network, store, CLUSTER) for index in range(num_prefills)]
+    decodes = [FakeDecodeWorker(f"d{index}", network, store, CLUSTER) for index in range(num_decodes)]
+    gateway = Gateway(RouterConfig.model_validate(settings), CLUSTER, store, MonotonicClock(), rng=random.Random(1))
+    async with AsyncExitStack() as stack:
+        workers: list[FakePrefillWorker | FakeDecodeWorker] = [*prefills, *decodes]
+        for worker in workers:
+            await worker.start()
+            stack.push_async_callback(worker.kill)
+        address = await gateway.start()
+        stack.push_async_callback(gateway.stop, 0.0)
+        channel = connect(address)
+        stack.push_async_callback(channel.close)
+        cluster = FakeCluster(store, network, prefills, decodes, gateway, address, channel)
+        if is_waited_for and num_prefills and num_decodes:
+            await cluster.wait_serving()
+            await cluster.wait_live(num_prefills + num_decodes)
+        yield cluster
+        for extra in cluster.others:
+            await extra.kill()
