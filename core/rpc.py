@@ -27,7 +27,7 @@ _OPTIONS: list[tuple[str, int]] = [
 ]
 _SERVER_OPTIONS = [
     *_OPTIONS,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.so_reuseport", 0),  # a port that is taken is an error, never a silent share
 ]
 _CHANNEL_OPTIONS = [
