@@ -75,7 +75,7 @@ class StopAsked:
 
 @dataclass(frozen=True, slots=True)
 class DrainOverdue:
-    """The drain deadline passed."""
+    """The time for draining and closing passed."""
 
 
 Event = StartAsked | Fenced | BecameReady | Ended | StartOverdue | RestartDue | StopAsked | DrainOverdue
@@ -159,11 +159,12 @@ EDGES: Mapping[LifeState, Mapping[type[Event], LifeState]] = {
 
 @dataclass(frozen=True, slots=True)
 class LifePolicy:
-    """Deadlines of one service."""
+    """Deadlines of one service. Past draining it has `close_s` to close everything before it is killed."""
 
     start_deadline_s: float
     drain_deadline_s: float
     back_off: BackOffConfig
+    close_s: float = 6.0
 
 
 class ServiceLife:
@@ -255,7 +256,7 @@ class ServiceLife:
                 return self._stop(before, now)
             case DrainOverdue():
                 self._deadline = None
-                return [Kill(f"did not drain within {self._policy.drain_deadline_s:g} s")]
+                return [Kill(f"did not stop within {self._policy.drain_deadline_s + self._policy.close_s:g} s")]
 
     def _fenced(self, epoch: Epoch, now: float) -> list[Effect]:
         self.epoch = epoch
@@ -278,5 +279,5 @@ class ServiceLife:
     def _stop(self, before: LifeState, now: float) -> list[Effect]:
         if self.state is not S.DRAINING or before is S.DRAINING:
             return []
-        self._deadline = now + self._policy.drain_deadline_s
+        self._deadline = now + self._policy.drain_deadline_s + self._policy.close_s
         return [Kill("stopped while starting")] if before is S.STARTING else [Drain(self._policy.drain_deadline_s)]

@@ -6,7 +6,9 @@ every service knows it by that port. It comes back empty: workers register anew,
 
 import asyncio
 import contextlib
+import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -47,58 +49,65 @@ def free_port() -> int:
 
 
 class EmbeddedRedis:
-    """Makes one server process after the other, all on one port.
+    """Makes one server process after the other, all on one port and with one password.
 
     Args:
-        folder: its working directory and log; owned by the caller.
+        folder: its configuration, working directory and log; owned by the caller.
     """
 
     def __init__(self, folder: Path, *, max_memory_bytes: int) -> None:
-        self._folder = folder
-        self._max_memory_bytes = max_memory_bytes
         self._executable = executable()
-        self._port = free_port()
-        self.url = f"redis://{_HOST}:{self._port}/0"
+        self._log = folder / "redis.log"
+        self._config = folder / "redis.conf"
+        self.address = f"{_HOST}:{(port := free_port())}"
+        password = secrets.token_urlsafe(24)  # the port is open to every user of this machine
+        self.url = f"redis://:{password}@{self.address}/0"
+        settings = (
+            f"bind {_HOST}", f"port {port}", f"requirepass {password}", 'save ""', "appendonly no",
+            f"dir {json.dumps(str(folder))}", f"maxmemory {max_memory_bytes}", "maxmemory-policy noeviction",
+            "loglevel warning",
+        )  # fmt: skip
+        descriptor = os.open(self._config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write("\n".join(settings) + "\n")
 
     async def spawn(self, epoch: Epoch) -> "RedisProcess":
         """Implements `cluster.incarnation.Spawn`."""
-        command = [
-            self._executable, "--bind", _HOST, "--port", str(self._port), "--save", "", "--appendonly", "no",
-            "--dir", str(self._folder), "--loglevel", "warning", "--maxmemory", str(self._max_memory_bytes),
-            "--maxmemory-policy", "noeviction",
-        ]  # fmt: skip
-        log = self._folder / "redis.log"
-        with log.open("ab") as sink:
+        with self._log.open("ab") as sink:
             try:
-                process = await spawn_tied(command, stderr=sink.fileno())
+                process = await spawn_tied([self._executable, str(self._config)], stderr=sink.fileno())
             except OSError as error:
                 raise SpawnError(f"cannot start {self._executable}: {error.strerror}") from error
-        return RedisProcess(process, self.url, log)
+        return RedisProcess(process, self)
+
+    def last_words(self) -> str:
+        """Return the last line of the log."""
+        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
+        return lines[-1] if lines else "no output"
 
 
 class RedisProcess:
     """Implements `cluster.incarnation.Incarnation`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, url: str, log: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, server: EmbeddedRedis) -> None:
         self._process = process
-        self._url = url
-        self._log = log
+        self._server = server
         self.pid = process.pid
         self.host = _HOST
 
     async def start(self) -> str:
         """Wait until it answers. The supervisor's start deadline bounds the wait."""
-        store = RedisStore(self._url, deadline_s=1.0)
+        store = RedisStore(self._server.url, deadline_s=1.0)
         try:
             while self._process.returncode is None:
                 with contextlib.suppress(StoreUnavailable):
                     await store.ping()
-                    return self._url.removeprefix("redis://").removesuffix("/0")
+                    return self._server.address
                 with contextlib.suppress(TimeoutError):  # it gives no sign when it listens, only when it has died
                     await asyncio.wait_for(self._process.wait(), _PROBE_S)
         finally:
             await store.close()
-        raise SpawnError(f"redis-server left at once: {self._last_words()}")
+        raise SpawnError(f"redis-server left at once: {self._server.last_words()}")
 
     async def ended(self) -> str:
         code = await self._process.wait()
@@ -114,7 +123,3 @@ class RedisProcess:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-
-    def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
-        return lines[-1] if lines else "no output"

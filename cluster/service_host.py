@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 
 from core.errors import ServingError
 
+_CLOSE_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -112,6 +114,7 @@ class ServiceHost:
             return
         if isinstance(self._service, Drainable):
             await self._service.drain(deadline_s)
+            deadline_s = _CLOSE_S  # whatever is still there has had its time
         await self._service.stop(deadline_s)
 
 

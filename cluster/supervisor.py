@@ -30,6 +30,8 @@ from core.alarm import Alarm
 from core.clock import Clock
 from core.ids import Epoch, WorkerId
 
+_KILL_S = 6.0  # from SIGKILL to the news of the end
+
 
 class Fencer(Protocol):
     """Draws epochs and makes them known."""
@@ -125,9 +127,10 @@ class Supervisor:
             self._feed(name, StopAsked())
             if force:
                 self._perform(self._specs[name], Kill("forced stop"))
-        grace_s = 5.0 + max((self._specs[name].policy.drain_deadline_s for name in names), default=0.0)
+        policies = [self._specs[name].policy for name in names]
+        longest_s = 0.0 if force else max((p.drain_deadline_s + p.close_s for p in policies), default=0.0)
         try:
-            async with asyncio.timeout(5.0 if force else grace_s), self._changed:
+            async with asyncio.timeout(longest_s + _KILL_S), self._changed:
                 await self._changed.wait_for(
                     lambda: all(self._lives[name].state is LifeState.STOPPED for name in names)
                 )
