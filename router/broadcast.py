@@ -14,6 +14,6 @@ class Broadcast:
         happened, self._next = self._next, asyncio.Event()
         happened.set()
 
-    async def wait(self) -> None:
-        """Return at the next `notify`."""
-        await self._next.wait()
+    def next(self) -> asyncio.Event:
+        """Return what the next `notify` sets. Taken before looking at the facts, nothing is missed while looking."""
+        return self._next

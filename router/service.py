@@ -148,9 +148,10 @@ class Gateway:
     async def _observe(self, front: Front, server: GatewayServer) -> None:
         """Keep health and gauges in step with the fleet."""
         while True:
+            news = self._fleet.changed.next()
             await server.set_serving(serving=front.is_serving())
             self._metrics.staleness.set(self._fleet.staleness_s)
             self._metrics.index_bytes.set(self._fleet.index.num_bytes)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_OBSERVE_S):
-                    await self._fleet.changed.wait()
+                    await news.wait()

@@ -64,13 +64,13 @@ class FakeCluster:
         """Wait for something that the gateway's mirror or links change."""
         async with asyncio.timeout(PATIENCE_S):
             while not condition():
-                await self.gateway.fleet.changed.wait()
+                await self.gateway.fleet.changed.next().wait()
 
     async def wait_cache(self, num_blocks: int) -> None:
         """Wait until the prefix index has so many entries."""
         async with asyncio.timeout(PATIENCE_S):
             while len(self.gateway.fleet.index) != num_blocks:
-                await self.gateway.fleet.cache_changed.wait()
+                await self.gateway.fleet.cache_changed.next().wait()
 
     async def wait_live(self, count: int) -> None:
         """Wait until so many workers can be asked."""

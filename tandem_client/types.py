@@ -1,0 +1,150 @@
+"""What a client is given: plain frozen facts, no protobuf."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from core.request import FinishReason
+
+
+class Message(NamedTuple):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have stood at some position."""
+
+    token_id: int
+    logprob: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token; `index` counts from 0 without gap."""
+
+    index: int
+    token_id: int
+    logprob: float | None
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds. queue + route + prefill = ttft."""
+
+    queue_s: float
+    route_s: float
+    prefill_s: float
+    transfer_s: float
+    first_decode_s: float
+    ttft_s: float
+    tpot_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Who served the request, and what its KV cache cost on the way."""
+
+    prefill_worker: str
+    decode_worker: str
+    reason: str
+    attempts: int
+    kv_bytes: int
+    kv_tokens_sent: int
+    kv_tokens_held: int
+    kv_profile: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a generation ended. `matched_stop` is the stop string or the id of the stop token that ended it."""
+
+    request_id: str
+    model: str
+    seed: int
+    finish_reason: FinishReason
+    matched_stop: str | int | None
+    usage: Usage
+    timing: Timing
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """News of a generation. The last piece, and only it, has a summary.
+
+    Attributes:
+        request_id, seed: known from the first piece on.
+        text: what became certain; may lag behind the tokens.
+    """
+
+    request_id: str
+    seed: int
+    text: str
+    tokens: tuple[Token, ...]
+    summary: Summary | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A whole generation."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    summary: Summary
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    model: str
+    weights_version: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker as the gateway sees it."""
+
+    worker_id: str
+    role: str
+    epoch: int
+    state: str
+    detail: str
+    address: str
+    pid: int
+    num_running: int
+    num_waiting: int
+    queued_prefill_tokens: int
+    free_blocks: int
+    total_blocks: int
+    cached_blocks: int
+    connected: bool
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    cluster: str
+    model: str
+    gateway_id: str
+    store_staleness_s: float
+    queued_requests: int
+    active_requests: int
+    workers: tuple[WorkerStatus, ...]

@@ -1,0 +1,171 @@
+"""The Python client and the examples against a gateway with fake workers."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+import examples.abort
+import examples.chat
+import examples.logprobs
+import examples.seeded_sampling
+import examples.stream_text
+from core.request import Finish, FinishReason
+from protos import worker_pb2
+from tandem_client import (
+    Client,
+    DeadlineExceeded,
+    DuplicateRequest,
+    InvalidRequest,
+    Message,
+    ModelNotFound,
+    NoWorkers,
+    PromptTooLong,
+    RejectedError,
+    WorkerLost,
+)
+from tests.fakes.checkpoint import ASSISTANT, MAX_MODEL_LEN, USER, VOCAB_SIZE, write_checkpoint
+from tests.fakes.cluster import fake_cluster
+from tests.fakes.worker import PATIENCE_S, Reply, echo_alphabet
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+async def test_generates_whole_and_in_pieces(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address) as client:
+        whole = await client.generate_text("hello", max_tokens=6, temperature=0.0, request_id="mine")
+        assert whole.text == "abcdef"
+        assert [token.index for token in whole.tokens] == list(range(6))
+        assert (whole.summary.request_id, whole.summary.finish_reason) == ("mine", FinishReason.LENGTH)
+        assert whole.summary.usage.prompt_tokens == 5
+        assert whole.summary.placement.decode_worker == "d0"
+        pieces = [piece async for piece in client.generate("hello", max_tokens=6, temperature=0.0)]
+        assert "".join(piece.text for piece in pieces) == "abcdef"
+        assert [piece.summary is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert len({(piece.request_id, piece.seed) for piece in pieces}) == 1
+
+
+async def test_chat_token_ids_stop_and_alternatives_reach_the_worker(checkpoint: Path) -> None:
+    def reply(request: worker_pb2.WorkRequest) -> Reply:
+        ids = echo_alphabet(request).token_ids[:3]
+        return Reply(ids, Finish(FinishReason.STOP, "c"))
+
+    async with fake_cluster(checkpoint, reply=reply) as cluster, Client(cluster.address) as client:
+        chat = await client.generate_text(
+            [Message("user", "hi")], max_tokens=9, temperature=0.0, stop=["c"], logprobs=2
+        )
+        assert chat.text == "ab"
+        assert chat.summary.matched_stop == "c"
+        assert [len(token.alternatives) for token in chat.tokens] == [2, 2, 2]
+        ids = await client.tokenize([Message("user", "hi")])
+        assert ids == list(cluster.prefills[0].submits[0].request.prompt_token_ids)
+        assert len(ids) == len((USER, "h", "i", ASSISTANT))
+        await client.generate_text([1, 2, 3], max_tokens=9, temperature=0.0)
+        assert list(cluster.prefills[0].submits[1].request.prompt_token_ids) == [1, 2, 3]
+
+
+async def test_tells_about_model_and_cluster(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint, num_decodes=2) as cluster, Client(cluster.address) as client:
+        info = await client.model_info()
+        assert (info.model, info.vocab_size, info.max_model_len) == ("fake", VOCAB_SIZE, MAX_MODEL_LEN)
+        assert (info.weights_version, info.dtype, info.block_size) == ("fake-weights", "float32", 4)
+        assert info.has_chat_template
+        assert info.eos_token_ids == (256,)
+        status = await client.status()
+        assert [(one.worker_id, one.state, one.connected) for one in status.workers] == [
+            ("d0", "ready", True),
+            ("d1", "ready", True),
+            ("p0", "ready", True),
+        ]
+        assert (status.cluster, status.active_requests) == ("test", 0)
+
+
+async def test_errors_are_typed(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address, max_retries=0) as client:
+        with pytest.raises(InvalidRequest, match="top_p") as invalid:
+            await client.generate_text("x", top_p=7.0)
+        assert invalid.value.field == "sampling.top_p"
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            await client.generate_text("x", max_tokens="many")  # type: ignore[arg-type]
+        with pytest.raises(PromptTooLong) as too_long:
+            await client.generate_text("x" * (MAX_MODEL_LEN + 1))
+        assert too_long.value.field == "prompt"
+        with pytest.raises(ModelNotFound):
+            await client.generate_text("x", model="other")
+        cluster.prefills[0].script.go.clear()
+        running = asyncio.create_task(client.generate_text("x", request_id="twice", max_tokens=3))
+        await cluster.prefills[0].wait_submitted()
+        with pytest.raises(DuplicateRequest):
+            await client.generate_text("x", request_id="twice")
+        with pytest.raises(DeadlineExceeded):
+            await client.generate_text("x", deadline_s=0.05)
+        assert await client.abort("never seen") is False
+        cluster.prefills[0].script.go.set()
+        await running
+
+
+async def test_refusals_keep_their_reason_and_hint(checkpoint: Path) -> None:
+    settings = {"max_queued_requests": 1, "no_workers_timeout_s": 60}
+    async with (
+        fake_cluster(checkpoint, num_prefills=0, num_decodes=0, **settings) as cluster,
+        Client(cluster.address, max_retries=0) as client,
+    ):
+        rivals = [asyncio.create_task(client.generate_text("x", deadline_s=60)) for _ in range(2)]
+        done, waiting = await asyncio.wait(rivals, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        assert (len(done), len(waiting)) == (1, 1)
+        with pytest.raises(RejectedError) as refused:
+            await done.pop()
+        assert refused.value.reason == "queue_full"
+        assert refused.value.retry_after_s > 0
+        assert (await client.status()).queued_requests == 1
+        for rival in waiting:
+            rival.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_retries_before_the_first_token_only(checkpoint: Path) -> None:
+    async with (
+        fake_cluster(checkpoint, num_prefills=0, num_decodes=0, no_workers_timeout_s=0) as cluster,
+        Client(cluster.address, max_retries=2) as client,
+    ):
+        with pytest.raises(NoWorkers):
+            await client.generate_text("x")
+        text = cluster.gateway.metrics.registry.get_sample_value(
+            "tandem_gateway_rejected_total", {"reason": "no_workers"}
+        )
+        assert text == 3
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address, max_retries=2) as client:
+        cluster.decodes[0].steps_allowed = asyncio.Semaphore(1)
+        received = 0
+        with pytest.raises(WorkerLost):
+            async for piece in client.generate("x", max_tokens=8):
+                received += len(piece.tokens)
+                if received == 2:
+                    await cluster.decodes[0].kill()
+        assert received == 2
+        assert len(cluster.prefills[0].submits) == 1
+
+
+async def test_leaving_the_loop_aborts(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address) as client:
+        cluster.decodes[0].steps_allowed = asyncio.Semaphore(1)
+        async with aclosing(client.generate("x", max_tokens=8, request_id="left")) as pieces:
+            async for _ in pieces:
+                break
+        await cluster.decodes[0].wait_aborted("left")
+
+
+async def test_examples_run(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster:
+        assert len(await examples.stream_text.main(cluster.address)) == 48
+        assert len(await examples.chat.main(cluster.address)) == 48
+        assert len(await examples.logprobs.main(cluster.address)) == 8
+        first, second = await examples.seeded_sampling.main(cluster.address)
+        assert first == second
+        cluster.decodes[0].steps_allowed = asyncio.Semaphore(1)
+        assert 1 <= await examples.abort.main(cluster.address) <= 2
