@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from core.config import ConfigModel
+from kv_transfer.frame import HEADER_BYTES
 
 MIB = 1024 * 1024
 
@@ -21,11 +22,14 @@ class KvTransferConfig(ConfigModel):
         description="address of this worker that peers can reach: the rendezvous store and the links bind to it",
     )
     slot_bytes: int = Field(
-        2 * MIB, ge=4096, le=256 * MIB, description="largest message on a link; a frame is cut to fit into it"
+        2 * MIB + HEADER_BYTES,
+        ge=4 * HEADER_BYTES,
+        le=256 * MIB,
+        description="largest message on a link, header area included; a frame is cut to fit into it",
     )
     num_slots: int = Field(4, ge=2, le=64, description="staging slots per pair and side: frames outstanding on a link")
     credit_bytes: int = Field(
-        32 * MIB, ge=4096, description="bytes a sender may have sent to this receiver that are not yet in its pool"
+        64 * MIB, ge=4096, description="bytes a sender may have sent to this receiver that are not yet in its pool"
     )
     max_strays: int = Field(
         256, ge=1, description="offers that a receiver lets wait for their reservation; one past it is refused"

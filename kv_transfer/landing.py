@@ -70,11 +70,11 @@ class LandingZone:
         self._codecs = codecs
         self._landings = landings
 
-    def land(self, slot: Slot) -> tuple[FrameHeader, bool]:
+    def land(self, slot: Slot) -> tuple[FrameHeader, Landing | None]:
         """Verify and write the frame in `slot`.
 
         Returns:
-            Its header, and whether it was written: False for a late frame.
+            Its header, and the transfer that it was written for: None for a late frame.
 
         Raises:
             FrameRefused: nothing was written, or (POOL) the pool refused to.
@@ -85,12 +85,12 @@ class LandingZone:
         except FrameRefused as refused:
             raise FrameRefused(refused.reason, refused.detail, header.transfer_id) from refused
 
-    def _write(self, header: FrameHeader, slot: Slot) -> bool:
+    def _write(self, header: FrameHeader, slot: Slot) -> Landing | None:
         if FrameStamp(header.sender_epoch, header.receiver_epoch, header.link_epoch) != self._stamp:
             raise FrameRefused(NackReason.EPOCH, "written for another link or another incarnation")
         landing = self._landings.get(header.transfer_id)
         if landing is None or landing.gate.is_closed:
-            return False
+            return None
         self._check_shape(header)
         codec = self._codecs.get(header.codec_id)
         if codec is None:
@@ -104,7 +104,7 @@ class LandingZone:
         dtype = TORCH_DTYPES[header.dtype]
         kv = codec.decode(header.codec_params, sections, header.shape, dtype)
         if not landing.gate.enter():
-            return False
+            return None
         try:
             self._writer.write_kv(landing.request_id, header.box.layers, header.box.tokens, kv)
         except ServingError as error:
@@ -117,7 +117,7 @@ class LandingZone:
         landing.coverage.add(header.box)
         landing.num_frames += 1
         landing.payload_bytes += header.payload_bytes
-        return True
+        return landing
 
     def _check_shape(self, header: FrameHeader) -> None:
         layout = self._layout

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from core.ids import TransferId
 from kv_transfer.frame import FrameRefused
-from kv_transfer.landing import LandingZone
+from kv_transfer.landing import Landing, LandingZone
 from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.session import NackReason
@@ -26,7 +26,10 @@ class ReceiveHooks(Protocol):
     """Told on the pump's thread; must not block."""
 
     def on_progress(self) -> None:
-        """Frames were written or dropped: look at the landings and at `take_credit`."""
+        """Look at the landings and at `take_credit`: a transfer began or is covered, or a portion of credit is due.
+
+        Not called for every frame: waking an event loop costs as much as landing a small one.
+        """
         ...
 
     def on_refused(self, transfer_id: TransferId, reason: NackReason, detail: str) -> None: ...
@@ -45,7 +48,10 @@ class ReceivePump:
         zone: LandingZone,
         hooks: ReceiveHooks,
         metrics: KvTransferMetrics,
+        *,
+        credit_portion_bytes: int,
     ) -> None:
+        """`credit_portion_bytes`: consumed bytes that are worth a message to the sender."""
         self._links = links
         self._plan = plan
         self._link_epoch = link_epoch
@@ -55,6 +61,7 @@ class ReceivePump:
         self._lock = threading.Lock()
         self._link: ReceiveEnd | None = None
         self._is_closing = False
+        self._credit_portion_bytes = credit_portion_bytes
         self._consumed_bytes = 0
         self.finished: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"kv-receive-{plan.name}", daemon=True)
@@ -62,10 +69,10 @@ class ReceivePump:
     def start(self) -> None:
         self._thread.start()
 
-    def take_credit(self, at_least_bytes: int) -> int:
-        """Return the payload bytes consumed since credit was last taken, 0 while they are fewer than asked for."""
+    def take_credit(self) -> int:
+        """Return the payload bytes consumed since credit was last taken, 0 while they are less than a portion."""
         with self._lock:
-            if self._consumed_bytes < max(at_least_bytes, 1):
+            if self._consumed_bytes < self._credit_portion_bytes:
                 return 0
             taken, self._consumed_bytes = self._consumed_bytes, 0
             return taken
@@ -109,24 +116,28 @@ class ReceivePump:
             link.close()
 
     def _receive(self, link: ReceiveEnd) -> None:
+        frames, payload = self._metrics.frames.labels("receiver"), self._metrics.payload_bytes.labels("receiver")
         while True:
             slot = link.receive()
+            landing: Landing | None = None
             try:
-                header, is_written = self._zone.land(slot)
+                header, landing = self._zone.land(slot)
+                payload_bytes = header.payload_bytes
             except FrameRefused as refused:
                 self._metrics.frames_refused.labels(refused.reason).inc()
                 if refused.transfer_id is None:
                     raise LinkError(f"what arrived is not a frame: {refused.detail}") from refused
                 self._hooks.on_refused(refused.transfer_id, refused.reason, refused.detail)
-                payload_bytes = self._plan.slot_bytes
+                payload_bytes = self._plan.slot_bytes  # what it really was is not known; the sender clamps
             else:
-                payload_bytes = header.payload_bytes
-                if is_written:
-                    self._metrics.frames.labels("receiver").inc()
-                    self._metrics.payload_bytes.labels("receiver").inc(payload_bytes)
-                else:
+                if landing is None:
                     self._metrics.frames_late.inc()
+                else:
+                    frames.inc()
+                    payload.inc(payload_bytes)
             link.release(slot)
             with self._lock:
                 self._consumed_bytes += payload_bytes
-            self._hooks.on_progress()
+                is_due = self._consumed_bytes >= self._credit_portion_bytes
+            if is_due or (landing is not None and (landing.num_frames == 1 or landing.coverage.is_complete)):
+                self._hooks.on_progress()

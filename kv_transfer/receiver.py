@@ -151,6 +151,8 @@ class KvReceiver:
 
     def tick(self) -> None:
         """Let pass the deadlines that are due, and arm the timer for the next."""
+        for pair in self._pairs.values():
+            pair.look()  # frames are a sign of life, and are not told one by one
         now = self._clock.now()
         for transfer in list(self._transfers.values()):
             self._perform(transfer, transfer.session.tick(now))

@@ -68,7 +68,7 @@ class ReceiverPair:
         self._is_progress_posted = False
         # Credit goes back in portions: large enough to be few messages, small enough that a sender which waits for one
         # more slot always gets it.
-        self._credit_portion_bytes = min(config.credit_bytes // 8, config.credit_bytes - config.slot_bytes)
+        self._credit_portion_bytes = max(1, min(config.credit_bytes // 4, config.credit_bytes - config.slot_bytes))
 
     def hear(self, message: pb.SenderMessage) -> None:
         """Take one message of the control stream.
@@ -126,7 +126,9 @@ class ReceiverPair:
             slot_bytes=config.slot_bytes,
             backend=self._links.backend,
         )
-        self._pump = ReceivePump(self._links, plan, link_epoch, zone, self, self._metrics)
+        self._pump = ReceivePump(
+            self._links, plan, link_epoch, zone, self, self._metrics, credit_portion_bytes=self._credit_portion_bytes
+        )
         self._pump.start()
         self.say(pb.ReceiverMessage(link_opened=opened))
         self.say(pb.ReceiverMessage(credit=pb.Credit(bytes=config.credit_bytes)))
@@ -137,7 +139,7 @@ class ReceiverPair:
         # Frames may land faster than the loop turns: one look at the totals serves all of them.
         if not self._is_progress_posted:
             self._is_progress_posted = True
-            self._post(self._look)
+            self._post(self.look)
 
     def on_refused(self, transfer_id: TransferId, reason: NackReason, detail: str) -> None:
         self._post(self._owner.feed_from, self, transfer_id, session.FrameWasRefused(reason, detail))
@@ -147,14 +149,15 @@ class ReceiverPair:
 
     # --- the same, arrived on the loop --------------------------------------------------------------------------------
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Tell the sessions what the receiver thread has written."""
         self._is_progress_posted = False
         for landing in list(self.landings.values()):
             if landing.num_frames > landing.told_frames:
                 landing.told_frames = landing.num_frames
                 written = session.FramesWritten(landing.num_frames, landing.payload_bytes, landing.coverage.is_complete)
                 self._owner.feed_from(self, landing.transfer_id, written)
-        if self._pump is not None and (credit_bytes := self._pump.take_credit(self._credit_portion_bytes)):
+        if self._pump is not None and (credit_bytes := self._pump.take_credit()):
             self.say(pb.ReceiverMessage(credit=pb.Credit(bytes=credit_bytes)))
 
     def _lost(self, link_epoch: int, detail: str) -> None:

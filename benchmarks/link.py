@@ -1,0 +1,265 @@
+"""What a hand-off costs beyond moving its bytes, between two real processes over gloo on loopback.
+
+Two questions, each answered with both sides in one run, in turn, one JSON line per result:
+
+- `goodput`: gather from a paged pool, checksum, send, verify, scatter into a paged pool, ACK; against ONE raw gloo send
+  of as many bytes from a warm contiguous buffer into a warm contiguous buffer, with a one-byte answer.
+- `exposed`: prefill end to ACK when finished (chunk, layer group) parts are sent while the prefill goes on, against
+  sending everything after it. The prefill is paced: it waits as a GPU would compute, and leaves the cores alone.
+
+Run ``python -m benchmarks.link --help``.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from socket import create_server as create_listener
+
+import numpy
+import torch
+import xxhash
+
+from benchmarks.link_peers import LAYOUT, MIB, WAIT_S, PagedPool, RawPair, names_of, run_far_side
+from core.clock import MonotonicClock
+from core.ids import Epoch, TransferId, WorkerId
+from core.membership import WorkerIdentity
+from kv_transfer.config import KvTransferConfig
+from kv_transfer.frame import HEADER_BYTES
+from kv_transfer.ports import Peer
+from kv_transfer.sender import KvSender
+
+CHUNK_TOKENS = 512
+LAYER_GROUP = 4
+_SCHEDULERS = {os.SCHED_OTHER: "default", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr"}
+
+
+class Acks:
+    """Outcomes of the near side: one future per transfer, resolved with the time of its ACK."""
+
+    def __init__(self) -> None:
+        self.at: dict[TransferId, asyncio.Future[float]] = {}
+
+    def on_acked(self, transfer_id: TransferId) -> None:
+        self.at[transfer_id].set_result(time.perf_counter())
+
+    def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
+        self.at[transfer_id].set_exception(RuntimeError(f"{transfer_id}: {reason}: {detail}"))
+
+
+class Bench:
+    """The near side: the prefill worker's end, and the clock."""
+
+    def __init__(self, pair: RawPair, pool: PagedPool, config: KvTransferConfig) -> None:
+        self.pair = pair
+        self.acks = Acks()
+        identity = WorkerIdentity(WorkerId("near"), Epoch(1), "benchmark")
+        self.sender = KvSender(config, identity, LAYOUT, pool, self.acks, MonotonicClock())
+        self.peer = Peer(WorkerId("far"), Epoch(1), pair.store.get("address").decode())
+        self._sequence = 0
+
+    async def offer(self, num_tokens: int) -> TransferId:
+        """Have a transfer reserved, as it is by the time that a prefill has computed something."""
+        self._sequence += 1
+        transfer_id, request_id = names_of(self._sequence)
+        self.pair.expect(self._sequence, num_tokens)
+        self.acks.at[transfer_id] = asyncio.get_running_loop().create_future()
+        await self.sender.offer(transfer_id, request_id, num_tokens, self.peer)
+        await asyncio.sleep(0.02)  # the reservation comes back; nothing can be waited for from outside
+        return transfer_id
+
+    async def hand_off(self, num_tokens: int) -> float:
+        """Return the seconds from a finished prefill to the ACK."""
+        transfer_id = await self.offer(num_tokens)
+        started = time.perf_counter()
+        self.sender.push(transfer_id, range(LAYOUT.num_layers), range(num_tokens))
+        self.sender.commit(transfer_id, 1)
+        async with asyncio.timeout(WAIT_S):
+            return await self.acks.at[transfer_id] - started
+
+    def raw(self) -> float:
+        """Return the seconds of one raw send."""
+        self.pair.prepare_raw()
+        started = time.perf_counter()
+        self.pair.send_raw()
+        return time.perf_counter() - started
+
+    async def exposed(self, num_tokens: int, tokens_per_s: float, *, is_pipelined: bool) -> float:
+        """Return the seconds from the end of a paced prefill to the ACK."""
+        transfer_id = await self.offer(num_tokens)
+        ended: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def prefill() -> None:
+            parts = list(_parts(num_tokens))
+            never = threading.Event()
+            begun = time.perf_counter()
+            for done, (layers, tokens) in enumerate(parts, 1):
+                never.wait(max(0.0, begun + done / len(parts) * num_tokens / tokens_per_s - time.perf_counter()))
+                if is_pipelined:
+                    self.sender.push(transfer_id, layers, tokens)
+            at = time.perf_counter()
+            if not is_pipelined:
+                self.sender.push(transfer_id, range(LAYOUT.num_layers), range(num_tokens))
+            self.sender.commit(transfer_id, 1)
+            loop.call_soon_threadsafe(ended.set_result, at)
+
+        engine = threading.Thread(target=prefill, name="engine")
+        engine.start()
+        async with asyncio.timeout(WAIT_S):
+            acked_at = await self.acks.at[transfer_id]
+        engine.join(WAIT_S)
+        return acked_at - await ended
+
+
+def _parts(num_tokens: int) -> Iterator[tuple[range, range]]:
+    for start in range(0, num_tokens, CHUNK_TOKENS):
+        tokens = range(start, min(start + CHUNK_TOKENS, num_tokens))
+        for layer in range(0, LAYOUT.num_layers, LAYER_GROUP):
+            yield range(layer, layer + LAYER_GROUP), tokens
+
+
+def _machine() -> dict[str, object]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_1m": round(os.getloadavg()[0], 2),
+        "scheduler": _SCHEDULERS.get(os.sched_getscheduler(0), "other"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "xxhash": xxhash.VERSION,
+        "commit": commit.stdout.strip(),
+    }
+
+
+async def run_near_side(
+    args: argparse.Namespace, port: int, max_tokens: int, config: KvTransferConfig, emit: Callable[..., None]
+) -> None:
+    torch.set_num_threads(1)
+    goodput_tokens = args.goodput_mib * MIB // LAYOUT.bytes_per_token
+    pool = PagedPool(max_tokens, seed=1)
+    pair = RawPair("near", port, goodput_tokens * LAYOUT.bytes_per_token)
+    bench = Bench(pair, pool, config)
+    await _goodput(bench, goodput_tokens, args, config, emit)
+    await _exposed(bench, args, emit)
+    pair.stop()
+    written = pair.store.get("checksum").decode()
+    assert written == pool.checksum(), "the pools differ"
+    await bench.sender.close()
+
+
+async def _goodput(
+    bench: Bench, num_tokens: int, args: argparse.Namespace, config: KvTransferConfig, emit: Callable[..., None]
+) -> None:
+    raw: list[float] = []
+    ours: list[float] = []
+    for repetition in range(-args.warmup, args.repetitions):
+        turns: list[tuple[list[float], bool]] = [(raw, True), (ours, False)]
+        random.shuffle(turns)
+        for times, is_raw in turns:
+            seconds = bench.raw() if is_raw else await bench.hand_off(num_tokens)
+            if repetition >= 0:
+                times.append(seconds)
+    num_bytes = num_tokens * LAYOUT.bytes_per_token
+    emit(
+        "link.goodput",
+        mib=num_bytes // MIB,
+        slot_bytes=config.slot_bytes,
+        num_slots=config.num_slots,
+        repetitions=args.repetitions,
+        raw_gb_s=_rate(num_bytes, raw),
+        hand_off_gb_s=_rate(num_bytes, ours),
+        raw_best_gb_s=round(num_bytes / min(raw) / 1e9, 3),
+        hand_off_best_gb_s=round(num_bytes / min(ours) / 1e9, 3),
+        ratio=round(statistics.median(raw) / statistics.median(ours), 3),
+        ratio_best=round(min(raw) / min(ours), 3),
+        ratio_of_pairs=round(statistics.median(a / b for a, b in zip(raw, ours, strict=True)), 3),
+    )
+
+
+async def _exposed(bench: Bench, args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    for mib in args.exposed_mib:
+        num_tokens = mib * MIB // LAYOUT.bytes_per_token
+        whole, pipelined = [], []
+        for _ in range(args.exposed_repetitions):
+            whole.append(await bench.exposed(num_tokens, args.tokens_per_s, is_pipelined=False))
+            pipelined.append(await bench.exposed(num_tokens, args.tokens_per_s, is_pipelined=True))
+        emit(
+            "link.exposed",
+            mib=mib,
+            prefill_s=round(num_tokens / args.tokens_per_s, 4),
+            repetitions=args.exposed_repetitions,
+            whole_after_prefill_ms=round(statistics.median(whole) * 1e3, 2),
+            pipelined_ms=round(statistics.median(pipelined) * 1e3, 2),
+            ratio=round(statistics.median(whole) / statistics.median(pipelined), 2),
+        )
+
+
+def _rate(num_bytes: int, seconds: list[float]) -> float:
+    return round(num_bytes / statistics.median(seconds) / 1e9, 3)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.link", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--goodput-mib", type=int, default=64, help="size of a hand-off (default 64)")
+    parser.add_argument("--repetitions", type=int, default=30, help="of each side (default 30)")
+    parser.add_argument("--warmup", type=int, default=3, help="repetitions that are not counted (default 3)")
+    parser.add_argument("--exposed-mib", type=int, nargs="*", default=[4, 16, 64, 128], help="sizes (default 4..128)")
+    parser.add_argument("--exposed-repetitions", type=int, default=7, help="of each side and size (default 7)")
+    parser.add_argument("--tokens-per-s", type=float, default=20_000, help="pace of the prefill (default 20000)")
+    parser.add_argument("--slot-mib", type=float, help="frame size; default: the configuration's")
+    parser.add_argument("--num-slots", type=int, help="frames outstanding; default: the configuration's")
+    parser.add_argument("--output", type=Path, help="append the JSON lines to this file too")
+    parser.add_argument("--far-port", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _arguments()
+    changes: dict[str, int] = {}
+    if args.slot_mib:
+        changes["slot_bytes"] = int(args.slot_mib * MIB) + HEADER_BYTES
+    if args.num_slots:
+        changes["num_slots"] = args.num_slots
+    config = KvTransferConfig.model_validate({"host": "127.0.0.1", **changes})
+    max_tokens = max(args.goodput_mib, *args.exposed_mib) * MIB // LAYOUT.bytes_per_token
+    if args.far_port:
+        asyncio.run(run_far_side(args.far_port, max_tokens, config))
+        return
+    machine = _machine()
+    with create_listener(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+    def emit(name: str, **values: object) -> None:
+        line = json.dumps({"benchmark": name, **values, "machine": machine})
+        print(line, flush=True)
+        if args.output:
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    far = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.link", *sys.argv[1:], "--far-port", str(port)],
+        cwd=Path(__file__).parent.parent,
+    )
+    try:
+        asyncio.run(run_near_side(args, port, max_tokens, config, emit))
+        far.wait(WAIT_S)
+    finally:
+        far.kill()
+        far.wait(WAIT_S)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The two processes of the link benchmark: paged pools, the raw gloo pair that is compared with, and the far side.
+
+The far side is a slave: it takes commands over the raw pair (expect a transfer, take part in a raw send, stop), so that
+both ways of moving bytes are measured in the same two processes, on the same clock, in turn.
+"""
+
+import asyncio
+import random
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from core.clock import MonotonicClock
+from core.ids import Epoch, RequestId, TransferId, WorkerId
+from core.layout import KvLayout
+from core.membership import WorkerIdentity
+from core.rpc import bind, create_server
+from kv_transfer.config import KvTransferConfig
+from kv_transfer.ports import LandedStats
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.rpc import add_kv_transfer
+
+LAYOUT = KvLayout("benchmark", num_layers=16, num_kv_heads=4, head_dim=64, dtype="bfloat16", block_size=16)
+MIB = 1024 * 1024
+WAIT_S = 60.0
+_NEAR, _FAR = 0, 1
+_STOP, _RAW, _EXPECT = range(3)
+
+
+class PagedPool:
+    """KV in blocks ``[N, L, 2, K, S, D]`` behind shuffled block tables, as an engine keeps it."""
+
+    def __init__(self, max_tokens: int, seed: int) -> None:
+        layout = LAYOUT
+        num_blocks = -(-max_tokens // layout.block_size)
+        shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        self.blocks = torch.randint(-(2**14), 2**14, shape, dtype=torch.int16).view(torch.bfloat16)
+        self._words = self.blocks.view(torch.int64)  # torch copies integers 2.5 times as fast as bfloat16
+        self.table = list(range(num_blocks))
+        random.Random(seed).shuffle(self.table)
+
+    def read_kv(self, request_id: RequestId, layers: range, tokens: range, out: Tensor | None = None) -> Tensor:
+        assert out is not None
+        words = out.view(torch.int64)
+        for block, inside, at in self._runs(tokens):
+            source = self._words[block, layers.start : layers.stop, :, :, inside.start : inside.stop]
+            words[:, :, :, at : at + len(inside)].copy_(source)
+        return out
+
+    def write_kv(self, request_id: RequestId, layers: range, tokens: range, kv: Tensor) -> None:
+        words = kv.view(torch.int64)
+        for block, inside, at in self._runs(tokens):
+            target = self._words[block, layers.start : layers.stop, :, :, inside.start : inside.stop]
+            target.copy_(words[:, :, :, at : at + len(inside)])
+
+    def checksum(self) -> str:
+        """Return a sum over all KV, the same wherever its blocks lie."""
+        return str(self.blocks.view(torch.int16).to(torch.int64).sum().item())
+
+    def _runs(self, tokens: range) -> list[tuple[int, range, int]]:
+        size = LAYOUT.block_size
+        runs = []
+        start = tokens.start
+        while start < tokens.stop:
+            stop = min((start // size + 1) * size, tokens.stop)
+            first = start % size
+            runs.append((self.table[start // size], range(first, first + stop - start), start - tokens.start))
+            start = stop
+        return runs
+
+
+class RawPair:
+    """Two processes joined by one gloo group: what is compared with, and the road of the commands."""
+
+    def __init__(self, role: Literal["near", "far"], port: int, raw_bytes: int) -> None:
+        timeout = timedelta(seconds=WAIT_S)
+        self.store = TCPStore("127.0.0.1", port, is_master=role == "near", wait_for_workers=False, timeout=timeout)
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stub calls it Options
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = timeout
+        rank = _NEAR if role == "near" else _FAR
+        self._peer = 1 - rank
+        self._group: Any = dist.ProcessGroupGloo(
+            PrefixStore("raw", self.store), rank, 2, options
+        )  # stubs lack send and recv
+        self._payload = torch.ones(raw_bytes, dtype=torch.uint8)
+        self._word = torch.zeros(2, dtype=torch.int64)
+
+    def command(self, code: int, argument: int) -> None:
+        self._send(torch.tensor([code, argument]), tag=1)
+
+    def next_command(self) -> tuple[int, int]:
+        self._receive(self._word, tag=1)
+        code, argument = self._word.tolist()
+        return code, argument
+
+    def say_done(self) -> None:
+        self._send(torch.zeros(1, dtype=torch.uint8), tag=2)
+
+    def wait_done(self) -> None:
+        self._receive(torch.zeros(1, dtype=torch.uint8), tag=2)
+
+    def send_raw(self) -> None:
+        """One gloo message of the whole payload, and the far side's word that it is there."""
+        self._send(self._payload, tag=3)
+        self.wait_done()
+
+    def prepare_raw(self) -> None:
+        self.command(_RAW, 0)
+        self.wait_done()
+
+    def receive_raw(self) -> None:
+        work = self._group.recv([self._payload], self._peer, 3)
+        self.say_done()  # posted
+        work.wait(timedelta(seconds=WAIT_S))
+        self.say_done()  # arrived
+
+    def expect(self, sequence: int, num_tokens: int) -> None:
+        self.command(_EXPECT, sequence << 32 | num_tokens)
+        self.wait_done()
+
+    def stop(self) -> None:
+        self.command(_STOP, 0)
+
+    def _send(self, tensor: Tensor, tag: int) -> None:
+        self._group.send([tensor], self._peer, tag).wait(timedelta(seconds=WAIT_S))
+
+    def _receive(self, tensor: Tensor, tag: int) -> None:
+        self._group.recv([tensor], self._peer, tag).wait(timedelta(seconds=WAIT_S))
+
+
+@dataclass
+class _Ignored:
+    """Outcomes of the far side: the near side measures."""
+
+    def on_landed(self, transfer_id: TransferId, first_token_id: int, stats: LandedStats) -> None:
+        pass
+
+    def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
+        print(f"transfer {transfer_id} failed: {reason}: {detail}", flush=True)
+
+
+def names_of(sequence: int) -> tuple[TransferId, RequestId]:
+    return TransferId(f"bench-{sequence}/0"), RequestId(f"bench-{sequence}")
+
+
+async def run_far_side(port: int, max_tokens: int, config: KvTransferConfig) -> None:
+    """Be the decode side until told to stop."""
+    torch.set_num_threads(1)
+    pool = PagedPool(max_tokens, seed=2)
+    pair = RawPair("far", port, max_tokens * LAYOUT.bytes_per_token)
+    identity = WorkerIdentity(WorkerId("far"), Epoch(1), "benchmark")
+    receiver = KvReceiver(config, identity, LAYOUT, pool, _Ignored(), MonotonicClock())
+    server = create_server()
+    add_kv_transfer(receiver, server)
+    address = f"127.0.0.1:{bind(server, '127.0.0.1', 0)}"
+    await server.start()
+    pair.store.set("address", address)
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+
+    def obey() -> None:
+        try:
+            while (command := pair.next_command())[0] != _STOP:
+                if command[0] == _RAW:
+                    pair.receive_raw()
+                    continue
+                transfer_id, request_id = names_of(command[1] >> 32)
+                expected = receiver.expect(transfer_id, request_id, 0, command[1] & 0xFFFFFFFF)
+                asyncio.run_coroutine_threadsafe(expected, loop).result(WAIT_S)
+                pair.say_done()
+            pair.store.set("checksum", pool.checksum())
+        finally:
+            loop.call_soon_threadsafe(stopped.set)
+
+    thread = threading.Thread(target=obey, name="commands")
+    thread.start()
+    await stopped.wait()
+    thread.join(WAIT_S)
+    await receiver.close()
+    await server.stop(1.0)
