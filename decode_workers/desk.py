@@ -44,6 +44,7 @@ class RequestDesk:
     Args:
         streams: reports go there; the desk flushes it at the end of each turn.
         engine_load: before the first step.
+        on_turn: called at the end of each turn; the load may have changed.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class RequestDesk:
         metrics: DecodeMetrics,
         clock: Clock,
         engine_load: LoadReport,
+        on_turn: Callable[[], None],
     ) -> None:
         self._config = config
         self._limits = limits
@@ -66,6 +68,7 @@ class RequestDesk:
         self._alarm = Alarm(clock, self._on_deadline)
         self._tasks = TaskSet(self._on_defect)
         self._engine_load = engine_load
+        self._on_turn = on_turn
         self._emptied = asyncio.Event()
         self._emptied.set()
         self._engine: EngineLoop
@@ -263,6 +266,7 @@ class RequestDesk:
             self._emptied.clear()
         else:
             self._emptied.set()
+        self._on_turn()
 
     def _on_defect(self, error: BaseException) -> None:
         """Something happened that must not: this incarnation is not to be trusted any further."""

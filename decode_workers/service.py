@@ -157,7 +157,7 @@ class DecodeWorker:
             raise self._life.failure
         info, layout, load = engine.model_info, engine.layout, engine.load_report()
         limits = DecodeLimits(config.max_requests, info.max_model_len, load.total_blocks, layout.block_size)
-        desk = RequestDesk(config, limits, self._life, self._streams, self.metrics, clock, load)
+        desk = RequestDesk(config, limits, self._life, self._streams, self.metrics, clock, load, self._pacer.ask)
 
         def post_step(result: StepResult) -> None:  # on the engine's thread
             loop.call_soon_threadsafe(self._on_step, desk, result)
@@ -240,7 +240,6 @@ class DecodeWorker:
         desk.on_step(result)
         self._life.registration.publish(result.kv_events)
         self.metrics.note_step(result)
-        self._pacer.ask()
 
     def _on_engine_failure(self, desk: RequestDesk, failure: Failure) -> None:
         desk.on_engine_failure(failure)

@@ -45,6 +45,7 @@ class RequestDesk:
     Args:
         streams: reports go there; the desk flushes it at the end of each turn.
         engine_load: before the first step.
+        on_turn: called at the end of each turn; the load may have changed.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RequestDesk:
         metrics: PrefillMetrics,
         clock: Clock,
         engine_load: LoadReport,
+        on_turn: Callable[[], None],
     ) -> None:
         self._config = config
         self._limits = limits
@@ -68,6 +70,7 @@ class RequestDesk:
         self._tasks = TaskSet(self._on_defect)
         self._unqueued_tokens: dict[RequestId, int] = {}  # accepted here, not yet in the engine's own count
         self._engine_load = engine_load
+        self._on_turn = on_turn
         self._emptied = asyncio.Event()
         self._emptied.set()
         self._engine: EngineLoop
@@ -207,18 +210,24 @@ class RequestDesk:
         if machine.state is not PrefillState.COMPUTING:
             return
 
-        def queued(done: Future[int]) -> None:
+        def queue(engine: Engine) -> LoadReport:
+            engine.add_prefill(machine.request, observer)
+            return engine.load_report()  # now, not after the step that follows: until then it would be counted nowhere
+
+        def queued(done: Future[LoadReport]) -> None:
             if self._table.get(machine.request_id) is machine:
                 self._unqueued_tokens.pop(machine.request_id, None)
             match done.exception():
                 case None:
-                    pass
+                    rates = self._engine_load.model_dump(include={"prefill_tokens_per_s", "decode_step_s"})
+                    self._engine_load = done.result().model_copy(update=rates)
+                    self._end_turn()
                 case ServingError() as error:
                     self._take(machine, m.EngineFailed(error))
                 case error:
                     self._on_defect(error)
 
-        self._ask(lambda engine: engine.add_prefill(machine.request, observer), queued)
+        self._ask(queue, queued)
 
     async def _stop_transfer(self, machine: PrefillRequest, reason: str) -> None:
         if machine.transfer_id is not None:
@@ -290,6 +299,7 @@ class RequestDesk:
             self._emptied.clear()
         else:
             self._emptied.set()
+        self._on_turn()
 
     def _on_defect(self, error: BaseException) -> None:
         """Something happened that must not: this incarnation is not to be trusted any further."""

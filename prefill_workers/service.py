@@ -161,7 +161,7 @@ class PrefillWorker:
         limits = PrefillLimits(
             config.max_queued_tokens, max_requests, info.max_model_len, load.total_blocks, layout.block_size
         )
-        desk = RequestDesk(config, limits, self._life, self._streams, self.metrics, clock, load)
+        desk = RequestDesk(config, limits, self._life, self._streams, self.metrics, clock, load, self._pacer.ask)
 
         def post_step(result: StepResult) -> None:  # on the engine's thread
             loop.call_soon_threadsafe(self._on_step, desk, result)
@@ -193,7 +193,6 @@ class PrefillWorker:
     def submit(self, stream: Outbox[Report], request: GenerateRequest, hand_off: HandOff | None) -> None:
         if self._parts is not None:  # else the stream is about to end
             self._parts.desk.submit(stream, request, hand_off)
-            self._pacer.ask()
 
     def abort(self, stream: Outbox[Report], request_id: RequestId, reason: str) -> None:
         if self._parts is not None:
@@ -244,7 +243,6 @@ class PrefillWorker:
         desk.on_step(result)
         self._life.registration.publish(result.kv_events)
         self.metrics.note_step(result)
-        self._pacer.ask()
 
     def _on_engine_failure(self, desk: RequestDesk, failure: Failure) -> None:
         desk.on_engine_failure(failure)

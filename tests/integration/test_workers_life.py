@@ -1,0 +1,273 @@
+"""A worker's life: answers at once, epochs, draining, fencing, the store's outage, load reports, cache snapshots."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import grpc
+import pytest
+
+from core.errors import ConfigError, RejectReason, WorkerLost
+from core.ids import Epoch
+from core.kv_events import BlocksRemoved, BlocksStored
+from core.membership import (
+    Role,
+    WorkerIdentity,
+    WorkerRecord,
+    WorkerState,
+    epoch_key,
+    kv_event_stream,
+    worker_key,
+)
+from core.store import STREAM_START, Store
+from core.store_memory import MemoryStore
+from decode_workers.config import DecodeWorkerConfig
+from decode_workers.service import DecodeWorker
+from engine.config import ModelConfig
+from prefill_workers.config import PrefillWorkerConfig
+from prefill_workers.service import PrefillWorker
+from protos import codec, worker_pb2
+from tests.fake_model import greedy, reference_tokens
+from tests.worker_pair import D, P, Pair, decode_stream, prefill_stream, reason_of, request, worker_pair
+
+PATIENCE_S = 20.0
+
+
+async def record_of(store: Store, worker_id: str) -> WorkerRecord:
+    value = await store.get(worker_key("test", worker_id))  # type: ignore[arg-type]
+    assert value is not None
+    return WorkerRecord.model_validate_json(value)
+
+
+async def test_a_stream_of_another_epoch_is_refused() -> None:
+    async with worker_pair() as pair:
+        for stream in (prefill_stream(pair.prefill_address, epoch=2), decode_stream(pair.decode_address, epoch=4)):
+            async with stream:
+                error = await stream.until_over()
+                assert error is not None
+                assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_the_first_report_names_the_incarnation_and_the_second_tells_the_load() -> None:
+    async with worker_pair(num_blocks=32) as pair:
+        for stream, name in ((pair.to_prefill, P), (pair.to_decode, D)):
+            await stream.until(lambda report: report.HasField("load"))
+            assert stream.reports[0].welcome == worker_pb2.Welcome(worker_id=name, epoch=3)
+            assert (stream.reports[1].load.total_blocks, stream.reports[1].load.free_blocks) == (32, 32)
+
+
+async def test_the_record_says_what_a_gateway_must_know() -> None:
+    async with worker_pair() as pair:
+        for worker_id, role, address in (
+            (P, Role.PREFILL, pair.prefill_address),
+            (D, Role.DECODE, pair.decode_address),
+        ):
+            record = await record_of(pair.store, worker_id)
+            assert (record.role, record.state, record.address) == (role, WorkerState.READY, address)
+            assert (record.block_size, record.weights_version, record.max_model_len) == (4, "fake", 64)
+    assert (await record_of(pair.store, P)).state is WorkerState.STOPPED
+
+
+async def test_a_full_prefill_queue_is_refused_while_a_step_runs() -> None:
+    async with worker_pair(max_queued_tokens=50) as pair:
+        pair.prefill_side.computing.close()
+        for name in ("a", "b"):
+            await pair.submit(request(name, 20))
+        await pair.prefill_side.computing.until_reached()
+        await pair.submit_prefill(request("c", 20))  # answered although the engine's thread is held
+        assert reason_of(await pair.to_prefill.answer("rejected", "c")) is RejectReason.QUEUE_FULL
+        pair.prefill_side.computing.open()
+        for name in ("a", "b"):
+            await pair.to_prefill.answer("computed", name)
+        await pair.submit_decode(request("c", 20))
+        await pair.submit_prefill(request("c", 20), attempt=1)
+        await pair.to_prefill.answer("accepted", "c")
+
+
+async def test_an_accept_does_not_wait_for_the_running_step() -> None:
+    async with worker_pair() as pair:
+        pair.prefill_side.computing.close()
+        await pair.submit(request("a", 20))
+        await pair.prefill_side.computing.until_reached()
+        await pair.submit(request("b", 20))  # both accepted, the first step not done
+        assert not pair.to_prefill.outputs("a")
+        pair.prefill_side.computing.open()
+        await pair.to_decode.until_finished("b")
+
+
+async def test_a_load_report_counts_what_was_accepted_in_the_running_step() -> None:
+    async with worker_pair() as pair:
+        pair.prefill_side.computing.close()
+        await pair.submit(request("a", 20))
+        await pair.prefill_side.computing.until_reached()
+        await pair.submit(request("b", 17))
+        await pair.to_prefill.until(lambda report: report.load.queued_prefill_tokens >= 37)
+        pair.prefill_side.computing.open()
+
+
+async def test_a_decode_worker_without_blocks_refuses_and_accepts_when_some_came_back() -> None:
+    async with worker_pair(num_blocks=10) as pair:
+        await pair.submit_decode(request("a", 25))
+        await pair.to_decode.answer("accepted", "a")
+        await pair.submit_decode(request("b", 20))
+        assert reason_of(await pair.to_decode.answer("rejected", "b")) is RejectReason.NO_BLOCKS
+        await pair.abort_decode("a")
+        await pair.until_idle()
+        await pair.submit_decode(request("b", 20), attempt=1)
+        await pair.to_decode.answer("accepted", "b")
+
+
+async def test_a_decode_worker_takes_so_many_requests_and_no_more() -> None:
+    async with worker_pair(max_decode_requests=1) as pair:
+        await pair.submit_decode(request("a"))
+        await pair.to_decode.answer("accepted", "a")
+        await pair.submit_decode(request("b"))
+        assert reason_of(await pair.to_decode.answer("rejected", "b")) is RejectReason.QUEUE_FULL
+
+
+async def test_a_request_that_is_held_is_a_duplicate_and_one_too_long_is_too_long() -> None:
+    async with worker_pair() as pair:
+        pair.prefill_side.computing.close()
+        await pair.submit(request("a"))
+        await pair.submit_prefill(request("a"), attempt=1)
+        assert reason_of(await pair.to_prefill.answer("rejected", "a")) is RejectReason.DUPLICATE
+        await pair.submit_prefill(request("b", 64))
+        assert reason_of(await pair.to_prefill.answer("rejected", "b")) is RejectReason.TOO_LONG
+        await pair.submit_decode(request("b", 64))
+        assert reason_of(await pair.to_decode.answer("rejected", "b")) is RejectReason.TOO_LONG
+        pair.prefill_side.computing.open()
+
+
+async def test_draining_finishes_what_is_there_and_accepts_nothing() -> None:
+    asked = request("a", 20, greedy(10))
+    async with worker_pair() as pair:
+        pair.decode_side.computing.close()
+        await pair.submit(asked)
+        await pair.decode_side.computing.until_reached()
+        drains = [asyncio.create_task(worker.drain(PATIENCE_S)) for worker in (pair.prefill, pair.decode)]
+        await asyncio.sleep(0)  # the drains begin
+        await pair.submit_decode(request("b"))
+        assert reason_of(await pair.to_decode.answer("rejected", "b")) is RejectReason.DRAINING
+        await pair.submit_prefill(request("b"))
+        assert reason_of(await pair.to_prefill.answer("rejected", "b")) is RejectReason.DRAINING
+        assert not drains[1].done()
+        pair.decode_side.computing.open()
+        await asyncio.gather(*drains)
+        await pair.to_decode.until_finished("a")
+        assert pair.token_ids("a") == reference_tokens(asked)
+
+
+async def test_a_drain_past_its_deadline_returns_and_stop_gives_the_rest_up() -> None:
+    async with worker_pair() as pair:
+        await pair.submit_decode(request("a"))
+        await pair.to_decode.answer("accepted", "a")
+        await pair.decode.drain(0.01)
+        await pair.decode.stop(PATIENCE_S)
+        assert (await pair.to_decode.answer("failed", "a")).grpc_code == "UNAVAILABLE"
+        await pair.decode.run()
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_a_newer_epoch_fences_the_worker(side: str) -> None:
+    async with worker_pair() as pair:
+        worker, worker_id = (pair.prefill, P) if side == "prefill" else (pair.decode, D)
+        stream = pair.to_prefill if side == "prefill" else pair.to_decode
+        await pair.submit_decode(request("a"))
+        await pair.to_decode.answer("accepted", "a")
+        for _ in range(4):
+            await pair.store.increment(epoch_key("test", worker_id))
+        with pytest.raises(WorkerLost, match="fenced by 4"):
+            await asyncio.wait_for(worker.run(), PATIENCE_S)
+        error = await stream.until_over()
+        assert error is not None
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_both_serve_on_without_the_store_and_are_seen_again_when_it_is_back() -> None:
+    store = MemoryStore()
+    asked = request("a", 20)
+    async with worker_pair(store=store) as pair:
+        store.set_available(False)
+        assert await pair.generate(asked) == reference_tokens(asked)
+        store.set_available(True)
+        for worker_id in (P, D):
+            await store.delete(worker_key("test", worker_id))
+        async with asyncio.timeout(PATIENCE_S):
+            streams = {kv_event_stream("test", P): STREAM_START}
+            assert await store.read(streams, max_entries=10, wait_s=PATIENCE_S)
+
+
+async def held_by_events(pair: Pair, worker_id: str, sequence: int) -> set[bytes]:
+    """Return what a reader of the event stream believes after batch `sequence`."""
+    held: set[bytes] = set()
+    last, key = STREAM_START, kv_event_stream("test", worker_id)  # type: ignore[arg-type]
+    seen = 0
+    async with asyncio.timeout(PATIENCE_S):
+        while seen < sequence:
+            found = await pair.store.read({key: last}, max_entries=100, wait_s=PATIENCE_S)
+            for entry in found.get(key, []):
+                last = entry.entry_id
+                batch = codec.kv_events_from_wire(worker_pb2.KvEventBatch.FromString(entry.value))
+                assert batch.sequence == seen + 1
+                seen = batch.sequence
+                for event in batch.events:
+                    if isinstance(event, BlocksStored):
+                        held.update(event.hashes)
+                    elif isinstance(event, BlocksRemoved):
+                        held.difference_update(event.hashes)
+    return held
+
+
+async def test_a_snapshot_of_the_cache_says_what_the_events_up_to_its_number_say() -> None:
+    async with worker_pair(num_blocks=24) as pair:
+        for n in range(8):  # more than the pool holds, so that blocks are evicted too
+            await pair.generate(request(f"r{'x' * n}", 20))
+        for stream, worker_id in ((pair.to_prefill, P), (pair.to_decode, D)):
+            snapshot = await stream.list_cached_blocks()
+            assert (snapshot.worker_id, snapshot.epoch) == (worker_id, 3)
+            held = {digest for chain in snapshot.chains for digest in chain.hashes}
+            assert held
+            assert held == await held_by_events(pair, worker_id, snapshot.sequence)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_model_that_is_not_there_is_one_line_and_leaves_nothing(role: str, tmp_path: Path) -> None:
+    store, identity = MemoryStore(), WorkerIdentity(P, Epoch(1), "test")
+    model = ModelConfig(path=tmp_path / "nowhere")
+    worker = (
+        PrefillWorker(PrefillWorkerConfig(model=model), identity, store)
+        if role == "prefill"
+        else DecodeWorker(DecodeWorkerConfig(model=model), identity, store)
+    )
+    with pytest.raises(ConfigError, match="nowhere"):
+        await worker.start()
+    assert (await record_of(store, P)).state is WorkerState.STOPPED
+
+
+async def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    async with worker_pair() as pair:
+        port = int(pair.prefill_address.rpartition(":")[2])
+        config = PrefillWorkerConfig(model=ModelConfig(path=tmp_path), port=port)
+        worker = PrefillWorker(
+            config, WorkerIdentity(P, Epoch(4), "other"), MemoryStore(), load_engine=pair.prefill_side.load
+        )
+        engine = pair.prefill_side.engine
+        with pytest.raises(ConfigError, match=str(port)):
+            await worker.start()
+        pair.prefill_side.engine = engine
+
+
+async def test_metrics_count_what_happened() -> None:
+    async with worker_pair() as pair:
+        await pair.generate(request("a", 20))
+        await pair.submit_decode(request("b", 64))
+        await pair.to_decode.answer("rejected", "b")
+        await pair.until_idle()
+        prefill, decode = pair.prefill.metrics.registry, pair.decode.metrics.registry
+        handed = {"outcome": "handed_over", "reason": "TransferAcked"}
+        assert prefill.get_sample_value("tandem_prefill_requests_total", handed) == 1
+        assert prefill.get_sample_value("tandem_prefill_prompt_tokens_total") == 20
+        assert decode.get_sample_value("tandem_decode_tokens_total") == 5
+        refused = {"outcome": "rejected", "reason": "too_long"}
+        assert decode.get_sample_value("tandem_decode_requests_total", refused) == 1
+        json.dumps({sample.name: sample.value for metric in decode.collect() for sample in metric.samples})
