@@ -24,23 +24,25 @@ from cluster.lifecycle import LifePolicy
 from cluster.placement import demands, shares
 from cluster.preflight import check, packages_folder
 from cluster.progress import Progress
-from cluster.ray_backend import RayBackend
+from cluster.ray_backend import RayBackend, reclaim_signals
 from cluster.redis_server import EmbeddedRedis, free_port
 from cluster.supervisor import ServiceStatus, Supervisor
 from cluster.workspace import end_marked, workspace
 from core.clock import MonotonicClock
-from core.errors import ConfigError, ServingError, StoreUnavailable
+from core.errors import ConfigError, StoreUnavailable
 from core.ids import WorkerId
-from core.membership import WorkerRecord, worker_prefix
+from core.membership import WorkerRecord, WorkerState, worker_prefix
 from core.store_redis import RedisStore
+from tandem_client import Client
 
 _REDIS = WorkerId("redis")
 _DETAIL_PERIOD_S = 0.3
+_SEEN_PERIOD_S = 0.05
 _RAY_DOWN_S = 15.0
 
 
 class Launcher:
-    """One cluster that is coming up, up, or going down. Made by `launched`.
+    """One cluster that is coming up, up, or going down. Made by `launcher_of`.
 
     Attributes:
         gateway_address: host:port, fixed before the gateway starts.
@@ -55,6 +57,7 @@ class Launcher:
         self._config = config
         self._progress = progress
         self._folder = folder
+        self._is_up = False
         self._backend: RayBackend | None = None
         self._store: RedisStore | None = None
         self._supervisor: Supervisor | None = None
@@ -80,17 +83,20 @@ class Launcher:
         details = asyncio.create_task(self._show_details())
         try:
             await self._supervisor.until_ready([service.name for service in services], deadline_s)
+            await self._until_seen()
         finally:
             details.cancel()
             await asyncio.wait([details])
+        self._is_up = True
 
     async def run(self) -> None:
         """Wait for a defect of the supervisor; the cluster lives meanwhile. Cancel it to end the wait."""
         assert self._supervisor is not None, "up first"
         await asyncio.shield(self._supervisor.broken)
 
-    async def down(self, *, force: bool = False) -> None:
-        """Stop everything. Never raises; bounded by the drain deadlines."""
+    async def down(self) -> None:
+        """Stop everything: by draining what is up, by force what never was. Never raises; bounded by deadlines."""
+        force = not self._is_up
         if self._supervisor is not None:
             names = [status.name for status in self._supervisor.status()]
             first = [name for name in names if name == GATEWAY]
@@ -152,6 +158,7 @@ class Launcher:
             )
         except TimeoutError:
             raise ConfigError(f"ray: not connected within {config.ray.connect_timeout_s:g} s ({where})") from None
+        reclaim_signals()
         nodes = self._backend.nodes
         if nodes.num_nodes > 1 and config.redis.url is None:
             raise ConfigError("redis.url: needed when Ray has several nodes; the embedded Redis serves one machine")
@@ -169,6 +176,23 @@ class Launcher:
             )
         return Blueprint(config, self._backend, address, cpus, self._gateway_port)
 
+    async def _until_seen(self) -> None:
+        """Wait until the gateway has a stream to every worker.
+
+        Raises:
+            SpawnError: it does not within the gateway's own start deadline.
+        """
+        wanted = self._config.prefill.replicas + self._config.decode.replicas
+        deadline_s = self._config.supervision.gateway_start_deadline_s
+        async with Client(self.gateway_address) as client:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    # The gateway offers no watch of its fleet, and its health only tells of one worker per role.
+                    while sum(worker.connected for worker in (await client.status()).workers) < wanted:  # noqa: ASYNC110
+                        await asyncio.sleep(_SEEN_PERIOD_S)
+            except TimeoutError:
+                raise SpawnError(f"the gateway does not reach every worker within {deadline_s:g} s") from None
+
     async def _show_details(self) -> None:
         """Pass on what the workers say of themselves while they load."""
         assert self._store is not None
@@ -177,28 +201,16 @@ class Launcher:
                 for value in (await self._store.scan(worker_prefix(self._config.name))).values():
                     with contextlib.suppress(ValidationError):
                         record = WorkerRecord.model_validate_json(value)
-                        if record.detail:
+                        if record.detail and record.state is not WorkerState.STARTING:
                             self._progress.detail(record.worker_id, record.detail)
             await asyncio.sleep(_DETAIL_PERIOD_S)  # the store port has no watch, and these are only for the eye
 
 
 @contextlib.asynccontextmanager
-async def launched(config: ClusterConfig, progress: Progress) -> AsyncIterator[Launcher]:
-    """Yield a running cluster; take it down in the end, whatever the end is.
-
-    Raises:
-        ServingError: it did not come up; everything was taken down.
-    """
+async def launcher_of(config: ClusterConfig, progress: Progress) -> AsyncIterator[Launcher]:
+    """Yield a launcher, to be brought `up`; whatever it started is taken down in the end, whatever the end is."""
     with workspace() as (folder, mark):
         launcher = Launcher(config, progress, folder, mark)
-        try:
-            await launcher.up()
-        except SpawnError as error:
-            await launcher.down(force=True)
-            raise ServingError(str(error)) from error
-        except BaseException:
-            await launcher.down(force=True)
-            raise
         try:
             yield launcher
         finally:

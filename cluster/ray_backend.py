@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -274,7 +275,11 @@ def _token() -> str:
 def _set_environment(packages: Path, *, is_private: bool) -> dict[str, str | None]:
     """Set what Ray's processes inherit from ours; returns the former values."""
     path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
-    wanted = {"PYTHONPATH": path, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # unset, the latter is a warning
+    wanted = {
+        "PYTHONPATH": path,
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # unset, it is a warning
+        "RAY_worker_niceness": "0",  # Ray takes its processes for batch work, and yields to all others
+    }
     if is_private and not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & os.environ.keys():
         # Whoever reaches its ports may run code, so Ray asks for a token by default. This one only our own processes
         # know; left to itself, Ray would keep one in the home folder.
@@ -290,6 +295,14 @@ def _restore_environment(before: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def reclaim_signals() -> None:
+    """Put Python's own handling of SIGTERM back, where Ray's core took it over to print a stack. On the main thread."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+        signal.siginterrupt(signal.SIGTERM, False)
 
 
 def _daemons() -> list["subprocess.Popen[bytes]"]:

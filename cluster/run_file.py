@@ -9,7 +9,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,6 +30,11 @@ class RunRecord(BaseModel):
     mark: str
     config: str = ""
     is_ready: bool = False
+
+    @classmethod
+    def of_this_process(cls, cluster: str, gateway: str, mark: str, config: str) -> Self:
+        created_s = psutil.Process().create_time()
+        return cls(cluster=cluster, pid=os.getpid(), created_s=created_s, gateway=gateway, mark=mark, config=config)
 
     @property
     def is_alive(self) -> bool:
@@ -68,7 +73,7 @@ def claim(cluster: str) -> Iterator[RunFile]:
     path = _path(cluster)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = path.open("a+", encoding="utf-8")
+        handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot write: {error.strerror}") from error
     with handle:
@@ -82,17 +87,6 @@ def claim(cluster: str) -> Iterator[RunFile]:
             yield RunFile(path, handle)
         finally:
             path.unlink(missing_ok=True)
-
-
-def record_of_this_process(cluster: str, gateway: str, mark: str, config: str) -> RunRecord:
-    return RunRecord(
-        cluster=cluster,
-        pid=os.getpid(),
-        created_s=psutil.Process().create_time(),
-        gateway=gateway,
-        mark=mark,
-        config=config,
-    )
 
 
 def find(cluster: str | None) -> RunRecord:
