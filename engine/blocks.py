@@ -47,6 +47,7 @@ class BlockManager:
         taken = self._free[: -count - 1 : -1]
         del self._free[-count:]
         for block_id in taken:
+            assert self._owners[block_id] == Owner.FREE, (block_id, self.owner(block_id))
             self._owners[block_id] = owner
         return taken
 

@@ -50,7 +50,10 @@ class FakeRunner:
             failure, self.fail_next = self.fail_next, None
             raise failure
         self.batch_sizes.append(batch.query_lens)
-        blocks, offsets = batch.slot_mapping // self.pool.layout.block_size, batch.slot_mapping % self.pool.layout.block_size
+        blocks, offsets = (
+            batch.slot_mapping // self.pool.layout.block_size,
+            batch.slot_mapping % self.pool.layout.block_size,
+        )
         for layer in range(NUM_LAYERS):
             for side in range(2):
                 self.pool.kv[blocks, layer, side, 0, offsets, _TOKEN] = batch.token_ids.float()
@@ -104,10 +107,13 @@ def fake_engine(
     max_num_requests: int = 8,
     max_num_waiting: int = 64,
     prefix_cache: bool = True,
+    max_cached_blocks: int | None = None,
     max_model_len: int = 64,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> Engine:
     """Return an engine over a `FakeRunner`."""
+    runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len)
+    bytes_per_block = runner.pool.layout.bytes_per_block
     config = EngineConfig(
         block_size=block_size,
         num_blocks=num_blocks,
@@ -115,9 +121,9 @@ def fake_engine(
         max_num_requests=max_num_requests,
         max_num_waiting=max_num_waiting,
         prefix_cache=prefix_cache,
+        prefix_cache_bytes=None if max_cached_blocks is None else max_cached_blocks * bytes_per_block,
         layer_group_size=2,
     )
-    runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len)
     return Engine(runner, config, decode)
 
 

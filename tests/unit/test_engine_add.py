@@ -290,3 +290,20 @@ def test_load_report_counts() -> None:
     load = engine.load_report()
     assert (load.num_running, load.num_waiting, load.queued_prefill_tokens) == (1, 1, 6 + 6)
     assert (load.context_tokens, load.total_blocks, load.cached_blocks, load.free_blocks) == (4, 32, 1, 29)
+
+
+def test_a_cached_block_is_not_counted_as_free_for_the_request_that_uses_it() -> None:
+    engine = fake_engine(num_blocks=8)
+    engine.add(request("first", range(16), greedy(max_tokens=1)))
+    run_to_end(engine)
+    engine.add(request("other", range(50, 57), greedy(max_tokens=9, ignore_eos=True)))
+    engine.step()
+    # Free: 8 - 2 = 6, of which 4 are cached and used by the next; it needs 3 more, 2 are there.
+    engine.add(request("second", [*range(16), *range(30, 40)], greedy(max_tokens=1)))
+    engine.step()
+    assert engine.last_step.num_decodes == 1
+    assert not engine.last_step.admitted
+    engine.check()
+    assert token_ids(run_to_end(engine)["second"]) == reference_tokens(
+        request("second", [*range(16), *range(30, 40)], greedy(max_tokens=1))
+    )

@@ -62,9 +62,7 @@ def naive_kept(probabilities: NDArray[np.float32], params: SamplingParams) -> se
     return {token for token in order if probabilities[token] >= params.min_p * probabilities[order[0]]}
 
 
-def naive_choice(
-    row: NDArray[np.float32], params: SamplingParams, prompt: list[int], generated: list[int]
-) -> int:
+def naive_choice(row: NDArray[np.float32], params: SamplingParams, prompt: list[int], generated: list[int]) -> int:
     edited = naive_logits(row, params, prompt, generated)
     if params.temperature == 0:
         return int(edited.argmax())
