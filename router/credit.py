@@ -25,7 +25,8 @@ class CreditLedger:
         self._totals: dict[WorkerId, Credit] = {}
 
     def add(self, worker_id: WorkerId, work_id: str, *, prefill_tokens: int, context_tokens: int) -> None:
-        """`work_id` is being sent to `worker_id`."""
+        """`work_id` is being sent, or will be, to `worker_id`. Replaces what was said of it before."""
+        self.drop(worker_id, work_id)
         entry = _Entry(Credit(1, prefill_tokens, context_tokens))
         self._entries.setdefault(worker_id, {})[work_id] = entry
         self._change(worker_id, entry.credit, 1)

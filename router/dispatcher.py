@@ -256,8 +256,8 @@ class Dispatcher:
                 self._choose(active, refused, reserved_decode=None)
             case m.ChoosePrefill(refused, decode):
                 self._choose(active, refused, reserved_decode=decode)
-            case m.SubmitDecode(worker_id, attempt):
-                self._submit_decode(active, worker_id, attempt)
+            case m.SubmitDecode(worker_id, prefill, attempt):
+                self._submit_decode(active, worker_id, prefill, attempt)
             case m.SubmitPrefill(worker_id, decode, attempt):
                 self._submit_prefill(active, worker_id, decode, attempt)
             case m.AbortWork(worker_id, reason):
@@ -290,9 +290,12 @@ class Dispatcher:
         else:
             self._feed(active, m.NothingFits(outcome))
 
-    def _submit_decode(self, active: ActiveRequest, worker_id: WorkerId, attempt: int) -> None:
+    def _submit_decode(self, active: ActiveRequest, worker_id: WorkerId, prefill: WorkerId, attempt: int) -> None:
         self._requests.begin_attempt(active, attempt)
-        request = self._hold(active, worker_id, prefill_tokens=0)
+        self._count_prefill(active, prefill)  # now: the next of a burst must not see an idle worker
+        self._count(active, worker_id, prefill_tokens=0)
+        self._requests.hold(active, worker_id)
+        request = self._for_worker(active, worker_id)
         transfer = transfer_id(active.request_id, attempt)
         if not self._fleet.submit_decode(worker_id, request, active.work_id, transfer):
             self._feed(active, m.DecodeLost(WorkerLost(f"{worker_id} is not connected")))
@@ -301,18 +304,24 @@ class Dispatcher:
         self, active: ActiveRequest, worker_id: WorkerId, decode: WorkerId | None, attempt: int
     ) -> None:
         self._requests.begin_attempt(active, attempt)
-        held_tokens = self._fleet.held_tokens(active.hashes).get(worker_id, 0)
-        uncached_tokens = max(1, active.request.num_prompt_tokens - held_tokens)
-        request = self._hold(active, worker_id, prefill_tokens=uncached_tokens)
+        self._count_prefill(active, worker_id)
+        self._requests.hold(active, worker_id)
+        request = self._for_worker(active, worker_id)
         transfer = transfer_id(active.request_id, attempt)
         if not self._fleet.submit_prefill(worker_id, request, active.work_id, transfer, decode):
             self._feed(active, m.PrefillLost(WorkerLost(f"{worker_id} is not connected")))
 
-    def _hold(self, active: ActiveRequest, worker_id: WorkerId, *, prefill_tokens: int) -> GenerateRequest:
-        """Count the work as the worker's from now on. Returns the request with that worker's block hashes."""
+    def _count_prefill(self, active: ActiveRequest, worker_id: WorkerId) -> None:
+        held_tokens = self._fleet.held_tokens(active.hashes).get(worker_id, 0)
+        self._count(active, worker_id, prefill_tokens=max(1, active.request.num_prompt_tokens - held_tokens))
+
+    def _count(self, active: ActiveRequest, worker_id: WorkerId, *, prefill_tokens: int) -> None:
+        """The work counts as the worker's load from now on."""
         context_tokens = active.request.num_prompt_tokens
-        self._requests.hold(active, worker_id)
         self._fleet.credit.add(worker_id, active.work_id, prefill_tokens=prefill_tokens, context_tokens=context_tokens)
+
+    def _for_worker(self, active: ActiveRequest, worker_id: WorkerId) -> GenerateRequest:
+        """Return the request with the block hashes that this worker's cache is keyed by."""
         return replace(active.request, block_hashes=active.hashes.of(self._fleet.hash_key(worker_id)))
 
     def _let_go(self, active: ActiveRequest, worker_id: WorkerId) -> None:

@@ -188,7 +188,10 @@ class ChoosePrefill:
 
 @dataclass(frozen=True, slots=True)
 class SubmitDecode:
+    """Ask the decode worker to reserve; count the work as the prefill worker's already."""
+
     worker_id: WorkerId
+    prefill: WorkerId
     attempt: int
 
 

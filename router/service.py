@@ -10,7 +10,7 @@ import logging
 import random
 
 from core.clock import Clock
-from core.errors import Aborted
+from core.errors import Aborted, ConfigError
 from core.ids import new_gateway_id
 from core.store import Store
 from core.telemetry import MetricsServer
@@ -74,13 +74,13 @@ class Gateway:
         facts = await asyncio.to_thread(read_model_facts, config.model_path)
         tokenizer = await asyncio.to_thread(GatewayTokenizer.load, config.model_path)
         server = GatewayServer()
-        port = server.bind(config.host, config.port)
-        if config.metrics_port:
-            try:
+        try:
+            port = server.bind(config.host, config.port)
+            if config.metrics_port:
                 self._metrics_server = MetricsServer(self._metrics.registry, config.metrics_host, config.metrics_port)
-            except BaseException:
-                await server.stop()
-                raise
+        except ConfigError:
+            await server.stop()
+            raise
         self._intake = Intake(
             config,
             tokenizer,

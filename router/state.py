@@ -8,7 +8,7 @@
    for it under the same transfer id (REROUTING). With nobody left to ask it is QUEUED again, in its old place.
 4. The prefill worker's token goes to the client: HANDING_OVER until either worker tells that the KV arrived, then
    DECODING until FINISHED. Or the first token was the last. The two workers' streams are not ordered against each
-   other: when the decode worker's news comes first (OVERTAKEN), its tokens wait here for the first one.
+   other: news of the decode worker that comes before the first token is kept until that is here.
 5. A worker that is lost before the first token costs an attempt, at most `max_losses` of them (a prompt that kills
    workers must not kill the pool). After the first token it ends the request: FAILED with UNAVAILABLE.
 6. Whatever ends it early, both workers are told to free what they hold.
@@ -35,7 +35,6 @@ class RequestState(StrEnum):
     DISPATCHING = "dispatching"
     REROUTING = "rerouting"
     PREFILLING = "prefilling"
-    OVERTAKEN = "overtaken"
     HANDING_OVER = "handing_over"
     DECODING = "decoding"
     FINISHED = "finished"
@@ -46,6 +45,7 @@ class RequestState(StrEnum):
 S = RequestState
 TERMINAL = frozenset({S.FINISHED, S.FAILED, S.ABORTED})
 ALL_EVENTS: tuple[type[m.Event], ...] = m.Event.__args__
+_EARLY_NEWS: tuple[type[m.Event], ...] = (m.KvLanded, m.DecodeProduced, m.DecodeFinished)
 _ENDS: Mapping[type[m.Event], RequestState] = {m.RequestFailed: S.FAILED, m.AbortRequested: S.ABORTED}
 
 EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
@@ -68,6 +68,7 @@ EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
         m.PrefillRejected: S.REROUTING,  # it kept nothing: the reservation and its transfer id stay good
         m.PrefillLost: S.ROUTING,  # it may have offered the transfer already: the id is spent
         m.DecodeLost: S.ROUTING,
+        **dict.fromkeys(_EARLY_NEWS, S.DISPATCHING),  # kept: it overtook the prefill worker's answer
         **_ENDS,
     },
     S.REROUTING: {
@@ -79,17 +80,9 @@ EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
     S.PREFILLING: {
         m.PrefillProduced: S.HANDING_OVER,
         m.PrefillFinished: S.FINISHED,
-        m.KvLanded: S.OVERTAKEN,
         m.PrefillLost: S.ROUTING,
         m.DecodeLost: S.ROUTING,
-        **_ENDS,
-    },
-    S.OVERTAKEN: {
-        m.PrefillProduced: S.DECODING,
-        m.DecodeProduced: S.OVERTAKEN,  # kept until the first token is here
-        m.DecodeFinished: S.OVERTAKEN,
-        m.PrefillLost: S.ROUTING,  # the first token is lost, and nothing was delivered yet
-        m.DecodeLost: S.ROUTING,
+        **dict.fromkeys(_EARLY_NEWS, S.PREFILLING),  # kept: it overtook the first token
         **_ENDS,
     },
     S.HANDING_OVER: {
@@ -158,7 +151,8 @@ class RequestMachine:
         self._num_losses = 0
         self._refusals: dict[WorkerId, RejectReason | None] = {}  # in this round; None: lost
         self._retry_after_s = 0.0
-        self._early: list[m.DecodeProduced | m.DecodeFinished] = []
+        self._early: list[m.Event] = []  # news of the decode worker that overtook the first token
+        self._num_early_tokens = 0
 
     @property
     def is_over(self) -> bool:
@@ -204,7 +198,7 @@ class RequestMachine:
         effects = self._effects(event, now)
         self.state = after
         self._answer_due_at = now + self._accept_timeout_s if after in (S.RESERVING, S.DISPATCHING) else None
-        if after is S.DECODING and self._early:
+        if after is S.HANDING_OVER:
             early, self._early = self._early, []
             for kept in early:
                 effects += self.handle(kept, now)
@@ -212,11 +206,11 @@ class RequestMachine:
 
     def check(self) -> None:
         """Assert what must hold between events."""
-        has_decode = self.state in (S.RESERVING, S.OVERTAKEN, S.HANDING_OVER, S.DECODING)
+        has_decode = self.state in (S.RESERVING, S.HANDING_OVER, S.DECODING)
         assert not has_decode or self.decode is not None
-        has_prefill = self.state in (S.RESERVING, S.DISPATCHING, S.PREFILLING, S.OVERTAKEN, S.HANDING_OVER)
+        has_prefill = self.state in (S.RESERVING, S.DISPATCHING, S.PREFILLING, S.HANDING_OVER)
         assert not has_prefill or self.prefill is not None
-        assert not self._early or self.state is S.OVERTAKEN
+        assert not self._early or self.state in (S.DISPATCHING, S.PREFILLING, *TERMINAL)
         assert self.state not in (S.RECEIVED, S.QUEUED, S.ROUTING) or (self.prefill, self.decode) == (None, None)
         assert not self.is_over or (self.prefill, self.decode) == (None, None)
         assert (self.num_tokens > 0) == (self.timeline.first_token_at is not None)
@@ -257,11 +251,11 @@ class RequestMachine:
                 self.timeline.prefill_accepted(now)
                 return [m.LeaveQueue()]
             case m.PrefillProduced(tokens):
-                return self._first_token(tokens, now)
-            case m.DecodeProduced() | m.DecodeFinished() if self.state is S.OVERTAKEN:
-                self._expect(event.tokens, first=1 + sum(len(kept.tokens) for kept in self._early))
-                self._early.append(event)
-                return []
+                if self.decode is None or not tokens:
+                    raise ProtocolError("the prefill worker neither finished the request nor began its hand-over")
+                return self._deliver(tokens, now)
+            case m.KvLanded() | m.DecodeProduced() | m.DecodeFinished() if self.num_tokens == 0:
+                return self._keep(event)
             case m.DecodeProduced(tokens):
                 return self._deliver(tokens, now)
             case m.PrefillFinished(tokens, finish) | m.DecodeFinished(tokens, finish):
@@ -271,7 +265,7 @@ class RequestMachine:
                 return []
             case m.KvLanded():
                 self.landed, self.decode_worker = event, self.decode
-                return [] if self.state is S.PREFILLING else self._release_prefill()
+                return self._release_prefill()
             case m.KvHandedOver():
                 self.decode_worker = self.decode
                 return self._release_prefill()
@@ -293,7 +287,7 @@ class RequestMachine:
         self.attempt += 1
         self.num_asked += 1
         self.prefill, self.decode, self.reason = prefill, decode, reason
-        return [m.SubmitDecode(decode, self.attempt)]
+        return [m.SubmitDecode(decode, prefill, self.attempt)]
 
     def _dispatch(self, prefill: WorkerId, reason: str) -> list[m.Effect]:
         if self.decode is None:
@@ -307,14 +301,15 @@ class RequestMachine:
 
     def _refused_by_decode(self, reason: RejectReason, retry_after_s: float) -> list[m.Effect]:
         assert self.decode is not None
-        refuser = self.decode
-        self._refuse(refuser, reason, retry_after_s)
+        self._refuse(self.decode, reason, retry_after_s)
+        released = [m.ReleaseWorker(worker) for worker in (self.prefill, self.decode) if worker is not None]
         self.prefill = self.decode = None
-        return [m.ReleaseWorker(refuser), m.ChoosePair(frozenset(self._refusals))]
+        return [*released, m.ChoosePair(frozenset(self._refusals))]
 
     def _refused_by_prefill(self, reason: RejectReason, retry_after_s: float) -> list[m.Effect]:
         assert self.prefill is not None
         refuser, self.prefill = self.prefill, None
+        self._forget_early()
         self._refuse(refuser, reason, retry_after_s)
         return [m.ReleaseWorker(refuser), m.ChoosePrefill(frozenset(self._refusals), self.decode)]
 
@@ -326,18 +321,25 @@ class RequestMachine:
         if self.num_tokens:
             return self._end(error)
         self._num_losses += 1
-        self._early.clear()
-        self.landed = self.decode_worker = None
+        self._forget_early()
         culprit = self.decode if isinstance(event, m.DecodeLost) else self.prefill
         if culprit is not None:
             self._refuse(culprit, None, 0.0)
         return [*self._free_workers(f"retry elsewhere: {error}"), m.ChoosePair(frozenset(self._refusals))]
 
-    def _first_token(self, tokens: tuple[TokenOutput, ...], now: float) -> list[m.Effect]:
-        if self.decode is None or not tokens:
-            raise ProtocolError("the prefill worker neither finished the request nor began its hand-over")
-        effects = self._deliver(tokens, now)
-        return [*effects, *self._release_prefill()] if self.state is S.OVERTAKEN else effects
+    def _keep(self, event: m.KvLanded | m.DecodeProduced | m.DecodeFinished) -> list[m.Effect]:
+        """Checked now, so that it cannot be refused when its turn comes."""
+        if self.decode is None or isinstance(event, m.KvLanded) is bool(self._early):
+            raise ProtocolError("a decode worker's news must begin with the landing of the KV, and have it once")
+        if not isinstance(event, m.KvLanded):
+            self._expect(event.tokens, first=1 + self._num_early_tokens)
+            self._num_early_tokens += len(event.tokens)
+        self._early.append(event)
+        return []
+
+    def _forget_early(self) -> None:
+        self._early.clear()
+        self._num_early_tokens = 0
 
     def _release_prefill(self) -> list[m.Effect]:
         released, self.prefill = self.prefill, None
@@ -370,7 +372,11 @@ class RequestMachine:
 
     def _free_workers(self, reason: str) -> list[m.Effect]:
         """Tell everybody who holds, or was asked to hold, the request. An unasked prefill worker is told nothing."""
-        asked_prefill = self.prefill if self.state is not S.RESERVING else None
-        freed = [m.AbortWork(worker, reason) for worker in (asked_prefill, self.decode) if worker is not None]
+        freed: list[m.Effect] = []
+        if self.prefill is not None:
+            is_asked = self.state is not S.RESERVING
+            freed.append(m.AbortWork(self.prefill, reason) if is_asked else m.ReleaseWorker(self.prefill))
+        if self.decode is not None:
+            freed.append(m.AbortWork(self.decode, reason))
         self.prefill = self.decode = None
-        return list[m.Effect](freed)
+        return freed

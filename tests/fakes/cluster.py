@@ -18,6 +18,7 @@ from protos import admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
 from router.config import RouterConfig
 from router.service import Gateway
+from tests.fakes.reading import Reading
 from tests.fakes.worker import PATIENCE_S, FakeDecodeWorker, FakeNetwork, FakePrefillWorker, Reply, echo_alphabet
 
 CLUSTER = "test"
@@ -60,6 +61,14 @@ class FakeCluster:
     async def wait_serving(self) -> None:
         await self.wait_health(health_pb2.HealthCheckResponse.SERVING)
 
+    @property
+    def workers(self) -> list[FakePrefillWorker | FakeDecodeWorker]:
+        return [*self.prefills, *self.decodes]
+
+    def generate(self, request: pb.GenerateRequest, timeout: float | None = None) -> Reading:
+        """Begin a generation."""
+        return Reading(self.inference.Generate(request, timeout=timeout))
+
     async def wait_fleet(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the gateway's mirror or links change."""
         async with asyncio.timeout(PATIENCE_S):
@@ -72,6 +81,10 @@ class FakeCluster:
             while len(self.gateway.fleet.index) != num_blocks:
                 await self.gateway.fleet.cache_changed.next().wait()
 
+    async def wait_idle(self) -> None:
+        """Wait until nothing is in flight."""
+        assert await self.gateway.dispatcher.wait_idle(PATIENCE_S)
+
     async def wait_live(self, count: int) -> None:
         """Wait until so many workers can be asked."""
         await self.wait_fleet(lambda: sum(self.gateway.fleet.count_live().values()) == count)
@@ -83,47 +96,6 @@ def text_request(text: str = "hello", *, max_tokens: int = 5, **fields: Any) -> 
     request = pb.GenerateRequest(text=text, sampling=sampling)
     request.MergeFrom(pb.GenerateRequest(**fields))
     return request
-
-
-async def collect(call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]") -> "Collected":
-    """Read a stream to its end."""
-    collected = Collected()
-    async with asyncio.timeout(PATIENCE_S):
-        async for response in call:
-            collected.add(response)
-    return collected
-
-
-class Collected:
-    """What a Generate stream said."""
-
-    def __init__(self) -> None:
-        self.started: pb.Started | None = None
-        self.text = ""
-        self.tokens: list[pb.GeneratedToken] = []
-        self._finished: pb.Finished | None = None
-
-    @property
-    def finished(self) -> pb.Finished:
-        assert self._finished is not None, "the stream did not finish"
-        return self._finished
-
-    @property
-    def indices(self) -> list[int]:
-        return [token.index for token in self.tokens]
-
-    def add(self, response: pb.GenerateResponse) -> None:
-        match response.WhichOneof("event"):
-            case "started":
-                assert self.started is None
-                self.started = response.started
-            case "delta":
-                assert self.started is not None
-                self.text += response.delta.text
-                self.tokens.extend(response.delta.tokens)
-            case "finished":
-                assert self._finished is None
-                self._finished = response.finished
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar, cast
 
 import grpc
 
-from core.errors import RejectedError, RejectReason
+from core.errors import RejectedError, RejectReason, StoreUnavailable
 from core.ids import Epoch, RequestId, WorkerId
 from core.kv_events import BlocksStored, KvEvent, KvEventBatch
 from core.membership import LoadReport, Role, WorkerRecord, WorkerState, kv_event_stream, worker_key
@@ -55,6 +55,7 @@ class FakeNetwork:
     def __init__(self, reply: Callable[[pb.WorkRequest], Reply] = echo_alphabet) -> None:
         self.reply = reply
         self.bytes_per_token = 1024
+        self.padding_logprobs = 0  # alternatives per token beyond those asked for: big messages
         self._landed: dict[str, asyncio.Event] = {}
 
     def landing(self, transfer_id: str) -> asyncio.Event:
@@ -178,7 +179,8 @@ class _FakeWorker(Generic[Report]):
         self._sequence += 1 + skip
         batch = KvEventBatch(self.worker_id, self.epoch, self._sequence, events)
         stream = kv_event_stream(self._cluster, self.worker_id)
-        await self._store.append(stream, kv_events_to_wire(batch).SerializeToString(), max_entries=100)
+        with contextlib.suppress(StoreUnavailable):  # lost on the way: the next one shows the gap
+            await self._store.append(stream, kv_events_to_wire(batch).SerializeToString(), max_entries=100)
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that a command changes."""
@@ -278,7 +280,8 @@ class _FakeWorker(Generic[Report]):
 
     def _tokens(self, request: pb.WorkRequest, reply: Reply, start: int, end: int) -> tuple[TokenOutput, ...]:
         wants = request.sampling.HasField("logprobs")
-        tops = tuple(TokenLogprob(index, -1.0 - index) for index in range(request.sampling.logprobs))
+        num_tops = request.sampling.logprobs + self.network.padding_logprobs
+        tops = tuple(TokenLogprob(index % 100, -1.0 - index) for index in range(num_tops))
         tokens = tuple(
             TokenOutput(index, reply.token_ids[index], -0.5 if wants else None, tops if wants else ())
             for index in range(start, end)
@@ -308,6 +311,8 @@ class FakePrefillWorker(_FakeWorker[pb.PrefillReport]):
     """Accepts, "computes", streams the first token, hands over."""
 
     role = Role.PREFILL
+    hands_over = True
+    """False: the KV never leaves."""
 
     def _add_to(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_PrefillWorkerServicer_to_server(_PrefillServicer(self), server)
@@ -336,7 +341,7 @@ class FakePrefillWorker(_FakeWorker[pb.PrefillReport]):
         if request.block_hashes and cached < len(request.block_hashes) * BLOCK_SIZE:
             await self.publish(BlocksStored(b"\0" * 16, tuple(request.block_hashes)))
         self.held.discard(request_id)
-        if not is_last:
+        if not is_last and self.hands_over:
             self.network.landing(submit.transfer_id).set()
             outbox.put(pb.PrefillReport(handed_over=pb.HandedOver(request_id=request_id)))
         await self.note()

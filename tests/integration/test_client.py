@@ -1,7 +1,6 @@
 """The Python client and the examples against a gateway with fake workers."""
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -32,8 +31,8 @@ from tests.fakes.worker import PATIENCE_S, Reply, echo_alphabet
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 async def test_generates_whole_and_in_pieces(checkpoint: Path) -> None:
@@ -110,9 +109,10 @@ async def test_errors_are_typed(checkpoint: Path) -> None:
 
 
 async def test_refusals_keep_their_reason_and_hint(checkpoint: Path) -> None:
-    settings = {"max_queued_requests": 1, "no_workers_timeout_s": 60}
     async with (
-        fake_cluster(checkpoint, num_prefills=0, num_decodes=0, **settings) as cluster,
+        fake_cluster(
+            checkpoint, num_prefills=0, num_decodes=0, max_queued_requests=1, no_workers_timeout_s=60
+        ) as cluster,
         Client(cluster.address, max_retries=0) as client,
     ):
         rivals = [asyncio.create_task(client.generate_text("x", deadline_s=60)) for _ in range(2)]
@@ -142,11 +142,16 @@ async def test_retries_before_the_first_token_only(checkpoint: Path) -> None:
     async with fake_cluster(checkpoint) as cluster, Client(cluster.address, max_retries=2) as client:
         cluster.decodes[0].steps_allowed = asyncio.Semaphore(1)
         received = 0
-        with pytest.raises(WorkerLost):
+
+        async def read() -> None:
+            nonlocal received
             async for piece in client.generate("x", max_tokens=8):
                 received += len(piece.tokens)
                 if received == 2:
                     await cluster.decodes[0].kill()
+
+        with pytest.raises(WorkerLost):
+            await read()
         assert received == 2
         assert len(cluster.prefills[0].submits) == 1
 
