@@ -8,9 +8,10 @@ while a request is in any state, without sleeping.
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -305,13 +306,25 @@ class Pair:
         assert [token.index for token in tokens] == list(range(len(tokens)))
         return [token.token_id for token in tokens]
 
-    async def until_idle(self) -> None:
-        """Return when neither worker holds any request; then every block of both must be free or cached."""
+    async def prefill_is_empty(self) -> None:
+        """Return when the worker holds no request; then every block must be free or cached."""
         async with asyncio.timeout(PATIENCE_S):
-            for parts in (self.prefill._parts, self.decode._parts):
-                assert parts is not None
-                await parts.desk.until_empty()
-                await asyncio.wrap_future(parts.engine.call(check_empty))
+            parts = self.prefill._parts
+            assert parts is not None
+            await parts.desk.until_empty()
+            await asyncio.wrap_future(parts.engine.call(check_empty))
+
+    async def decode_is_empty(self) -> None:
+        """As `prefill_is_empty`."""
+        async with asyncio.timeout(PATIENCE_S):
+            parts = self.decode._parts
+            assert parts is not None
+            await parts.desk.until_empty()
+            await asyncio.wrap_future(parts.engine.call(check_empty))
+
+    async def until_idle(self) -> None:
+        await self.prefill_is_empty()
+        await self.decode_is_empty()
 
 
 def request(name: str, prompt: int | tuple[int, ...] = 10, sampling: SamplingParams | None = None) -> GenerateRequest:
@@ -331,11 +344,13 @@ async def worker_pair(
     store: Store | None = None,
     model: Path | None = None,
     engine: EngineConfig | None = None,
+    replaced: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Pair]:
     """Start both; stop both; then every block of both must be free or cached.
 
     Args:
         model: a checkpoint to load in place of the fake.
+        replaced: `prefill_address` or `decode_address`, of a worker elsewhere that takes the place of ours.
     """
     store = store or MemoryStore()
     sides = Side(num_blocks, max_batch_tokens), Side(num_blocks, max_batch_tokens)
@@ -360,7 +375,8 @@ async def worker_pair(
         load_engine=loaders[1],
     )
     try:
-        addresses = await prefill.start(), await decode.start()
+        own = await prefill.start(), await decode.start()
+        addresses = replaced.get("prefill_address", own[0]), replaced.get("decode_address", own[1])
         async with prefill_stream(addresses[0]) as to_prefill, decode_stream(addresses[1]) as to_decode:
             yield Pair(store, prefill, decode, *sides, *addresses, to_prefill, to_decode)
     finally:
