@@ -44,6 +44,9 @@ class Watch:
         with self._changed:
             assert self._changed.wait_for(condition, DEADLINE_S)
 
+    def wait_for_failure(self, request_id: str) -> None:
+        self.wait_for(lambda: any(request_id in failure.request_ids for failure in self.failures))
+
     def tokens(self, request_id: str) -> list[int]:
         outputs = [output for result in list(self.results) for output in result.outputs]
         return [token.token_id for output in outputs if output.request_id == request_id for token in output.tokens]
@@ -168,9 +171,9 @@ def test_steps_that_fail_again_and_again_end_the_loop_loudly(watch: Watch) -> No
         return run
 
     watch.loop.call(lambda engine: engine.reserve(request("reserved", 5))).result(DEADLINE_S)
-    for at in range(3):
-        watch.loop.call(add_and_break(f"r{at}")).result(DEADLINE_S)
-        watch.wait_for(lambda at=at: len(watch.failures) > at)
+    for name in ("r0", "r1", "r2"):
+        watch.loop.call(add_and_break(name)).result(DEADLINE_S)
+        watch.wait_for_failure(name)
     watch.wait_for(lambda: len(watch.failures) == 4)
     assert [failure.is_fatal for failure in watch.failures] == [False, False, False, True]
     assert watch.failures[-1].request_ids == ("reserved",)
