@@ -112,7 +112,7 @@ class _FakeWorker(Generic[Report]):
         self._store = store
         self._cluster = cluster
         self._layout = layout
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._server: grpc.aio.Server | None = None
         self._address = ""
         self._outboxes: list[Outbox[Report]] = []
@@ -138,7 +138,7 @@ class _FakeWorker(Generic[Report]):
             dtype="float32",
             kv_bytes_per_token=self.network.bytes_per_token,
             block_size=BLOCK_SIZE,
-            max_model_len=self._max_model_len,
+            max_model_len=self.max_model_len,
             load=load or LoadReport(),
         )
 
