@@ -102,7 +102,7 @@ class PrefillWorker:
             ServingError: fenced meanwhile; nothing is left.
         """
         self._life.registration.start()
-        self._life.move(WorkerState.LOADING, f"loading {self._config.model.name}")
+        self._life.move(WorkerState.LOADING, self._config.model.name)
         try:
             return await self._start()
         except BaseException:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -24,11 +25,24 @@ from core.store_memory import MemoryStore
 from decode_workers.config import DecodeWorkerConfig
 from decode_workers.service import DecodeWorker
 from engine.config import ModelConfig
+from engine.engine import Engine
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.service import PrefillWorker
 from protos import codec, worker_pb2
 from tests.fake_model import greedy, reference_tokens
-from tests.worker_pair import D, P, Pair, decode_stream, prefill_stream, reason_of, request, worker_pair
+from tests.worker_pair import (
+    EPOCH,
+    D,
+    Gate,
+    P,
+    Pair,
+    Side,
+    decode_stream,
+    prefill_stream,
+    reason_of,
+    request,
+    worker_pair,
+)
 
 PATIENCE_S = 20.0
 
@@ -228,6 +242,46 @@ async def test_a_snapshot_of_the_cache_says_what_the_events_up_to_its_number_say
             held = {digest for chain in snapshot.chains for digest in chain.hashes}
             assert held
             assert held == await held_by_events(pair, worker_id, snapshot.sequence)
+
+
+class _AttentiveStore(MemoryStore):
+    """Tells when a record with this detail was written."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__()
+        self._detail = detail
+        self.was_written = asyncio.Event()
+
+    async def compare_and_set(
+        self, key: str, expected: bytes | None, value: bytes, *, ttl_s: float | None = None
+    ) -> bool:
+        done = await super().compare_and_set(key, expected, value, ttl_s=ttl_s)
+        if done and WorkerRecord.model_validate_json(value).detail == self._detail:
+            self.was_written.set()
+        return done
+
+
+async def test_the_record_tells_how_far_the_loading_is_and_a_stop_meanwhile_leaves_nothing() -> None:
+    store, side, gate = _AttentiveStore("fake: reading weights (25%)"), Side(64, 8), Gate()
+    gate.close()
+
+    def load(config: object, progress: Callable[[str, float], None]) -> Engine:
+        progress("reading weights", 0.25)
+        gate.pass_through()
+        return side.load(config, progress)
+
+    config = PrefillWorkerConfig(model=ModelConfig(path=Path("fake")))
+    worker = PrefillWorker(config, WorkerIdentity(P, EPOCH, "test"), store, load_engine=load)
+    starting = asyncio.create_task(worker.start())
+    await asyncio.wait_for(store.was_written.wait(), PATIENCE_S)
+    assert (await record_of(store, P)).state is WorkerState.LOADING
+    for _ in range(EPOCH + 1):
+        await store.increment(epoch_key("test", P))
+    with pytest.raises(WorkerLost, match="fenced"):
+        await asyncio.wait_for(worker.run(), PATIENCE_S)
+    gate.open()
+    with pytest.raises(WorkerLost, match="fenced"):
+        await starting
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
