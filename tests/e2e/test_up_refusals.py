@@ -1,0 +1,104 @@
+"""`tandem up` when something is wrong: one line says what, the exit code says so too, and nothing is left running."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.workspace import MARK
+from tests.e2e.cluster_process import TINY, tandem, tiny_config, write_config
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+async def refusal(folder: Path, config: dict[str, object]) -> str:
+    """Bring up what cannot come up. Returns the one line on standard error."""
+    code, _, err = await tandem(folder, "up", "-f", str(write_config(folder, config)))
+    assert code == 1
+    assert len(err) == 1, err
+    assert _left_of(folder) == []
+    return err[0]
+
+
+def _left_of(folder: Path) -> list[str]:
+    """Run files, and marked processes whose environment points to this test's run folder, whatever their mark is."""
+    found = [str(path) for path in folder.glob("tandem/*.json")]
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"XDG_RUNTIME_DIR={folder}".encode() in environment and any(
+                item.startswith(f"{MARK}=".encode()) for item in environment
+            ):
+                found.append(entry.name)
+    return found
+
+
+async def test_no_file(tmp_path: Path) -> None:
+    code, _, err = await tandem(tmp_path, "up", "-f", "none.yaml")
+    assert (code, err) == (1, ["error: none.yaml: cannot read: No such file or directory"])
+
+
+async def test_unknown_key(tmp_path: Path) -> None:
+    config = tiny_config("bad") | {"prefill": {"engine": {"blocksize": 16}}}
+    assert await refusal(tmp_path, config) == f"error: {tmp_path}/cluster.yaml: prefill.engine.blocksize: unknown key"
+
+
+async def test_missing_model(tmp_path: Path) -> None:
+    config = tiny_config("bad") | {"model": {"path": "nowhere"}}
+    assert await refusal(tmp_path, config) == f"error: model.path: {tmp_path}/nowhere does not exist"
+
+
+async def test_busy_port(tmp_path: Path, taken_port: int) -> None:
+    config = tiny_config("bad") | {"router": {"port": taken_port}}
+    wanted = f"error: router.port: cannot listen on 127.0.0.1:{taken_port}: Address already in use"
+    assert await refusal(tmp_path, config) == wanted
+
+
+async def test_no_redis(tmp_path: Path, unused_tcp_port: int) -> None:
+    config = tiny_config("bad") | {"redis": {"url": f"redis://:pw@127.0.0.1:{unused_tcp_port}/0"}}
+    line = await refusal(tmp_path, config)
+    assert line.startswith(f"error: redis.url: Redis at 127.0.0.1:{unused_tcp_port}: ")
+    assert "pw@" not in line
+
+
+async def test_no_ray(tmp_path: Path, unused_tcp_port: int) -> None:
+    config = tiny_config("bad") | {"ray": {"address": f"127.0.0.1:{unused_tcp_port}"}}
+    line = await refusal(tmp_path, config)
+    assert line.startswith(f"error: ray.address: cannot reach 127.0.0.1:{unused_tcp_port}: ")
+
+
+async def test_too_many_cpus(tmp_path: Path) -> None:
+    cpus = len(os.sched_getaffinity(0))
+    config = tiny_config("bad") | {"prefill": {"replicas": 3, "resources": {"num_cpus": 1000}}}
+    wanted = f"error: resources: not enough CPUs: asked for 3000 (prefill 3000), this machine has {cpus}"
+    assert await refusal(tmp_path, config) == wanted
+
+
+async def test_too_many_gpus(tmp_path: Path) -> None:
+    """Known only to Ray, so Ray is up when it is found out; and goes down again."""
+    config = tiny_config("bad") | {"decode": {"resources": {"num_gpus": 16, "custom": {"unobtainium": 1}}}}
+    line = await refusal(tmp_path, config)
+    assert line.startswith("error: resources: not enough GPUs: asked for 16 (decode 16), this machine has ")
+
+
+async def test_a_model_that_the_workers_refuse(tmp_path: Path) -> None:
+    """Found out by the workers in their own processes; the cause comes through in their words."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in TINY.iterdir():
+        (model / file.name).write_bytes(b"{}" if file.name == "config.json" else file.read_bytes())
+    config = tiny_config("bad", replicas=1) | {"model": {"path": str(model)}}
+    line = await refusal(tmp_path, config)
+    assert line.startswith("error: ")
+    assert "config.json" in line or "model" in line
