@@ -135,7 +135,10 @@ class PrefillWorker:
             self._parts = None
             self._streams.close()
             await parts.server.stop(_GRACE_S)
-            await parts.sender.close()
+            try:
+                await parts.sender.close()
+            except TimeoutError:
+                _log.exception("%s: a KV link does not close; its thread is left behind", self.identity.worker_id)
             await parts.desk.close(_CLOSE_S)
             if not await asyncio.to_thread(parts.engine.stop, max(deadline_s, _CLOSE_S)):
                 _log.error("%s: the engine's step does not end; its thread is left behind", self.identity.worker_id)
@@ -153,8 +156,8 @@ class PrefillWorker:
             loop.call_soon_threadsafe(self._life.describe, f"{config.model.name}: {stage} ({fraction:.0%})")
 
         engine = await asyncio.to_thread(self._load_engine, config, progress)
-        if self._life.failure is not None:
-            raise self._life.failure
+        if self._life.state is WorkerState.STOPPED:
+            raise self._life.failure or WorkerLost(f"{self.identity.worker_id} was stopped while it loaded")
         server = PrefillServer(self, config.host, config.port)
         info, layout, load = engine.model_info, engine.layout, engine.load_report()
         max_requests = min(config.max_requests, config.engine.max_num_waiting)
