@@ -1,0 +1,178 @@
+"""What a gateway keeps about workers between decisions: credit, estimates, records, prompt hashes; and streams."""
+
+import asyncio
+
+import pytest
+
+from core.blocks import block_hashes, hash_namespace
+from core.errors import Aborted
+from core.ids import Epoch, RequestId, WorkerId
+from core.membership import LoadReport, Role, WorkerRecord, WorkerState
+from core.request import Finish, FinishReason, TokenOutput
+from router.broadcast import Broadcast
+from router.config import RoutingConfig
+from router.cost import decode_step_s
+from router.credit import CreditLedger
+from router.estimates import Estimates
+from router.prompt_hashes import HashKey, PromptHashes
+from router.record_book import RecordBook
+from router.snapshot import NO_CREDIT, Credit
+from router.stream import Completion, RequestStream
+from router.timeline import Timeline
+
+A, B = WorkerId("a"), WorkerId("b")
+
+
+def test_credit_counts_from_the_sending_to_the_first_report_after_the_acceptance() -> None:
+    ledger = CreditLedger()
+    ledger.add(A, "r1", prefill_tokens=10, context_tokens=30)
+    ledger.add(A, "r2", prefill_tokens=5, context_tokens=5)
+    assert ledger.of(A) == Credit(2, 15, 35)
+    ledger.accepted(A, "r1")
+    ledger.reported(A)
+    assert ledger.of(A) == Credit(1, 5, 5), "the report cannot include what was not accepted before it"
+    ledger.drop(A, "r2")
+    ledger.drop(A, "r2")
+    assert ledger.of(A) == NO_CREDIT == ledger.of(B)
+    ledger.accepted(B, "never sent")
+    ledger.reported(B)
+
+
+def test_credit_of_the_same_work_is_replaced() -> None:
+    ledger = CreditLedger()
+    ledger.add(A, "r", prefill_tokens=10, context_tokens=10)
+    ledger.add(A, "r", prefill_tokens=3, context_tokens=10)
+    assert ledger.of(A) == Credit(1, 3, 10)
+
+
+def test_decode_speed_is_learned_from_busy_workers_only() -> None:
+    config = RoutingConfig()
+    estimates = Estimates(config)
+    estimates.observe_load(A, LoadReport(num_running=0, decode_step_s=9.0))
+    assert estimates.decode_scale(A) == 1.0
+    busy = LoadReport(num_running=4, context_tokens=1000, decode_step_s=2 * decode_step_s(config, 4, 1000))
+    estimates.observe_load(A, busy)
+    assert estimates.decode_scale(A) == pytest.approx(2.0)
+    for _ in range(50):
+        estimates.observe_load(A, busy.model_copy(update={"decode_step_s": 4 * decode_step_s(config, 4, 1000)}))
+    assert estimates.decode_scale(A) == pytest.approx(4.0, rel=1e-3)
+    estimates.forget(A)
+    assert estimates.decode_scale(A) == 1.0
+
+
+def test_links_are_learned_per_pair_and_forgotten_with_either_end() -> None:
+    estimates = Estimates(RoutingConfig())
+    estimates.observe_transfer(A, B, 1_000_000, 0.5)
+    estimates.observe_transfer(A, B, 10, 0.5)
+    assert estimates.link_s_per_byte == {(A, B): pytest.approx(5e-7)}
+    estimates.observe_transfer(A, B, 1_000_000, 0.0)
+    assert estimates.link_s_per_byte[A, B] == pytest.approx(4e-7)
+    estimates.forget(B)
+    assert estimates.link_s_per_byte == {}
+
+
+def record(name: str = "a", epoch: int = 1, state: WorkerState = WorkerState.READY, running: int = 0) -> WorkerRecord:
+    return WorkerRecord(
+        worker_id=WorkerId(name),
+        role=Role.PREFILL,
+        epoch=Epoch(epoch),
+        state=state,
+        load=LoadReport(num_running=running),
+    )
+
+
+def test_records_change_when_more_than_load_changes() -> None:
+    book = RecordBook(forget_after_s=3.0)
+    assert book.absorb([record()], 0.0)
+    assert not book.absorb([record(running=9)], 1.0)
+    assert book.records[A].load.num_running == 9
+    assert book.absorb([record(state=WorkerState.DRAINING)], 2.0)
+    assert book.absorb([record(epoch=2)], 3.0)
+
+
+def test_a_record_of_a_dead_incarnation_is_not_believed() -> None:
+    book = RecordBook(forget_after_s=3.0)
+    book.absorb([record(epoch=2)], 0.0)
+    assert not book.absorb([record(epoch=1)], 1.0)
+    assert book.records[A].epoch == 2
+
+
+def test_a_record_is_forgotten_only_after_a_while() -> None:
+    book = RecordBook(forget_after_s=3.0)
+    book.absorb([record("a"), record("b")], 0.0)
+    assert not book.absorb([record("b")], 1.0)
+    assert not book.absorb([record("b")], 3.9)
+    assert set(book.records) == {A, B}
+    assert book.absorb([record("b")], 4.0)
+    assert set(book.records) == {B}
+    book.absorb([], 5.0)
+    assert not book.absorb([record("b")], 6.0), "it came back in time"
+    assert not book.absorb([], 7.0)
+    assert not book.absorb([], 9.9)
+    assert book.absorb([], 10.0)
+    assert book.absorb([record("a", epoch=1)], 11.0), "a forgotten worker may start again from epoch 1"
+
+
+def test_hashes_are_those_of_the_workers_own_caches() -> None:
+    tokens = list(range(20))
+    hashes = PromptHashes(tokens)
+    for size in (4, 16):
+        assert hashes.of(HashKey("w", size)) == block_hashes(tokens, size, hash_namespace("w"))
+        assert hashes.of(HashKey("w", size)) is hashes.of(HashKey("w", size))
+    assert hashes.of(HashKey("", 4)) == () == hashes.of(HashKey("w", 0))
+    salted = PromptHashes(tokens, tenant="t")
+    assert not set(salted.of(HashKey("w", 4))) & set(hashes.of(HashKey("w", 4)))
+
+
+def tokens(*indices: int) -> tuple[TokenOutput, ...]:
+    return tuple(TokenOutput(index, 1) for index in indices)
+
+
+def completion() -> Completion:
+    return Completion(
+        finish=Finish(FinishReason.LENGTH),
+        prompt_tokens=1,
+        completion_tokens=2,
+        cached_tokens=0,
+        timing=Timeline(0.0).split(2, 1.0),
+        landed=None,
+        prefill_worker=A,
+        decode_worker=None,
+        reason="",
+        num_asked=1,
+    )
+
+
+async def test_a_stream_gives_all_that_is_unread_in_one_piece() -> None:
+    stream = RequestStream(RequestId("r"), 3)
+    reader = asyncio.create_task(stream.take())
+    await asyncio.sleep(0)
+    assert stream.push(tokens(0))
+    assert stream.push(tokens(1, 2))
+    assert await reader == (list(tokens(0, 1, 2)), None)
+    assert stream.push(tokens(3))
+    stream.finish(completion())
+    assert await stream.take() == (list(tokens(3)), completion())
+
+
+async def test_an_error_comes_after_what_is_unread_unless_that_is_dropped() -> None:
+    stream = RequestStream(RequestId("r"), 1)
+    assert not stream.push(tokens(0, 1)), "more is unread than may be"
+    stream.fail(Aborted("enough"))
+    assert (await stream.take())[0] == list(tokens(0, 1))
+    with pytest.raises(Aborted, match="enough"):
+        await stream.take()
+    stream = RequestStream(RequestId("r"), 1)
+    stream.push(tokens(0, 1))
+    stream.fail(Aborted("slow"), drop_unread=True)
+    with pytest.raises(Aborted, match="slow"):
+        await stream.take()
+
+
+async def test_a_broadcast_wakes_all_who_took_it_before() -> None:
+    news = Broadcast()
+    first, second = news.next(), news.next()
+    news.notify()
+    assert first.is_set()
+    assert second.is_set()
+    assert not news.next().is_set()
