@@ -1,7 +1,8 @@
-"""The fast CPU backend: short queries through the fused paged kernel, long prompt chunks through `sdpa`.
+"""The fast CPU backend: every sequence goes through the kernel that suits its number of query tokens.
 
-The kernel reads the pool in place; it wins wherever a sequence brings few query tokens, that is for every decode. A
-long chunk reuses each key for many queries, where torch's blocked matrix products win in spite of the gather.
+1. `rows`: few query tokens (every decode): the paged kernel, one query token at a time, nothing gathered.
+2. `tiles`: a chunk of a prompt: the flash kernel, where the machine has its instructions.
+3. the same through `sdpa` on gathered keys and values, where it has not.
 """
 
 from dataclasses import dataclass
@@ -11,16 +12,24 @@ import torch
 
 from engine.attention.sdpa import Chunk, attend_chunk, plan_chunk
 from engine.forward import ForwardBatch
+from engine.kernels import flash_attention, tile
+from engine.kernels.flash_attention import KEY_TILE
 from engine.kernels.paged_attention import paged_attention
 from engine.kernels.team import Kernel
 from engine.pool import KvPool
 
-_CHUNK_TOKENS = 32  # from here on sdpa is faster (measured with contexts of 64 to 2,048)
+# Below either, laying out keys costs more than the products save (measured: 16 to 512 query tokens, contexts to 2,048).
+_TILE_TOKENS = 8
+_TILE_PRODUCTS = 4_096
+_SDPA_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class NumbaPlan:
-    """`rows`, `sequences`, `positions` int64 [n]: the query tokens for the kernel; `chunks`: the others."""
+    """`rows`, `sequences`, `positions` int64 [n]: the query tokens for the paged kernel; `chunks`: the others.
+
+    `blocks`: int32 block table of each chunk.
+    """
 
     num_tokens: int
     rows: torch.Tensor
@@ -28,6 +37,7 @@ class NumbaPlan:
     positions: torch.Tensor
     block_tables: torch.Tensor
     chunks: tuple[Chunk, ...]
+    blocks: tuple[torch.Tensor, ...]
 
 
 class NumbaAttention:
@@ -39,25 +49,35 @@ class NumbaAttention:
     name = "numba"
 
     def __init__(self, pool: KvPool) -> None:
+        dtype = pool.layout.dtype
         self._pool = pool
-        self._kernel = Kernel(*paged_attention(pool.layout.dtype))
         self._threads = torch.get_num_threads()
+        self._paged = Kernel(*paged_attention(dtype))
+        self._has_tiles = tile.can_multiply(dtype) and pool.layout.head_dim % tile.COLUMNS == 0
+        if self._has_tiles:
+            self._pack = Kernel(*flash_attention.pack(dtype))
+            self._flash = Kernel(*flash_attention.flash(dtype))
 
     def plan(self, batch: ForwardBatch) -> NumbaPlan:
         lengths = np.array(batch.query_lens)
+        if self._has_tiles:
+            is_chunk = (lengths >= _TILE_TOKENS) & (lengths * np.array(batch.context_lens_host) >= _TILE_PRODUCTS)
+        else:
+            is_chunk = lengths >= _SDPA_TOKENS
         sequences = np.repeat(np.arange(len(lengths)), lengths)
         rows = np.arange(len(sequences))
         positions = batch.positions
         chunks: tuple[Chunk, ...] = ()
-        if lengths.max() >= _CHUNK_TOKENS:
-            short = (lengths < _CHUNK_TOKENS)[sequences]
-            rows, sequences = rows[short], sequences[short]
-            positions = positions[torch.from_numpy(short)]
+        blocks: tuple[torch.Tensor, ...] = ()
+        if is_chunk.any():
+            is_row = ~is_chunk[sequences]
+            rows, sequences = rows[is_row], sequences[is_row]
+            positions = positions[torch.from_numpy(is_row)]
             starts = np.cumsum(lengths) - lengths
             size = self._pool.layout.block_size
-            chunks = tuple(
-                plan_chunk(batch, int(i), int(starts[i]), size) for i in np.flatnonzero(lengths >= _CHUNK_TOKENS)
-            )
+            indices = [int(i) for i in np.flatnonzero(is_chunk)]
+            chunks = tuple(plan_chunk(batch, i, int(starts[i]), size) for i in indices)
+            blocks = tuple(batch.block_tables[i] for i in indices)
         return NumbaPlan(
             batch.num_tokens,
             torch.from_numpy(rows),
@@ -65,35 +85,94 @@ class NumbaAttention:
             positions,
             batch.block_tables,
             chunks,
+            blocks,
         )
 
     def attend(
         self, query: torch.Tensor, layer_idx: int, plan: NumbaPlan, *, scaling: float, window: int
     ) -> torch.Tensor:
-        num_heads, head_dim = query.shape[1:]
-        out = torch.empty((plan.num_tokens, num_heads * head_dim), dtype=query.dtype)
-        for chunk in plan.chunks:
-            out[chunk.rows] = attend_chunk(self._pool, query[chunk.rows], layer_idx, chunk, scaling, window)
+        out = torch.empty((plan.num_tokens, query.shape[1] * query.shape[2]), dtype=query.dtype)
+        for chunk, blocks in zip(plan.chunks, plan.blocks, strict=True):
+            if self._has_tiles:
+                self._attend_tiles(query[chunk.rows], out[chunk.rows], layer_idx, chunk, blocks, scaling, window)
+            else:
+                out[chunk.rows] = attend_chunk(self._pool, query[chunk.rows], layer_idx, chunk, scaling, window)
         if plan.rows.shape[0]:
-            layout, pool = self._pool.layout, self._pool.kv
-            self._kernel.run(
-                self._threads,
-                query.data_ptr(),
-                out.data_ptr(),
-                plan.rows.shape[0],
-                num_heads,
-                layout.num_kv_heads,
-                head_dim,
-                layout.block_size,
-                pool.stride(0),
-                plan.block_tables.shape[1],
-                query.stride(0),
-                pool.data_ptr() + layer_idx * pool.stride(1) * pool.element_size(),
-                plan.block_tables.data_ptr(),
-                plan.rows.data_ptr(),
-                plan.sequences.data_ptr(),
-                plan.positions.data_ptr(),
-                window,
-                scaling,
-            )
+            self._attend_rows(query, out, layer_idx, plan, scaling, window)
         return out
+
+    def _attend_rows(
+        self, query: torch.Tensor, out: torch.Tensor, layer_idx: int, plan: NumbaPlan, scaling: float, window: int
+    ) -> None:
+        layout = self._pool.layout
+        self._paged.run(
+            self._threads,
+            query.data_ptr(),
+            out.data_ptr(),
+            plan.rows.shape[0],
+            query.shape[1],
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.block_size,
+            self._pool.kv.stride(0),
+            plan.block_tables.shape[1],
+            query.stride(0),
+            self._layer_ptr(layer_idx),
+            plan.block_tables.data_ptr(),
+            plan.rows.data_ptr(),
+            plan.sequences.data_ptr(),
+            plan.positions.data_ptr(),
+            window,
+            scaling,
+        )
+
+    def _attend_tiles(
+        self,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        layer_idx: int,
+        chunk: Chunk,
+        blocks: torch.Tensor,
+        scaling: float,
+        window: int,
+    ) -> None:
+        layout = self._pool.layout
+        first_tile = max(0, chunk.start - window + 1) // KEY_TILE if window else 0
+        num_tiles = -(-chunk.context_len // KEY_TILE) - first_tile
+        packed = torch.empty((2, layout.num_kv_heads, num_tiles, KEY_TILE, layout.head_dim), dtype=query.dtype)
+        keys, values = packed[0].data_ptr(), packed[1].data_ptr()
+        self._pack.run(
+            self._threads,
+            keys,
+            values,
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.block_size,
+            self._pool.kv.stride(0),
+            blocks.data_ptr(),
+            first_tile,
+            num_tiles,
+            chunk.context_len,
+            self._layer_ptr(layer_idx),
+        )
+        self._flash.run(
+            self._threads,
+            query.data_ptr(),
+            out.data_ptr(),
+            query.shape[0],
+            chunk.start,
+            query.shape[1],
+            layout.num_kv_heads,
+            layout.head_dim,
+            query.stride(0),
+            first_tile,
+            num_tiles,
+            window,
+            keys,
+            values,
+            scaling,
+        )
+
+    def _layer_ptr(self, layer_idx: int) -> int:
+        kv = self._pool.kv
+        return kv.data_ptr() + layer_idx * kv.stride(1) * kv.element_size()

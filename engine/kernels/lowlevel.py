@@ -12,11 +12,28 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numba
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+HAS_BFLOAT = bool(llvm.get_host_cpu_features().get("avx512bf16"))
+
+
+class BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -121,6 +138,27 @@ def _narrow(builder: Any, value: Any) -> Any:
 
 
 @_intrinsic
+def peek(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Return ``array[index]`` as it is, without bounds or wrap-around."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load(_address(context, builder, signature.args[0], *args))
+
+    return array.dtype(array, types.int64), codegen
+
+
+@_intrinsic
+def poke(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+    """Set ``array[index]`` to a value of the array's own type."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, array.dtype), codegen
+
+
+@_intrinsic
 def load(typingctx, array, index):  # type: ignore[no-untyped-def]
     """Return ``array[index]`` of float32 or bfloat16 (uint16) elements as float32."""
     is_bf16 = array.dtype == types.uint16
@@ -139,7 +177,10 @@ def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         target = _address(context, builder, signature.args[0], args[0], args[1])
-        builder.store(_narrow(builder, args[2]) if is_bf16 else args[2], target)
+        if is_bf16 and HAS_BFLOAT:  # one instruction; loops with several of them stay scalar, so `rounded` has none
+            builder.store(builder.bitcast(builder.fptrunc(args[2], BFloat()), ir.IntType(16)), target)
+        else:
+            builder.store(_narrow(builder, args[2]) if is_bf16 else args[2], target)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.float32), codegen
@@ -157,14 +198,19 @@ def rounded(typingctx, array, value):  # type: ignore[no-untyped-def]
 
 
 @_intrinsic
-def _float_of(typingctx, bits):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], ir.FloatType())
+def _power_of_two(typingctx, shifted):  # type: ignore[no-untyped-def]
+    """Return 2**n of `shifted` = n + 1.5 * 2**23, whose low bits are n: move them to where the exponent is."""
 
-    return types.float32(types.uint32), codegen
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        word = ir.IntType(32)
+        exponent = builder.shl(builder.bitcast(args[0], word), ir.Constant(word, 23))
+        return builder.bitcast(builder.add(exponent, ir.Constant(word, 0x3F800000)), ir.FloatType())
+
+    return types.float32(types.float32), codegen
 
 
 _LOG2_E = 1.44269504088896341
+_ROUND = 1.5 * 2**23
 _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
 
@@ -176,8 +222,8 @@ def exp(x: Any) -> Any:
     Branch-free, so that loops over it vectorise; a call to libm would not. Source: Cephes `expf`.
     """
     x = min(max(x, types.float32(-87.0)), types.float32(88.0))
-    whole = types.int32(x * types.float32(_LOG2_E) + types.float32(256.5)) - types.int32(256)  # floor(x / ln 2 + 1/2)
-    n = types.float32(whole)
+    shifted = x * types.float32(_LOG2_E) + types.float32(_ROUND)  # so large that its last bit is worth one
+    n = shifted - types.float32(_ROUND)
     r = x - n * types.float32(_LN2_HIGH)
     r = r - n * types.float32(_LN2_LOW)
     p = types.float32(1.9875691500e-4)
@@ -187,4 +233,4 @@ def exp(x: Any) -> Any:
     p = p * r + types.float32(1.6666665459e-1)
     p = p * r + types.float32(5.0000001201e-1)
     p = p * r * r + r + types.float32(1.0)
-    return p * _float_of(types.uint32(whole + types.int32(127)) << types.uint32(23))
+    return p * _power_of_two(shifted)

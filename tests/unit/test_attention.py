@@ -26,6 +26,7 @@ BATCHES = {
     "later chunks at block borders": [(16, 16), (32, 33), (7, 9), (15, 2)],
     "mixed": [(100, 1), (0, 50), (33, 1), (64, 40), (3, 2)],
     "long chunk": [(130, 70)],
+    "chunks of several query tiles": [(0, 300), (190, 110)],
 }
 
 
@@ -47,7 +48,7 @@ def naive(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: 
 @pytest.mark.parametrize("backend", ["sdpa", "numba"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [0, 20], ids=["full", "window"])
-@pytest.mark.parametrize("heads", [(4, 4, 64), (6, 2, 32), (4, 1, 80)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("heads", [(4, 4, 64), (6, 2, 32), (4, 1, 80), (2, 1, 128)], ids=["mha", "gqa", "mqa", "wide"])
 @pytest.mark.parametrize("case", BATCHES)
 def test_equals_the_naive_reference(
     backend: AttentionName, dtype: str, window: int, heads: tuple[int, int, int], case: str
