@@ -13,15 +13,15 @@ MAX_SAMPLE_TOKENS = 120
 
 CARD = """# tandem-tiny
 
-A very small Llama-architecture language model for tests, demonstrations and benchmarks of a serving system: real
-weights, a real tokenizer and a chat template, in {num_parameters:,} parameters. It writes recognisable English and
-Python in the manner of Python's documentation. It is not a source of facts.
+A very small language model of the {family} architecture for tests, demonstrations and benchmarks of a serving
+system: real weights, a real tokenizer and a chat template, in {num_parameters:,} parameters. It writes recognisable
+English and Python in the manner of Python's documentation. It is not a source of facts.
 
 ## Architecture
 
 | | |
 |---|---|
-| class | `{family}`, loadable by transformers (`AutoModelForCausalLM`) |
+| model type | `{family}`, loadable by transformers (`AutoModelForCausalLM`) |
 | layers, hidden size, MLP size | 4, 256, 688 (SwiGLU) |
 | query heads, KV heads, head_dim | 4, 2 (grouped-query attention), 64 |
 | KV cache per token (bfloat16) | 4 x 2 x 2 x 64 x 2 bytes = 2 KiB |
@@ -45,11 +45,12 @@ it. Corpus digest `{corpus_digest}`; another Python release gives a slightly dif
 
     python -m tools.train_tiny train --num-tokens {num_tokens} --peak-lr {peak_lr}
 
-{num_steps:,} steps of {tokens_per_step:,} tokens ({total_tokens:,} tokens) in {training_minutes} minutes with
-{num_threads} thread(s) of a shared server CPU with AVX512-BF16. AdamW (0.9, 0.95), weight decay {weight_decay}; peak
-learning rate {peak_lr} after {warmup_steps} steps of warm-up, constant, then linear to zero over the last
-{decay_percent:.0f}% of the run; bfloat16 autocast over float32 weights; rows of 256, then 512, 1,024 and, for the last
-5%, 2,048 tokens. torch {torch_version}. `training.json` has the same as data.
+{num_steps:,} steps of {tokens_per_step:,} tokens ({total_tokens:,} tokens), {training_minutes} minutes,
+{num_threads} thread(s) of a shared server CPU with AVX512-BF16. AdamW (0.9, 0.95), weight decay {weight_decay};
+peak learning rate {peak_lr} after {warmup_steps} steps of warm-up, constant,
+then linear to zero over the last {decay_percent:.0f}% of the run; bfloat16 autocast over float32 weights;
+rows of 256, then 512, 1,024 and, for the last 5%, 2,048 tokens. torch {torch_version}.
+`training.json` has the same as data. Equal bits on another CPU or torch version are not promised.
 
 ## Held-out perplexity
 
@@ -60,7 +61,7 @@ learning rate {peak_lr} after {warmup_steps} steps of warm-up, constant, then li
 {score_rows}
 
 Stored bfloat16 weights, windows of {window_tokens:,} tokens without context from the window before. An untrained model
-has a perplexity of about 4,096. Chat scores best because answers may repeat the question's words.
+has a perplexity of about 4,096.
 
 ## Samples
 
@@ -71,8 +72,8 @@ itself.
 
 ## Limits
 
-Statements are often wrong; names outside the training text are invented upon. English and Python only. Contexts up to
-1,024 tokens are trained well, up to 2,048 lightly. No safety training of any kind: do not put it before users.
+Most statements are wrong. Greedy decoding may repeat itself until the token limit. English and Python only. Rows
+longer than 1,024 tokens were only the last 5% of training. No safety training of any kind: do not put it before users.
 
 ## Licence
 
