@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from protos import codec, worker_pb2
 from tests.fake_model import greedy, reference_tokens
-from tests.worker_pair import Pair, request, worker_pair
+from tests.worker_pair import Pair, prefill_stream, request, worker_pair
 
 LONG = request("long", 30, greedy(30))
 
@@ -86,7 +87,7 @@ async def test_an_abort_of_the_decode_side_alone_frees_the_prefill_side_too(pair
     await pair.until_idle()
     if reach in (to_computing, to_sending):
         failed = await pair.to_prefill.answer("failed", "long")
-        assert failed.grpc_code == "UNAVAILABLE"
+        assert (failed.grpc_code, failed.reason) == ("UNAVAILABLE", "cancelled")
 
 
 @pytest.mark.parametrize("reach", [to_computing, to_sending])
@@ -106,6 +107,19 @@ async def test_a_gateway_that_dies_frees_both_sides(reach: Reach) -> None:
         await pair.to_prefill.cut()
         open_gates(pair)
         await pair.until_idle()
+
+
+@pytest.mark.parametrize("reach", [to_computing, to_sending])
+async def test_a_stream_that_is_lost_on_one_side_frees_the_other_side_too(reach: Reach) -> None:
+    async with worker_pair() as pair:
+        await reach(pair)
+        await pair.to_prefill.cut()
+        async with prefill_stream(pair.prefill_address) as again:  # welcomed after the loss was taken
+            await again.until(lambda report: report.HasField("load"))
+            open_gates(pair)
+            await pair.until_idle()
+            assert not again.outputs("long")
+        assert (await pair.to_decode.answer("failed", "long")).grpc_code == "UNAVAILABLE"
 
 
 @pytest.mark.parametrize("reach", STATES)
@@ -159,7 +173,7 @@ async def test_a_decode_step_that_fails_is_told_too(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
-async def test_an_abort_that_is_late_or_of_another_stream_changes_nothing(pair: Pair, side: str) -> None:
+async def test_an_abort_that_is_late_changes_nothing(pair: Pair, side: str) -> None:
     stream = pair.to_prefill if side == "prefill" else pair.to_decode
     await stream.abort("never seen")
     asked = request("a", 12)
@@ -167,3 +181,15 @@ async def test_an_abort_that_is_late_or_of_another_stream_changes_nothing(pair: 
     await stream.abort("a")
     again = request("b", 12)
     assert await pair.generate(again) == reference_tokens(again)
+
+
+async def test_a_gateway_cannot_abort_what_came_over_another_stream(pair: Pair) -> None:
+    await to_computing(pair)
+    async with prefill_stream(pair.prefill_address) as other:
+        await other.abort("long")
+        await other.send(submit=worker_pb2.PrefillSubmit(request=codec.request_to_wire(LONG), transfer_id="x"))
+        assert (await other.answer("rejected", "long")).reason == "duplicate"
+        open_gates(pair)
+        await pair.to_decode.until_finished("long")
+        assert not other.outputs("long")
+    assert pair.token_ids("long") == reference_tokens(LONG)

@@ -222,6 +222,8 @@ async def held_by_events(pair: Pair, worker_id: str, sequence: int) -> set[bytes
             for entry in found.get(key, []):
                 last = entry.entry_id
                 batch = codec.kv_events_from_wire(worker_pb2.KvEventBatch.FromString(entry.value))
+                if batch.sequence > sequence:
+                    break
                 assert batch.sequence == seen + 1
                 seen = batch.sequence
                 for event in batch.events:
@@ -229,6 +231,8 @@ async def held_by_events(pair: Pair, worker_id: str, sequence: int) -> set[bytes
                         held.update(event.hashes)
                     elif isinstance(event, BlocksRemoved):
                         held.difference_update(event.hashes)
+                    else:
+                        held.clear()
     return held
 
 
@@ -242,6 +246,23 @@ async def test_a_snapshot_of_the_cache_says_what_the_events_up_to_its_number_say
             held = {digest for chain in snapshot.chains for digest in chain.hashes}
             assert held
             assert held == await held_by_events(pair, worker_id, snapshot.sequence)
+
+
+async def test_a_snapshot_includes_what_happened_right_before_it_and_so_does_its_number() -> None:
+    async with worker_pair() as pair:
+        await pair.generate(request("a", 20))
+        pair.prefill_side.computing.close()
+        await pair.submit(request("bb", 20))
+        await pair.prefill_side.computing.until_reached()
+        parts = pair.prefill._parts
+        assert parts is not None
+        cleared = parts.engine.call(lambda engine: engine.clear_cache())  # both wait for the step, in this order
+        listing = asyncio.create_task(pair.prefill.list_cached_blocks())
+        await asyncio.sleep(0)
+        pair.prefill_side.computing.open()
+        sequence, chains = await listing
+        assert cleared.done()
+        assert {digest for _, hashes in chains for digest in hashes} == await held_by_events(pair, P, sequence)
 
 
 class _AttentiveStore(MemoryStore):
