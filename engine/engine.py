@@ -30,10 +30,10 @@ from engine.execution import Executor
 from engine.handoff import HandoffTable
 from engine.intake import Intake
 from engine.ledger import KvLedger
+from engine.logprobs import TokenDetail
 from engine.pool import KvPool
 from engine.prefix_cache import PrefixCache
 from engine.runner import ModelRunner
-from engine.sampler import TokenDetail
 from engine.scheduler import Scheduler, StepStats
 from engine.sequence import SequenceEvent, SequenceState, TokenSequence
 

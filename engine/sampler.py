@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 
-from core.request import SamplingParams, TokenLogprob
+from core.request import SamplingParams
 from engine.counter_random import TokenNoise, mix64, position_key
-from engine.filters import filter_rows, largest, needs_filter
+from engine.filters import filter_rows, needs_filter
 from engine.logit_edits import SeenTokens, add_bias, has_penalty, penalise, suppress
+from engine.logprobs import TokenDetail, token_details
 
 
 class SamplingState:
@@ -56,14 +56,6 @@ class SamplingState:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenDetail:
-    """Log-probabilities at one position, of the distribution before temperature and filters."""
-
-    logprob: float
-    top_logprobs: tuple[TokenLogprob, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Choices:
     """One token per row; `details` has the rows that asked for log-probabilities."""
 
@@ -71,6 +63,7 @@ class Choices:
     details: dict[int, TokenDetail]
 
 
+_RACE_ELEMENTS = 2**17  # at once on a CPU: what stays in its caches
 _NO_DETAILS: dict[int, TokenDetail] = {}
 
 
@@ -98,8 +91,11 @@ class Sampler:
             drawn = self._draw(_rows(logits, sampled), [states[row] for row in sampled])
             for row, token_id in zip(sampled, drawn, strict=True):
                 token_ids[row] = token_id
-        details = _details(logprobs, wanted, token_ids, states) if wanted else _NO_DETAILS
-        return Choices(token_ids, details)
+        if not wanted:
+            return Choices(token_ids, _NO_DETAILS)
+        counts = [states[row].params.logprobs or 0 for row in wanted]
+        details = token_details(logprobs, [token_ids[row] for row in wanted], counts)
+        return Choices(token_ids, dict(zip(wanted, details, strict=True)))
 
     def _edit(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
         counted = [(row, state.seen) for row, state in enumerate(states) if state.seen is not None]
@@ -123,25 +119,35 @@ class Sampler:
         token_ids = [0] * len(states)
         filtered = [row for row, state in enumerate(states) if needs_filter(state.params)]
         if filtered:
-            groups = filter_rows(_rows(probabilities, filtered), [states[row].params for row in filtered])
-            for group in groups:
-                rows = [filtered[at] for at in group.rows]
-                noise = self._noise.exponentials([keys[row] for row in rows], group.token_ids)
-                winners = torch.tensor(_arg_max(group.weights.div_(noise)), device=logits.device)
-                chosen = group.token_ids.gather(1, winners[:, None]).flatten().tolist()
-                for row, token_id in zip(rows, chosen, strict=True):
-                    token_ids[row] = token_id
+            kept = filter_rows(_rows(probabilities, filtered), [states[row].params for row in filtered])
+            winners = torch.tensor(
+                self._race(kept.weights, [keys[row] for row in filtered], kept.token_ids), device=logits.device
+            )
+            drawn = kept.token_ids.gather(1, winners[:, None]).flatten().tolist()
+            for row, token_id in zip(filtered, drawn, strict=True):
+                token_ids[row] = token_id
         whole = [row for row, state in enumerate(states) if not needs_filter(state.params)]
         if whole:
-            noise = self._noise.exponentials([keys[row] for row in whole])
-            for row, token_id in zip(whole, _arg_max(_rows(probabilities, whole).div_(noise)), strict=True):
+            drawn = self._race(_rows(probabilities, whole), [keys[row] for row in whole], None)
+            for row, token_id in zip(whole, drawn, strict=True):
                 token_ids[row] = token_id
         return token_ids
 
+    def _race(self, weights: torch.Tensor, keys: Sequence[int], token_ids: torch.Tensor | None) -> list[int]:
+        """Return the winning column of each row of `weights` [R, C], which is overwritten."""
+        rows = len(keys)
+        if weights.device.type == "cpu":
+            rows = max(1, _RACE_ELEMENTS // weights.shape[1])
+        for start in range(0, len(keys), rows):
+            part = slice(start, start + rows)
+            noise = self._noise.exponentials(keys[part], None if token_ids is None else token_ids[part])
+            weights[part] /= noise
+        return _arg_max(weights)
+
 
 def _rows(matrix: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Return a copy of some rows."""
-    return matrix.clone() if len(rows) == len(matrix) else matrix[list(rows)]
+    """Return some rows: the matrix itself if they are all, otherwise a copy."""
+    return matrix if len(rows) == len(matrix) else matrix[list(rows)]
 
 
 def _arg_max(matrix: torch.Tensor) -> list[int]:
@@ -150,18 +156,3 @@ def _arg_max(matrix: torch.Tensor) -> list[int]:
         # An order of magnitude faster than torch's on this device.
         return cast(list[int], matrix.numpy().argmax(axis=1).tolist())
     return cast(list[int], matrix.argmax(dim=1).tolist())
-
-
-def _details(
-    logprobs: torch.Tensor, rows: Sequence[int], token_ids: Sequence[int], states: Sequence[SamplingState]
-) -> dict[int, TokenDetail]:
-    counts = [states[row].params.logprobs or 0 for row in rows]
-    chosen = torch.tensor([token_ids[row] for row in rows], device=logprobs.device)
-    own = logprobs.gather(1, chosen[:, None]).flatten().tolist()
-    most = min(max(counts), logprobs.shape[1])
-    values, ids = largest(logprobs, most, dead=-np.inf) if most else (logprobs[:, :0], logprobs[:, :0])
-    details = {}
-    for row, count, logprob, row_values, row_ids in zip(rows, counts, own, values.tolist(), ids.tolist(), strict=True):
-        pairs = zip(row_ids[:count], row_values[:count], strict=True)
-        details[row] = TokenDetail(logprob, tuple(TokenLogprob(token_id, value) for token_id, value in pairs))
-    return details

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from core.request import SamplingParams
 from engine.counter_random import TokenNoise, mix32, mix64, position_key
-from engine.filters import largest
+from engine.logprobs import largest
 from engine.sampler import Sampler, SamplingState
 
 VOCAB_SIZE = 203
@@ -257,7 +257,7 @@ def test_logprobs_0_gives_the_chosen_token_only() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=12, max_size=12), min_size=1, max_size=4), st.integers(1, 12))
 def test_largest_orders_by_value_then_id(rows: list[list[int]], count: int) -> None:
-    values, ids = largest(torch.tensor(rows, dtype=torch.float32), count, dead=-torch.inf)
+    values, ids = largest(torch.tensor(rows, dtype=torch.float32), count)
     for row, row_values, row_ids in zip(rows, values.tolist(), ids.tolist(), strict=True):
         expected = sorted(range(12), key=lambda at: (-row[at], at))[:count]
         assert row_ids == expected
