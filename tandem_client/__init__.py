@@ -21,7 +21,7 @@ from core.errors import (
     SlowReader,
     WorkerLost,
 )
-from core.request import FinishReason, TokenLogprob, TokenOutput
+from core.request import FinishReason
 from tandem_client.client import Client
 from tandem_client.sampling import Sampling
 from tandem_client.types import (
@@ -64,8 +64,6 @@ __all__ = [
     "Summary",
     "Timing",
     "Token",
-    "TokenLogprob",
-    "TokenOutput",
     "Usage",
     "WorkerLost",
     "WorkerStatus",
