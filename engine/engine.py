@@ -186,8 +186,8 @@ class Engine:
         sequence = self._new_sequence(request, SequenceState.RESERVED, is_prefill=False)
         if not self._scheduler.can_reserve():
             raise RejectedError(RejectReason.QUEUE_FULL, "the batch has no place left")
-        if self._scheduler.has_preempted():
-            raise RejectedError(RejectReason.NO_BLOCKS, "preempted requests wait for blocks")
+        if self._scheduler.is_short_of_blocks():
+            raise RejectedError(RejectReason.NO_BLOCKS, "other requests wait for blocks")
         prompt = sequence.num_prompt_tokens
         if not self._ledger.admit(
             sequence,

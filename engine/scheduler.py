@@ -80,6 +80,7 @@ class Scheduler:
         self.waiting: list[TokenSequence] = []
         self.running: list[TokenSequence] = []
         self.num_reserved = 0
+        self._is_short_of_blocks = False
 
     def add(self, sequence: TokenSequence) -> None:
         """Queue a new request."""
@@ -93,9 +94,9 @@ class Scheduler:
         """Say whether the batch has a place for one more request from elsewhere."""
         return len(self.running) + self.num_reserved < self._max_running
 
-    def has_preempted(self) -> bool:
-        """Say whether a request that ran before waits for blocks; it goes before anything new."""
-        return any(sequence.num_preemptions for sequence in self.waiting)
+    def is_short_of_blocks(self) -> bool:
+        """Say whether a request that is here already waits for blocks; it goes before anything from elsewhere."""
+        return bool(self.waiting) and self._is_short_of_blocks
 
     def headroom(self) -> int:
         """Return the blocks that must stay available when a request is let in."""
@@ -108,6 +109,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide on the next step, and take and give blocks accordingly."""
         preempted = self._make_room()
+        self._is_short_of_blocks = bool(preempted)
         # After a preemption nobody is let in: whatever became free belongs to those that are running.
         admitted = [] if preempted else self._admit()
         pending = [len(sequence.tokens) - sequence.num_computed for sequence in self.running]
@@ -159,6 +161,7 @@ class Scheduler:
                 headroom=self.headroom(),
                 owner=Owner.REQUEST,
             ):
+                self._is_short_of_blocks = True
                 break
             del self.waiting[0]
             sequence.handle(SequenceEvent.ADMITTED)

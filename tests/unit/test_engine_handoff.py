@@ -214,6 +214,18 @@ def test_reservations_are_refused_when_there_is_no_room() -> None:
     assert engine.load_report().num_waiting == 2
 
 
+def test_requests_that_wait_for_blocks_go_before_new_reservations() -> None:
+    engine = fake_engine(num_blocks=8)
+    engine.add(request("a", range(10), greedy(max_tokens=6, ignore_eos=True)))
+    engine.step()
+    engine.add(request("b", range(50, 74), greedy(max_tokens=2)))
+    engine.step()
+    with pytest.raises(RejectedError, match="other requests wait"):
+        engine.reserve(request("c", [1]))
+    engine.abort(RequestId("b"))
+    engine.reserve(request("c", [1]))
+
+
 def test_preempted_requests_go_before_new_reservations() -> None:
     engine = fake_engine(num_blocks=8)
     engine.add(request("a", range(10), greedy(max_tokens=22, ignore_eos=True)))
