@@ -11,18 +11,20 @@ Two ways to carry a message (ADR 0003 has the measurements):
 - **header first** (NCCL, whose two ends must name the same count): the fixed-size header area, then exactly the payload
   that it announces.
 
-Sharp edges of gloo that shape this file: a `wait` that times out breaks the pair for both ends; `abort` unblocks local
-waiters only, the other end is released when the group object is freed; so `abort` may come from any thread, and `close`
-on the owning thread drops the group.
+Sharp edges of gloo that shape this file: a `wait` that times out breaks the pair for both ends, so an idle receiver
+waits without limit; a group cannot be aborted from inside (see `gloo_socket`), so `abort` shuts its connection down;
+the store client is locked while one group waits in it for its peer, so every group has a client of its own.
 
 NCCL has not been run: the development machines have no pair of GPUs. It is the same class with device twins of the
 slots (checksum and codecs work in host memory), and a posted receive keeps a kernel spinning on its GPU while a link
 idles.
 """
 
+import contextlib
 import socket
 import threading
 from collections import deque
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol, cast
 
@@ -32,6 +34,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, Work
 
 from kv_transfer.frame import HEADER_BYTES, FrameRefused, decode_header
+from kv_transfer.gloo_socket import create_listening, find_connection
 from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd, SendEnd, Slot
 
 GroupBackend = Literal["gloo", "nccl"]
@@ -39,7 +42,7 @@ Carriage = Literal["slots", "header_first"]
 
 _SENDER, _RECEIVER = 0, 1
 _TAGS = 1 << 20  # outstanding messages are told apart by tag; far more tags than slots
-_NO_LIMIT = timedelta(days=30)  # gloo has no endless wait; abort() is what ends one
+_NO_LIMIT = timedelta(days=30)  # gloo has no endless wait; the end of the connection is what ends one
 
 
 class _Group(Protocol):
@@ -50,6 +53,22 @@ class _Group(Protocol):
     def recv(self, tensors: list[Tensor], rank: int, tag: int) -> Work: ...
 
     def abort(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A group of two, and how to end it from any thread."""
+
+    group: _Group
+    connection: socket.socket | None  # of gloo
+
+    def end(self) -> None:
+        if self.connection is None:
+            self.group.abort()
+            return
+        with contextlib.suppress(OSError):  # not connected any more
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
 
 
 class ProcessGroupLinks:
@@ -80,40 +99,43 @@ class ProcessGroupLinks:
         return self._store_address
 
     def open_send(self, address: str, plan: LinkPlan) -> SendEnd:
-        host, _, port = address.rpartition(":")
-        try:
-            store = TCPStore(
-                host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=plan.open_timeout_s)
-            )
-        except (RuntimeError, ValueError) as error:
-            raise LinkError(f"rendezvous {address}: {_one_line(error)}") from error
-        return _GroupSendEnd(self._build(store, _SENDER, plan), plan, self._staging(plan))
+        return _GroupSendEnd(self._meet(address, _SENDER, plan), self._staging(plan))
 
     def open_receive(self, plan: LinkPlan) -> ReceiveEnd:
         if self._store is None:
             raise LinkError("nothing is hosted here")
-        return _GroupReceiveEnd(self._build(self._store, _RECEIVER, plan), plan, self._staging(plan))
+        return _GroupReceiveEnd(self._meet(self._store_address, _RECEIVER, plan), plan, self._staging(plan))
 
     def close(self) -> None:
         self._store = None
 
-    def _build(self, store: Store, rank: int, plan: LinkPlan) -> _Group:
-        prefixed = PrefixStore(plan.name, store)
+    def _meet(self, address: str, rank: int, plan: LinkPlan) -> _Pair:
+        host, _, port = address.rpartition(":")
         timeout = timedelta(seconds=plan.open_timeout_s)
         try:
-            if self.backend == "nccl":
-                nccl = dist.ProcessGroupNCCL.Options()
-                nccl._timeout = timeout
-                group = dist.ProcessGroupNCCL(prefixed, rank, 2, nccl)
-                group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
-                return cast(_Group, group)
-            gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stub calls it Options
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
-            gloo._timeout = timeout
-            gloo._threads = 1
-            return cast(_Group, dist.ProcessGroupGloo(prefixed, rank, 2, gloo))
-        except RuntimeError as error:  # DistStoreError and DistBackendError are RuntimeErrors
-            raise LinkError(f"{plan.name}: {_one_line(error)}") from error
+            client = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+            store = PrefixStore(plan.name, client)
+            return self._join_nccl(store, rank, timeout) if self.backend == "nccl" else self._join(store, rank, timeout)
+        except (RuntimeError, ValueError) as error:  # DistStoreError and DistBackendError are RuntimeErrors
+            raise LinkError(f"{plan.name} at {address}: {_one_line(error)}") from error
+
+    def _join(self, store: Store, rank: int, timeout: timedelta) -> _Pair:
+        device, own_port = create_listening(lambda: dist.ProcessGroupGloo.create_device(hostname=self._host))
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stub calls it Options
+        options._devices = [device]
+        options._timeout = timeout
+        options._threads = 1
+        store.set(f"port-{rank}", str(own_port))
+        group = cast(_Group, dist.ProcessGroupGloo(store, rank, 2, options))
+        peer_port = int(store.get(f"port-{1 - rank}"))
+        return _Pair(group, find_connection(own_port, peer_port))
+
+    def _join_nccl(self, store: Store, rank: int, timeout: timedelta) -> _Pair:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        group = dist.ProcessGroupNCCL(store, rank, 2, options)
+        group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
+        return _Pair(cast(_Group, group), None)
 
     def _staging(self, plan: LinkPlan) -> "_Staging":
         return _Staging(plan, is_on_device=self.backend == "nccl", carriage=self._carriage)
@@ -141,34 +163,33 @@ class _Staging:
 
 
 class _End:
-    """What both ends share: a group that may be aborted from any thread and is freed by its owner."""
+    """What both ends share: a group that any thread may end and that its owner frees."""
 
-    def __init__(self, group: _Group) -> None:
-        self._group: _Group | None = group
+    def __init__(self, pair: _Pair) -> None:
+        self._pair: _Pair | None = pair
         self._lock = threading.Lock()
         self._is_aborted = False
 
     def _live_group(self) -> _Group:
-        if self._group is None or self._is_aborted:
+        if self._pair is None or self._is_aborted:
             raise LinkError("the link was aborted")
-        return self._group
+        return self._pair.group
 
     def abort(self) -> None:
         with self._lock:
-            if self._is_aborted or self._group is None:
+            if self._is_aborted or self._pair is None:
                 return
             self._is_aborted = True
-            self._group.abort()
+            self._pair.end()
 
     def close(self) -> None:
         self.abort()
-        with self._lock:
-            self._group = None
+        self._pair = None
 
 
 class _GroupSendEnd(_End):
-    def __init__(self, group: _Group, plan: LinkPlan, staging: _Staging) -> None:
-        super().__init__(group)
+    def __init__(self, pair: _Pair, staging: _Staging) -> None:
+        super().__init__(pair)
         self._staging = staging
         self._free = deque(staging.slots)
         self._in_flight: deque[tuple[Slot, list[Work]]] = deque()
@@ -212,8 +233,8 @@ class _GroupSendEnd(_End):
 
 
 class _GroupReceiveEnd(_End):
-    def __init__(self, group: _Group, plan: LinkPlan, staging: _Staging) -> None:
-        super().__init__(group)
+    def __init__(self, pair: _Pair, plan: LinkPlan, staging: _Staging) -> None:
+        super().__init__(pair)
         self._staging = staging
         self._body_timeout = timedelta(seconds=plan.open_timeout_s)
         self._posted: deque[tuple[Slot, Work]] = deque()

@@ -22,7 +22,7 @@ from core.errors import DuplicateRequest, InvalidTransition, ProtocolError, Reje
 from core.ids import RequestId, TransferId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
-from kv_transfer import receiver_session as session
+from kv_transfer import receiver_events as session
 from kv_transfer.box import Box
 from kv_transfer.codec import Codec, default_codecs
 from kv_transfer.config import KvTransferConfig

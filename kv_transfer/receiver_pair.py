@@ -8,7 +8,7 @@ from core.errors import ProtocolError
 from core.ids import TransferId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
-from kv_transfer import receiver_session as session
+from kv_transfer import receiver_events as session
 from kv_transfer.codec import Codec
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack_reason

@@ -13,11 +13,33 @@ feeds events on its event loop, performs the effects in order, and calls `tick` 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 
 from core.errors import InvalidTransition
 from core.ids import TransferId
+from kv_transfer.receiver_events import (
+    AbortReceived,
+    AckSaid,
+    AllLanded,
+    Cancelled,
+    CommitReceived,
+    CountsDiffered,
+    DeadlinePassed,
+    Expected,
+    FramesWritten,
+    FrameWasRefused,
+    LeaseRenewed,
+    LinkLost,
+    OfferReceived,
+    ReceiverEffect,
+    ReceiverEvent,
+    ReportFailed,
+    ReportLanded,
+    SayAck,
+    SayNack,
+    SayReserved,
+    StreamLost,
+)
 from kv_transfer.session import NackReason
 
 
@@ -35,162 +57,6 @@ class ReceiveState(StrEnum):
     def is_terminal(self) -> bool:
         return self in (ReceiveState.ACKED, ReceiveState.ABORTED, ReceiveState.EXPIRED)
 
-
-# --- events -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """The owner reserved blocks for [held_tokens, num_tokens)."""
-
-    held_tokens: int
-    num_tokens: int
-    lease_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class OfferReceived:
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class FramesWritten:
-    """Totals so far, told after frames were verified and written.
-
-    `is_covered`: nothing of the reservation is missing.
-    """
-
-    num_frames: int
-    payload_bytes: int
-    is_covered: bool
-
-
-@dataclass(frozen=True, slots=True)
-class FrameWasRefused:
-    reason: NackReason
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class CommitReceived:
-    num_frames: int
-    payload_bytes: int
-    first_token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class AllLanded:
-    """Derived: commit and frames agree and cover the reservation."""
-
-
-@dataclass(frozen=True, slots=True)
-class CountsDiffered:
-    """Derived: commit, offer, frames and reservation cannot all be true."""
-
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class AckSaid:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class AbortReceived:
-    reason: NackReason
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """This side gives up: its owner asked."""
-
-    reason: NackReason
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseRenewed:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class LinkLost:
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class StreamLost:
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlinePassed:
-    pass
-
-
-ReceiverEvent = (
-    Expected
-    | OfferReceived
-    | FramesWritten
-    | FrameWasRefused
-    | CommitReceived
-    | AllLanded
-    | CountsDiffered
-    | AckSaid
-    | AbortReceived
-    | Cancelled
-    | LeaseRenewed
-    | LinkLost
-    | StreamLost
-    | DeadlinePassed
-)
-
-
-# --- effects ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SayReserved:
-    """Let frames in, and tell the sender what is held here."""
-
-    held_tokens: int
-    lease_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class SayAck:
-    exposed_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class SayNack:
-    reason: NackReason
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReportLanded:
-    """Stop writing, then tell the owner."""
-
-    first_token_id: int
-    num_frames: int
-    payload_bytes: int
-    transfer_s: float
-    exposed_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReportFailed:
-    """Stop writing, then tell the owner."""
-
-    reason: NackReason
-    detail: str
-
-
-ReceiverEffect = SayReserved | SayAck | SayNack | ReportLanded | ReportFailed
-
-
-# --- the machine ------------------------------------------------------------------------------------------------------
 
 _S = ReceiveState
 
@@ -312,8 +178,13 @@ class ReceiverSession:
         """Take one event; return what the shell must do, in order.
 
         Raises:
-            InvalidTransition: the event has no edge here; nothing changed.
+            InvalidTransition: the event has no edge here, or is one that only the machine derives; nothing changed.
         """
+        if isinstance(event, AllLanded | CountsDiffered):
+            raise InvalidTransition("receiver session", self.state, event)
+        return self._take(event, now)
+
+    def _take(self, event: ReceiverEvent, now: float) -> list[ReceiverEffect]:
         before = self.state
         try:
             after = EDGES[before][type(event)]
@@ -326,7 +197,7 @@ class ReceiverSession:
             return self._fail(event, before)
         effects = self._learn(event, now)
         if derived := self._derive():
-            return effects + self.handle(derived, now)
+            return effects + self._take(derived, now)
         return effects
 
     def check(self) -> None:

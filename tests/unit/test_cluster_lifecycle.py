@@ -70,7 +70,7 @@ def life_in(state: LifeState) -> ServiceLife:
 
 def test_walk_from_start_over_a_crash_to_a_clean_stop() -> None:
     life = new_life()
-    assert life.handle(StartAsked(), 0.0) == [Fence("first start")]
+    assert life.handle(StartAsked(), 0.0) == [Fence("")]
     assert life.handle(Fenced(Epoch(7)), 0.1) == [Start(Epoch(7))]
     assert life.next_deadline() == 60.1
     assert life.handle(BecameReady(Epoch(7), "h:1"), 3.0) == []

@@ -5,7 +5,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cluster.run_file import RunRecord, claim, find, run_folder
@@ -78,13 +77,11 @@ def test_workspace_marks_descendants_and_goes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_workspace_sweeps_what_dead_launchers_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    me = psutil.Process()
-    dead = folder / f"tandem-{me.pid}-{int(me.create_time()) - 1000}-abcd"
-    alive = folder / f"tandem-{me.pid}-{int(me.create_time())}-abcd"
-    other = folder / "tandem-notes"
-    for path in (dead, alive, other):
+    dead, other = folder / "tandem-dead", folder / "tandem-notes"
+    for path in (dead, other):
         path.mkdir()
-    with workspace():
+    (dead / "launcher.lock").touch()
+    with workspace() as (alive, _), workspace():
         assert not dead.exists()
-        assert alive.exists()
-        assert other.exists()
+        assert alive.exists(), "its launcher lives"
+        assert other.exists(), "not a launcher's"

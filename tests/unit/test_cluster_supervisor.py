@@ -140,7 +140,11 @@ async def test_a_crash_is_followed_by_a_fence_and_a_restart_under_a_new_epoch(
     assert (first.epoch, second.epoch) == (1, 2)
     assert await store.get(epoch_key("c", WorkerId("p0"))) == b"2"
     record = WorkerRecord.model_validate_json(await store.get(worker_key("c", WorkerId("p0"))) or b"")
-    assert (record.epoch, record.state, record.detail) == (2, WorkerState.STARTING, "killed by SIGKILL")
+    assert (record.epoch, record.state, record.detail) == (
+        2,
+        WorkerState.STARTING,
+        "to be restarted: killed by SIGKILL",
+    )
     second.come_up()
     status = await told.until(lambda status: status.state is LifeState.READY)
     assert (status.restarts, status.failures, status.cause, status.pid) == (1, 1, "killed by SIGKILL", 1002)

@@ -91,7 +91,7 @@ def handed_over(source: Engine, target: Engine, wanted: list[GenerateRequest]) -
         held = target.reserve(request).held_tokens
         source.add_prefill(request, Copier(source, target, held))
     first = run_to_end(source)
-    generated: dict[str, list[int]] = {}
+    generated: dict[RequestId, list[int]] = {}
     for request in wanted:
         request_id = request.request_id
         generated[request_id] = token_ids(first[request_id])
@@ -100,8 +100,8 @@ def handed_over(source: Engine, target: Engine, wanted: list[GenerateRequest]) -
         else:
             source.release(request_id)
             target.activate(request_id, generated[request_id])
-    for request_id, outputs in run_to_end(target).items():
-        generated[request_id] += token_ids(outputs)
+    for name, outputs in run_to_end(target).items():
+        generated[RequestId(name)] += token_ids(outputs)
     return [generated[request.request_id] for request in wanted]
 
 

@@ -1,0 +1,158 @@
+"""What the receiver's session machine is told (events, in the past tense) and asks for (effects, in the imperative)."""
+
+from dataclasses import dataclass
+
+from kv_transfer.session import NackReason
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The owner reserved blocks for [held_tokens, num_tokens)."""
+
+    held_tokens: int
+    num_tokens: int
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class OfferReceived:
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FramesWritten:
+    """Totals so far, told after frames were verified and written.
+
+    `is_covered`: nothing of the reservation is missing.
+    """
+
+    num_frames: int
+    payload_bytes: int
+    is_covered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FrameWasRefused:
+    reason: NackReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReceived:
+    num_frames: int
+    payload_bytes: int
+    first_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class AllLanded:
+    """Derived: commit and frames agree and cover the reservation."""
+
+
+@dataclass(frozen=True, slots=True)
+class CountsDiffered:
+    """Derived: commit, offer, frames and reservation cannot all be true."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class AckSaid:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class AbortReceived:
+    reason: NackReason
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """This side gives up: its owner asked."""
+
+    reason: NackReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenewed:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLost:
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    pass
+
+
+ReceiverEvent = (
+    Expected
+    | OfferReceived
+    | FramesWritten
+    | FrameWasRefused
+    | CommitReceived
+    | AllLanded
+    | CountsDiffered
+    | AckSaid
+    | AbortReceived
+    | Cancelled
+    | LeaseRenewed
+    | LinkLost
+    | StreamLost
+    | DeadlinePassed
+)
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SayReserved:
+    """Let frames in, and tell the sender what is held here."""
+
+    held_tokens: int
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SayAck:
+    exposed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SayNack:
+    reason: NackReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportLanded:
+    """Stop writing, then tell the owner."""
+
+    first_token_id: int
+    num_frames: int
+    payload_bytes: int
+    transfer_s: float
+    exposed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFailed:
+    """Stop writing, then tell the owner."""
+
+    reason: NackReason
+    detail: str
+
+
+ReceiverEffect = SayReserved | SayAck | SayNack | ReportLanded | ReportFailed

@@ -1,0 +1,197 @@
+"""One suite for every carrier: memory and real gloo (both ends in this process, each on a thread of its own)."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kv_transfer.frame import HEADER_BYTES
+from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd, SendEnd
+from kv_transfer.memory_links import MemoryHub, MemoryLinks
+from kv_transfer.process_group_links import ProcessGroupLinks
+
+SLOT_BYTES = HEADER_BYTES + 4096
+WAIT_S = 20.0
+_names = itertools.count()
+
+
+@pytest.fixture(params=["memory", "gloo"])
+def links(request: pytest.FixtureRequest) -> Iterator[Links]:
+    carrier: Links = MemoryLinks(MemoryHub()) if request.param == "memory" else ProcessGroupLinks("gloo", "127.0.0.1")
+    yield carrier
+    carrier.close()
+
+
+def _plan(*, open_timeout_s: float = WAIT_S, num_slots: int = 2) -> LinkPlan:
+    return LinkPlan(f"kv/p@1/d@1/{next(_names)}", SLOT_BYTES, num_slots, open_timeout_s)
+
+
+@contextmanager
+def _joined(links: Links, plan: LinkPlan | None = None) -> Iterator[tuple[SendEnd, ReceiveEnd]]:
+    plan = plan or _plan()
+    address = links.host()
+    with ThreadPoolExecutor(1) as pool:
+        opening: Future[ReceiveEnd] = pool.submit(links.open_receive, plan)
+        sender = links.open_send(address, plan)
+        receiver = opening.result(WAIT_S)
+        try:
+            yield sender, receiver
+        finally:
+            receiver.abort()
+            sender.close()
+            receiver.close()
+
+
+def _send(end: SendEnd, value: int, num_bytes: int = SLOT_BYTES) -> None:
+    slot = end.acquire(WAIT_S)
+    slot.memory.fill_(value)
+    end.send(slot, num_bytes)
+
+
+def test_messages_arrive_whole_and_in_order(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        received: list[int] = []
+
+        def listen() -> None:
+            for _ in range(20):
+                slot = receiver.receive()
+                assert bool((slot.memory == slot.memory[0]).all())
+                received.append(int(slot.memory[0]))
+                receiver.release(slot)
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        for value in range(20):
+            _send(sender, value)
+        sender.flush(WAIT_S)
+        thread.join(WAIT_S)
+        assert received == list(range(20))
+
+
+def test_a_short_message_leaves_the_link_whole(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        for value, num_bytes in ((1, HEADER_BYTES), (2, HEADER_BYTES + 100), (3, SLOT_BYTES)):
+            _send(sender, value, num_bytes)
+            slot = receiver.receive()
+            assert slot.view()[:num_bytes] == bytes([value]) * num_bytes
+            receiver.release(slot)
+
+
+def test_slots_are_aligned_for_every_dtype(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        slot = sender.acquire(WAIT_S)
+        assert slot.memory.data_ptr() % 64 == 0
+        sender.send(slot, SLOT_BYTES)
+        assert receiver.receive().memory.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("num_bytes", [0, HEADER_BYTES - 1, SLOT_BYTES + 1])
+def test_a_message_that_would_kill_the_receiver_is_never_sent(links: Links, num_bytes: int) -> None:
+    with _joined(links) as (sender, receiver):
+        slot = sender.acquire(WAIT_S)
+        with pytest.raises(ValueError, match="does not fit"):
+            sender.send(slot, num_bytes)
+        sender.send(slot, SLOT_BYTES)
+        receiver.receive()
+
+
+def test_an_aborted_receiver_wakes_up(links: Links) -> None:
+    with _joined(links) as (_, receiver):
+        threading.Timer(0.05, receiver.abort).start()
+        with pytest.raises(LinkError):
+            receiver.receive()
+        with pytest.raises(LinkError):
+            receiver.receive()
+
+
+def test_closing_one_end_releases_the_other(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        threading.Timer(0.05, sender.close).start()
+        with pytest.raises(LinkError):
+            receiver.receive()
+
+
+def test_a_sender_whose_receiver_closed_fails(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        receiver.close()
+
+        def send_on() -> None:
+            for value in range(10):
+                _send(sender, value)
+                sender.flush(WAIT_S)
+
+        with pytest.raises(LinkError):
+            send_on()
+
+
+def test_a_receiver_that_takes_nothing_is_a_timeout_for_the_sender(links: Links) -> None:
+    with _joined(links) as (sender, _receiver):
+
+        def send_on() -> None:
+            for value in range(5):  # two slots here, two there, and none comes back
+                slot = sender.acquire(0.2)
+                slot.memory.fill_(value)
+                sender.send(slot, SLOT_BYTES)
+
+        with pytest.raises(LinkError):
+            send_on()
+
+
+def test_an_end_that_waits_alone_gives_up(links: Links) -> None:
+    links.host()
+    with pytest.raises(LinkError):
+        links.open_receive(_plan(open_timeout_s=0.3))
+
+
+def test_a_rebuilt_link_under_a_new_name_works(links: Links) -> None:
+    for value in (1, 2):
+        with _joined(links) as (sender, receiver):
+            _send(sender, value)
+            assert int(receiver.receive().memory[0]) == value
+
+
+def test_abort_and_close_may_come_often(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        for end in (sender, receiver):
+            end.abort()
+            end.abort()
+            end.close()
+            end.close()
+
+
+def test_nothing_touches_the_default_group(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        _send(sender, 1)
+        receiver.receive()
+        assert not dist.is_initialized()
+
+
+def test_gloo_can_carry_header_first_as_nccl_must() -> None:
+    from core.ids import TransferId
+    from kv_transfer.box import Box
+    from kv_transfer.frame import FrameHeader, decode, seal
+
+    links = ProcessGroupLinks("gloo", "127.0.0.1", carriage="header_first")
+    with _joined(links) as (sender, receiver):
+        for num_tokens in (1, 64):
+            box, raw_bytes = Box(range(1), range(1), range(num_tokens)), num_tokens * 64
+            header = FrameHeader(TransferId("t"), 1, 1, 1, 0, box, 8, "float32", 0, b"", (raw_bytes,), raw_bytes)
+            slot = sender.acquire(WAIT_S)
+            slot.memory[HEADER_BYTES:].copy_(torch.arange(4096) % 251)
+            sender.send(slot, seal(header, slot.view()))
+            arrived = receiver.receive()
+            assert decode(arrived.view()) == header
+            receiver.release(arrived)
+    links.close()
+
+
+def test_a_rendezvous_that_is_not_there_is_a_link_error() -> None:
+    links = ProcessGroupLinks("gloo", "127.0.0.1")
+    for address in ("127.0.0.1:1", "nonsense"):
+        with pytest.raises(LinkError):
+            links.open_send(address, _plan(open_timeout_s=0.3))
