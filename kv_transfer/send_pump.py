@@ -119,6 +119,7 @@ class SendPump:
         self._spare: Slot | None = None  # acquired, and then not needed
         self._slot_bytes = 0
         self._link_epoch = 0
+        self._distrusted_epoch = 0
         self._epochs = itertools.count(1)
         self.finished: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"kv-send-{pair.receiver_id}", daemon=True)
@@ -159,6 +160,12 @@ class SendPump:
             self._credit_bytes = self._window_bytes = 0
             self._changed.notify()
 
+    def distrust(self, link_epoch: int) -> None:
+        """The receiver says that this link is lost; do not find it out with the next transfer."""
+        with self._changed:
+            self._distrusted_epoch = max(self._distrusted_epoch, link_epoch)
+            self._changed.notify()
+
     def wake(self) -> None:
         """Look again: a gate was closed."""
         with self._changed:
@@ -194,11 +201,12 @@ class SendPump:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._queue or self._is_closing, _IDLE_FLUSH_S if self._link is not None else None
+                    lambda: self._queue or self._is_closing or self._is_distrusted(),
+                    _IDLE_FLUSH_S if self._link is not None else None,
                 )
                 if self._is_closing:
                     return None
-                if self._queue:
+                if self._queue and not self._is_distrusted():
                     return self._take()
             self._look_after_link()
 
@@ -218,9 +226,14 @@ class SendPump:
         if self._link is None:
             return
         try:
+            if self._is_distrusted():
+                raise LinkError("the receiver lost the link")
             self._link.flush(self._config.send_timeout_s)
         except LinkError as error:
             self._drop_link(None, error.detail)
+
+    def _is_distrusted(self) -> bool:
+        return self._link is not None and self._link_epoch <= self._distrusted_epoch
 
     def _send(self, outgoing: Outgoing, part: Box | Commit) -> None:
         if isinstance(part, Commit):
@@ -352,20 +365,24 @@ class SendPump:
         return link
 
     def _drop_link(self, outgoing: Outgoing | None, detail: str) -> None:
-        """Break the link. Whoever waits for it fails now: one bad link costs one timeout, not one per transfer."""
+        """Break the link and fail what was on it. Transfers that have sent nothing go on over the next link.
+
+        When not even opening worked (there was no link), whoever waits for one fails now: a peer that cannot be
+        reached costs one timeout, not one per transfer.
+        """
         with self._changed:
             link, self._link = self._link, None
             self._spare = None
-            queued = {id(waiting): waiting for waiting, _ in self._queue}
-            self._queue.clear()
             is_closing = self._is_closing
+            stranded = {id(waiting): waiting for waiting, _ in self._queue if link is None or waiting.num_frames}
+            if outgoing is not None:
+                stranded[id(outgoing)] = outgoing
+            self._queue = deque(item for item in self._queue if id(item[0]) not in stranded)
         if link is not None:
             link.close()
-        if outgoing is not None:
-            queued[id(outgoing)] = outgoing
         if not is_closing:
-            for stranded in queued.values():
-                self._fail(stranded, NackReason.LINK_LOST, detail)
+            for lost in stranded.values():
+                self._fail(lost, NackReason.LINK_LOST, detail)
             self._hooks.on_link_lost(detail)
 
     def _fail(self, outgoing: Outgoing, reason: NackReason, detail: str) -> None:

@@ -244,6 +244,8 @@ class KvSender:
                 self._metrics.transfers.labels("sender").inc()
                 self._settle_when_unread(transfer, lambda: self._outcomes.on_acked(transfer_id))
             case session.ReportFailed(reason, detail):
+                if reason is NackReason.LINK_LOST and transfer.outgoing.link_epoch is not None:
+                    pair.pump.distrust(transfer.outgoing.link_epoch)
                 self._metrics.failures.labels("sender", reason).inc()
                 self._settle_when_unread(transfer, lambda: self._outcomes.on_failed(transfer_id, str(reason), detail))
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -127,7 +127,7 @@ class Outcomes:
 
 
 class MemoryDialer:
-    """Control streams straight into a receiver of this process. `to_receiver`/`to_sender` may change what passes."""
+    """Control streams straight into a receiver of this process."""
 
     def __init__(self, receiver: KvReceiver) -> None:
         self.receiver = receiver
@@ -147,9 +147,11 @@ class MemoryStream:
         self._served: asyncio.Task[None] | None = None
         self.sent: list[pb.SenderMessage] = []
         self.heard: list[pb.ReceiverMessage] = []
+        self._changed = asyncio.Event()
 
     def send(self, message: pb.SenderMessage) -> None:
         self.sent.append(message)
+        self._changed.set()
         self.to_receiver.put_nowait(message)
 
     async def messages(self) -> AsyncIterator[pb.ReceiverMessage]:
@@ -158,12 +160,31 @@ class MemoryStream:
             if isinstance(message, ServingError):
                 raise WorkerLost(str(message)) from message
             self.heard.append(message)
+            self._changed.set()
             yield message
 
     async def close(self) -> None:
         self.to_receiver.put_nowait(None)
         if self._served is not None:
             await asyncio.wait([self._served])
+
+    async def until_heard(self, kind: str, count: int = 1) -> None:
+        """Wait until the sender has heard `count` messages of a kind."""
+        await self._until(lambda: sum(message.WhichOneof("message") == kind for message in self.heard) >= count)
+
+    async def until_offered(self) -> None:
+        """Wait until the sender has said an offer."""
+        await self._until(lambda: any(message.WhichOneof("message") == "offer" for message in self.sent))
+
+    async def until_served(self) -> None:
+        """Wait until the receiver has taken everything that was said."""
+        await self._until(self.to_receiver.empty)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
 
     def break_off(self) -> None:
         """End the stream as a crash would: both sides notice."""
@@ -179,6 +200,7 @@ class MemoryStream:
 
     async def _inbound(self) -> AsyncIterator[pb.SenderMessage]:
         while (message := await self.to_receiver.get()) is not None:
+            self._changed.set()
             yield message
 
 
@@ -235,7 +257,9 @@ class Duo:
         for outcomes in (self.sent, self.landed):
             assert all(len(told) == 1 for told in outcomes.told.values()), outcomes.told
         for thread in threading.enumerate():
-            assert not thread.name.startswith(("kv-send", "kv-receive")), thread.name
+            if thread.name.startswith(("kv-send", "kv-receive")):
+                await asyncio.to_thread(thread.join, PATIENCE_S)
+                assert not thread.is_alive(), thread.name
 
     async def begin(self, name: str, num_tokens: int, held_tokens: int = 0) -> tuple[TransferId, Tensor, Tensor]:
         """Fill the source, reserve in the target, expect and offer. Returns (transfer, source KV, target KV)."""
