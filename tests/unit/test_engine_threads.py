@@ -40,7 +40,7 @@ class Pair:
         self.failures: list[Failure] = []
         self.engines = [
             fake_engine(num_blocks=60, block_size=4, max_batch_tokens=9, max_num_requests=16),
-            fake_engine(num_blocks=90, block_size=3, max_batch_tokens=32, max_num_requests=32),
+            fake_engine(num_blocks=600, block_size=3, max_batch_tokens=32, max_num_requests=60),
         ]
         self.source, self.target = (
             EngineLoop(engine, self.on_step, self.failures.append, name=name)
