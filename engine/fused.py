@@ -38,6 +38,10 @@ def can_fuse(model: PreTrainedModel) -> bool:
 class FusionMismatch(Exception):
     """A fused layer does not compute what its module computes."""
 
+    def __init__(self, layer_idx: int, problem: str) -> None:
+        super().__init__(f"layer {layer_idx}: {problem}")
+        self.layer_idx = layer_idx
+
 
 class FusedLayer:
     """One decoder layer. `forward` of the whole is in `FusedDecoder`."""
@@ -207,12 +211,27 @@ class FusedDecoder:
         query = self._keys_to_pool(layer, normed, batch)
         identity = torch.zeros_like(layer.input_norm)
         self._after_keys(layer, own, query, step.plan, identity, normed)
-        for name, ours, theirs in (("hidden states", own, expected), ("keys and values", touched, expected_kv)):
-            limit = _TOLERANCE[model.dtype] * theirs.float().abs().max().item()
-            difference = (ours.float() - theirs.float()).abs().max().item()
-            if not difference <= limit:
-                raise FusionMismatch(f"layer {layer.layer_idx}: {name} differ by {difference:.3g}, limit {limit:.3g}")
-        touched.zero_()
+        try:
+            _check_close(
+                model.dtype,
+                layer.layer_idx,
+                ("hidden states", own, expected),
+                ("keys and values", touched, expected_kv),
+            )
+        finally:
+            touched.zero_()
+
+
+def _check_close(dtype: torch.dtype, layer_idx: int, *parts: tuple[str, torch.Tensor, torch.Tensor]) -> None:
+    """
+    Raises:
+        FusionMismatch: the tensors of a part differ beyond rounding.
+    """
+    for name, ours, theirs in parts:
+        limit = _TOLERANCE[dtype] * theirs.float().abs().max().item()
+        difference = (ours.float() - theirs.float()).abs().max().item()
+        if not difference <= limit:
+            raise FusionMismatch(layer_idx, f"{name} differ by {difference:.3g}, limit {limit:.3g}")
 
 
 _ALONE_ELEMENTS = 32_768  # below, waking the other threads costs more than they save

@@ -4,11 +4,14 @@
 that is possible, run a probe (an unsupported kind of attention is found here, kernels are compiled here). Afterwards
 `forward` neither compiles nor allocates anything large.
 
-Threads: torch's thread count is a property of the process; the last `load` sets it.
+Threads: torch's thread count is a property of the process (the last `load` sets it) that every calling thread has to
+take up for itself, since an OpenMP team belongs to the thread that calls.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from threading import get_ident
 from typing import Any
 
 import psutil
@@ -26,6 +29,7 @@ from engine.forward import ForwardBatch, SequenceChunk, build_batch
 from engine.model import load_model, resolve_device
 from engine.pool import KvPool
 
+_LOG = logging.getLogger(__name__)
 _DEFAULT_CPU_POOL_BYTES = 512 * 2**20
 _DEFAULT_GPU_POOL_RATIO = 0.85  # of the memory that is free after the weights
 
@@ -49,6 +53,8 @@ class ModelRunner:
         self.pool = pool
         self.fused = fused
         self._forward = forward
+        self._num_threads = torch.get_num_threads()
+        self._prepared_thread = 0
 
     @classmethod
     def load(
@@ -92,6 +98,9 @@ class ModelRunner:
         Returns:
             float32 logits [R, V] of `batch.logits_rows`, in their order; owned by the caller.
         """
+        if get_ident() != self._prepared_thread:
+            torch.set_num_threads(self._num_threads)
+            self._prepared_thread = get_ident()
         return self._forward(batch, on_layer)
 
     def batch(self, chunks: list[SequenceChunk]) -> ForwardBatch:
@@ -141,7 +150,11 @@ def _call(module: PreTrainedModel, batch: ForwardBatch, step: Step) -> torch.Ten
 def _fuse(
     module: PreTrainedModel, pool: KvPool, backend: AttentionBackend, config: EngineConfig, info: ModelInfo
 ) -> Forward | None:
-    """Rebuild the layers for the CPU; None where that cannot be done."""
+    """Rebuild the layers for the CPU; None where that cannot be done.
+
+    Raises:
+        ConfigError: a later layer differs than the first, which would have kept the plain path.
+    """
     if not has_cpu_kernels(pool.kv.device) or config.attention_backend == "sdpa":
         return None
     from engine.fused import FusedDecoder, FusionMismatch, can_fuse  # imports numba
@@ -151,6 +164,9 @@ def _fuse(
     try:
         return FusedDecoder(module, pool, backend, info.max_model_len).forward
     except FusionMismatch as error:
+        if error.layer_idx == 0:
+            _LOG.warning("fused layers are not exact on this machine, plain ones are used: %s", error)
+            return None
         raise ConfigError(
             f"fuse_modules: the fused layers are not exact on this machine ({error}); set it to false"
         ) from error

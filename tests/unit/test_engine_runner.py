@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from engine import fused
 from engine.config import EngineConfig, ModelConfig
 from engine.forward import SequenceChunk
 from engine.runner import ModelRunner
@@ -208,3 +209,26 @@ def test_info_tells_what_the_checkpoint_is(tmp_path: Path) -> None:
     weights.write_bytes(changed)
     again = ModelRunner.load(ModelConfig(path=tmp_path), ENGINES["fused"])
     assert again.info.weights_version != info.weights_version
+
+
+@pytest.mark.parametrize("broken", ["down", "qkv"], ids=["hidden states", "keys and values"])
+def test_a_fused_layer_that_differs_is_not_used(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = fused.FusedLayer.__init__
+
+    def build_wrongly(self: Any, module: Any, layer_idx: int) -> None:
+        build(self, module, layer_idx)
+        product = getattr(self, broken)
+        setattr(self, broken, lambda x: product(x) * 1.01)
+
+    reference = save(FAMILIES["llama"], tmp_path)
+    monkeypatch.setattr(fused.FusedLayer, "__init__", build_wrongly)
+    runner = ModelRunner.load(ModelConfig(path=tmp_path), ENGINES["fused"])
+    assert not runner.fused
+    assert "fused layers are not exact" in caplog.text
+    assert runner.pool.kv.abs().sum() == 0
+    with torch.inference_mode():
+        want = reference(torch.tensor([[3, 1, 4]])).logits[0, -1:]
+    got = run(runner, SequenceChunk([3, 1, 4], 0, [1]))
+    assert (got - want).abs().max().item() <= TOLERANCE
