@@ -113,6 +113,9 @@ class ClusterConfig(ConfigModel):
     redis: RedisConfig = RedisConfig()
     ray: RayConfig = RayConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+    log_folder: Path | None = Field(
+        None, description="one log file per service is kept here; absent: they go with the cluster's temporary folder"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @model_validator(mode="after")
@@ -143,7 +146,7 @@ class ClusterConfig(ConfigModel):
 
 
 def load_cluster_config(path: Path) -> ClusterConfig:
-    """Read the YAML. A relative `model.path` is relative to the file's folder.
+    """Read the YAML. Relative paths in it are relative to its folder.
 
     Raises:
         ConfigError: naming the file, the dotted path and the problem.
@@ -153,7 +156,8 @@ def load_cluster_config(path: Path) -> ClusterConfig:
 
 def _rooted(config: ClusterConfig, folder: Path) -> ClusterConfig:
     model = config.model.model_copy(update={"path": folder / config.model.path.expanduser()})
-    return config.model_copy(update={"model": model})
+    logs = None if config.log_folder is None else folder / config.log_folder.expanduser()
+    return config.model_copy(update={"model": model, "log_folder": logs})
 
 
 def json_schema() -> dict[str, Any]:

@@ -87,9 +87,7 @@ async def run_demo(console: Console) -> int:
     for problem in found:
         console.print(f"[red]broken:[/] {escape(problem)}")
     if not found:
-        console.print(
-            "[green]all promises held:[/] contiguous streams, repeatable tokens, KV across processes, clean end"
-        )
+        console.print("[green]all held:[/] contiguous streams, repeatable tokens, KV across processes, a clean end")
     return 1 if found else 0
 
 

@@ -31,7 +31,11 @@ class StoreFencer:
         epoch = await self._ledger.draw(service)
         if kind in set(Role):
             record = WorkerRecord(
-                worker_id=service, role=Role(kind), epoch=epoch, state=WorkerState.STARTING, detail=cause
+                worker_id=service,
+                role=Role(kind),
+                epoch=epoch,
+                state=WorkerState.STARTING,
+                detail=f"to be restarted: {cause}" if cause else "",
             )
             try:
                 await self._announce(record)

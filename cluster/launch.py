@@ -40,7 +40,7 @@ class StoreAddress:
 def build_prefill(config: ClusterConfig, identity: WorkerIdentity, store: StoreAddress, seat: Seat) -> Service:
     from prefill_workers.service import PrefillWorker
 
-    setup_logging(identity.worker_id, level=config.log_level)
+    _log_as(identity.worker_id, config)
     settings = _seated(config, seat).prefill_worker(host=seat.host)
     return PrefillWorker(settings, identity, store.open(), MonotonicClock())
 
@@ -48,7 +48,7 @@ def build_prefill(config: ClusterConfig, identity: WorkerIdentity, store: StoreA
 def build_decode(config: ClusterConfig, identity: WorkerIdentity, store: StoreAddress, seat: Seat) -> Service:
     from decode_workers.service import DecodeWorker
 
-    setup_logging(identity.worker_id, level=config.log_level)
+    _log_as(identity.worker_id, config)
     settings = _seated(config, seat).decode_worker(host=seat.host)
     return DecodeWorker(settings, identity, store.open(), MonotonicClock())
 
@@ -56,8 +56,18 @@ def build_decode(config: ClusterConfig, identity: WorkerIdentity, store: StoreAd
 def build_gateway(config: ClusterConfig, port: int, store: StoreAddress, seat: Seat) -> Service:
     from router.service import Gateway
 
-    setup_logging(GATEWAY, level=config.log_level)
+    _log_as(GATEWAY, config)
     return Gateway(config.gateway(port=port), config.name, store.open(), MonotonicClock())
+
+
+def _log_as(name: str, config: ClusterConfig) -> None:
+    """Log to the service's file, or to standard error, which Ray keeps in its session's folder."""
+    if config.log_folder is None:
+        setup_logging(name, level=config.log_level)
+        return
+    config.log_folder.mkdir(parents=True, exist_ok=True)
+    stream = (config.log_folder / f"{name}.log").open("a", encoding="utf-8", buffering=1)
+    setup_logging(name, level=config.log_level, stream=stream)
 
 
 def _seated(config: ClusterConfig, seat: Seat) -> ClusterConfig:

@@ -36,6 +36,7 @@ from core.store_redis import RedisStore
 from tandem_client import Client
 
 _REDIS = WorkerId("redis")
+_ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # where to reach one that listens everywhere
 _DETAIL_PERIOD_S = 0.3
 _SEEN_PERIOD_S = 0.05
 _RAY_DOWN_S = 15.0
@@ -52,7 +53,8 @@ class Launcher:
     def __init__(self, config: ClusterConfig, progress: Progress, folder: Path, mark: str) -> None:
         gateway = config.gateway()
         self._gateway_port = gateway.port or free_port()
-        self.gateway_address = f"{gateway.host}:{self._gateway_port}"
+        host = _ANY.get(gateway.host, gateway.host)
+        self.gateway_address = f"{host}:{self._gateway_port}"
         self.mark = mark
         self._config = config
         self._progress = progress

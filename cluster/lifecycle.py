@@ -86,7 +86,7 @@ Event = StartAsked | Fenced | BecameReady | Ended | StartOverdue | RestartDue | 
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """Draw the next epoch, announce it, answer with `Fenced`."""
+    """Draw the next epoch, announce it, answer with `Fenced`. The cause is that of the end before; empty at first."""
 
     cause: str
 
@@ -236,7 +236,7 @@ class ServiceLife:
     def _effects(self, before: LifeState, event: Event, now: float) -> list[Effect]:
         match event:
             case StartAsked():
-                return [Fence("first start")]
+                return [Fence("")]
             case Fenced(epoch):
                 return self._fenced(epoch, now)
             case RestartDue():

@@ -200,7 +200,8 @@ class RayActor:
         self._actor.stop.remote(deadline_s)  # its outcome shows as the end of `run`
 
     async def kill(self) -> None:
-        ray.kill(self._actor, no_restart=True)
+        with contextlib.suppress(ray.exceptions.RayError):  # the Ray cluster itself may be gone
+            ray.kill(self._actor, no_restart=True)
         if self._handle is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)

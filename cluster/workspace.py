@@ -1,11 +1,12 @@
 """The temporary folder of one launch, and the mark that all its processes carry.
 
-The folder holds Redis's and Ray's sockets and logs. Its name tells the owner's pid and start time, so that a later
-launch can remove what a launcher left that was killed. The mark is an environment variable that every descendant
-inherits: it finds the processes of a launch even when their parent is gone.
+The folder holds Redis's and Ray's sockets and logs, and a lock that its launcher holds while it lives, so that a later
+launch can remove what a killed one left. The mark is an environment variable that every descendant inherits: it finds
+the processes of a launch even when their parent is gone.
 """
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -19,20 +20,21 @@ MARK = "TANDEM_LAUNCH"
 GONE = frozenset({psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD})
 """States of a process that holds nothing any more."""
 _PREFIX = "tandem-"
+_LOCK = "launcher.lock"
 
 
 @contextlib.contextmanager
 def workspace() -> Iterator[tuple[Path, str]]:
     """Yield a fresh folder and the mark of this launch, set in our environment meanwhile; both go in the end."""
     _sweep()
-    mark = secrets.token_hex(4)
-    owner = psutil.Process()
-    folder = Path(tempfile.gettempdir()) / f"{_PREFIX}{owner.pid}-{int(owner.create_time())}-{mark}"
-    folder.mkdir(mode=0o700)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    mark = secrets.token_hex(8)
     before = os.environ.get(MARK)
     os.environ[MARK] = mark
     try:
-        yield folder, mark
+        with (folder / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder, mark
     finally:
         if before is None:
             del os.environ[MARK]
@@ -72,9 +74,8 @@ def is_alive(pid: int, created_s: float) -> bool:
 
 
 def _sweep() -> None:
-    """Remove folders whose owner is dead."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*-*"):
-        pid, _, rest = folder.name.removeprefix(_PREFIX).partition("-")
-        created = rest.partition("-")[0]
-        if pid.isdigit() and created.isdigit() and not is_alive(int(pid), int(created)):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove folders whose launcher is dead: nobody holds their lock any more."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError), lock.open("r") as handle:  # held, or somebody else's
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)

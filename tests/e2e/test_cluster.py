@@ -207,14 +207,15 @@ async def test_kill_a_decode_worker(
     async with Client(cluster.address, max_retries=0) as client:
         load = Load(client)
         await load.start(prompts[:8])
-        held = _in_flight(await cluster.status(), "decode-1")
-        assert held > 0, "the load missed the victim"
-        cluster.kill("decode-1")
-        for error in await load.failed_within(held, PROMISE_S):
+        decoding = [worker for worker in (await cluster.status()).workers if worker.role == "decode"]
+        victim = max(decoding, key=lambda worker: worker.in_flight)
+        assert victim.in_flight > 0
+        cluster.kill(victim.worker_id)
+        for error in await load.failed_within(victim.in_flight, PROMISE_S):
             assert error.grpc_code == "UNAVAILABLE", error
         await load.leave()
         assert load.failures.empty(), "more requests failed than the dead worker held"
-    await cluster.until_restarted("decode-1")
+    await cluster.until_restarted(victim.worker_id)
     await assert_serves(cluster, prompts, expected)
 
 

@@ -1,14 +1,16 @@
 """`tandem up` when something is wrong: one line says what, the exit code says so too, and nothing is left running."""
 
+import asyncio
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.workspace import MARK
-from tests.e2e.cluster_process import TINY, tandem, tiny_config, write_config
+from tests.e2e.cluster_process import PATIENCE_S, TINY, environment, tandem, tiny_config, write_config
 
 pytestmark = [pytest.mark.slow]
 
@@ -85,13 +87,6 @@ async def test_too_many_cpus(tmp_path: Path) -> None:
     assert await refusal(tmp_path, config) == wanted
 
 
-async def test_too_many_gpus(tmp_path: Path) -> None:
-    """Known only to Ray, so Ray is up when it is found out; and goes down again."""
-    config = tiny_config("bad") | {"decode": {"resources": {"num_gpus": 16, "custom": {"unobtainium": 1}}}}
-    line = await refusal(tmp_path, config)
-    assert line.startswith("error: resources: not enough GPUs: asked for 16 (decode 16), this machine has ")
-
-
 async def test_a_model_that_the_workers_refuse(tmp_path: Path) -> None:
     """Found out by the workers in their own processes; the cause comes through in their words."""
     model = tmp_path / "model"
@@ -102,3 +97,20 @@ async def test_a_model_that_the_workers_refuse(tmp_path: Path) -> None:
     line = await refusal(tmp_path, config)
     assert line.startswith("error: ")
     assert "config.json" in line or "model" in line
+
+
+async def test_a_signal_while_starting(tmp_path: Path) -> None:
+    """Workers are loading: nothing is worth waiting for."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cluster", "up", "-f", str(write_config(tmp_path, tiny_config("bad"))),
+        env=environment(tmp_path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    async with asyncio.timeout(PATIENCE_S):
+        while b"decode-1: starting" not in await process.stdout.readline():
+            assert process.returncode is None
+        process.terminate()
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.decode() == "error: interrupted while starting; nothing is left running\n"
+    assert _left_of(tmp_path) == []

@@ -1,0 +1,73 @@
+"""The demo's judgement: it must find what is wrong, or its "all held" would mean nothing."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from cluster.demo_report import DemoTotals, problems, request_table, totals_table
+from cluster.demo_traffic import WAVES
+from core.request import FinishReason
+from tandem_client import Generation, Placement, Summary, Timing, Token, Usage
+
+NAMES = [request.name for wave in WAVES for request in wave]
+
+
+def generation(number: int) -> Generation:
+    placement = Placement(f"prefill-{number % 2}", f"decode-{number % 2}", "cheapest", 1, 4096, 8, 2, "none")
+    summary = Summary("r", "m", 1, FinishReason.LENGTH, None, Usage(10, 2, 4), Timing(*[0.001] * 8), placement)
+    return Generation("text", (Token(0, 5, None, ()), Token(1, 6, None, ())), summary)
+
+
+def good() -> dict[str, Generation]:
+    return {name: generation(number) for number, name in enumerate(NAMES)}
+
+
+def placed(result: Generation, **changes: object) -> Generation:
+    placement = replace(result.summary.placement, **changes)  # type: ignore[arg-type]
+    return replace(result, summary=replace(result.summary, placement=placement))
+
+
+def test_good_results_have_no_problem() -> None:
+    assert list(problems(good())) == []
+
+
+def test_enough_requests_are_concurrent() -> None:
+    assert all(len(wave) >= 8 for wave in WAVES)
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "problem"),
+    [
+        ((Token(0, 5, None, ()), Token(2, 6, None, ())), "not contiguous"),
+        ((Token(0, 5, None, ()), Token(0, 6, None, ())), "not contiguous"),
+        ((Token(0, 5, None, ()),), "not contiguous"),
+        ((Token(0, 5, None, ()), Token(1, 7, None, ())), "differ from those of shared-1"),
+    ],
+)
+def test_broken_streams_are_found(tokens: tuple[Token, ...], problem: str) -> None:
+    results = good()
+    results["again"] = replace(results["again"], tokens=tokens)
+    assert any(problem in found for found in problems(results))
+
+
+def test_unsent_kv_is_found() -> None:
+    assert any("not accounted" in one for one in problems(good() | {"chat": placed(generation(0), kv_tokens_sent=3)}))
+    assert any("no bytes" in one for one in problems(good() | {"chat": placed(generation(0), kv_bytes=0)}))
+    nothing = {name: placed(result, kv_bytes=0, kv_tokens_sent=0, kv_tokens_held=10) for name, result in good().items()}
+    assert "no KV crossed between workers" in problems(nothing)
+
+
+def test_idle_workers_are_found() -> None:
+    alone = {name: placed(result, decode_worker="decode-0") for name, result in good().items()}
+    assert list(problems(alone)) == ["only one decode worker was used"]
+
+
+def test_tables_fit_a_page() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(request_table(good()), totals_table(good(), DemoTotals(1.0, 2.0, 3.0, 2**30, 9)))
+    text = console.export_text()
+    assert "…" not in text
+    assert "1,024 MiB" in text
