@@ -117,9 +117,7 @@ class ReceiverPair:
     def _open_link(self, link_epoch: int) -> None:
         if link_epoch <= self._link_epoch:
             return  # a duplicate, or older than what is open
-        if self._pump is not None:
-            self.close_link()
-            self._owner.on_link_lost(self, f"the sender went on to link epoch {link_epoch}")
+        self._lost(self._link_epoch, f"the sender went on to link epoch {link_epoch}")
         config = self._config
         self._link_epoch = link_epoch
         stamp = FrameStamp(self.sender_epoch, self._names.receiver_epoch, link_epoch)
@@ -168,6 +166,8 @@ class ReceiverPair:
     def _lost(self, link_epoch: int, detail: str) -> None:
         if self._pump is not None and link_epoch == self._link_epoch:
             self.close_link()
+            self.look()  # what was written before the end may complete a transfer: its ACK goes first
+            self.say(pb.ReceiverMessage(link_lost=pb.LinkLost(link_epoch=link_epoch, detail=detail[:500])))
             self._owner.on_link_lost(self, detail)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:

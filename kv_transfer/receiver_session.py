@@ -94,7 +94,7 @@ EDGES: Mapping[ReceiveState, Mapping[type, ReceiveState]] = {
         AbortReceived: _S.ABORTED,
         Cancelled: _S.ABORTED,
         LeaseRenewed: _S.RESERVED,  # the prefill is computing
-        LinkLost: _S.ABORTED,  # a frame of it may have been on it
+        LinkLost: _S.RESERVED,  # no frame of it came; the sender knows whether one was on it, and is told
         StreamLost: _S.ABORTED,
         DeadlinePassed: _S.EXPIRED,  # heartbeats stopped
     },
@@ -108,7 +108,7 @@ EDGES: Mapping[ReceiveState, Mapping[type, ReceiveState]] = {
         AbortReceived: _S.ABORTED,
         Cancelled: _S.ABORTED,
         LeaseRenewed: _S.SENDING,
-        LinkLost: _S.ABORTED,
+        LinkLost: _S.ABORTED,  # frames never continue on another link
         StreamLost: _S.ABORTED,
         DeadlinePassed: _S.EXPIRED,
     },
@@ -225,6 +225,8 @@ class ReceiverSession:
                 self._offered_at = now
             case OfferReceived() if self.state is not ReceiveState.RESERVED:
                 return []
+            case LinkLost():
+                return []  # a sign of trouble, not of life
             case FramesWritten():
                 self._written = event
             case CommitReceived() if self._commit is None and self._offer is not None and self._expected is not None:

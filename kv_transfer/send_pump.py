@@ -53,6 +53,7 @@ class Outgoing:
     link_epoch: int | None = None  # of its first frame; frames never continue on another link
     num_frames: int = 0
     payload_bytes: int = 0
+    has_moved: bool = False  # to another link, because the first turned out to be broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +189,10 @@ class SendPump:
             try:
                 self._send(outgoing, part)
             except LinkError as error:
-                self._drop_link(outgoing, error.detail)
+                self._drop_link(error.detail, outgoing, part)
             except Exception as error:  # a defect here must not leave transfers waiting for a thread that is gone
                 _log.exception("sender thread to %s", self._pair.receiver_id)
-                self._drop_link(outgoing, f"{type(error).__name__}: {error}")
+                self._drop_link(f"{type(error).__name__}: {error}", outgoing, part)
         if self._link is not None:
             self._link.close()
         self.finished.set_result(None)
@@ -230,7 +231,7 @@ class SendPump:
                 raise LinkError("the receiver lost the link")
             self._link.flush(self._config.send_timeout_s)
         except LinkError as error:
-            self._drop_link(None, error.detail)
+            self._drop_link(error.detail)
 
     def _is_distrusted(self) -> bool:
         return self._link is not None and self._link_epoch <= self._distrusted_epoch
@@ -303,8 +304,8 @@ class SendPump:
             raw_bytes=raw_bytes,
         )
         message_bytes = seal(header, slot.view())
+        self._bind(outgoing)
         self._spare = None
-        outgoing.link_epoch = self._link_epoch
         link.send(slot, message_bytes)
         payload_bytes = header.payload_bytes
         if payload_bytes < bound:
@@ -316,6 +317,16 @@ class SendPump:
         self._metrics.frames.labels("sender").inc()
         self._metrics.payload_bytes.labels("sender").inc(payload_bytes)
         return True
+
+    def _bind(self, outgoing: Outgoing) -> None:
+        """Note that frames of a transfer are on this link, unless the receiver has said that it is lost.
+
+        Atomic against `distrust`: whoever is told of the loss afterwards finds the transfer bound.
+        """
+        with self._changed:
+            if self._is_distrusted():
+                raise LinkError("the receiver lost the link")
+            outgoing.link_epoch = self._link_epoch
 
     def _take_credit(self, outgoing: Outgoing, num_bytes: int) -> bool:
         """Wait for the receiver to have room. Returns False when the transfer ended meanwhile.
@@ -364,7 +375,7 @@ class SendPump:
         self._metrics.links.labels("sender").inc()
         return link
 
-    def _drop_link(self, outgoing: Outgoing | None, detail: str) -> None:
+    def _drop_link(self, detail: str, outgoing: Outgoing | None = None, part: Box | Commit | None = None) -> None:
         """Break the link and fail what was on it. Transfers that have sent nothing go on over the next link.
 
         When not even opening worked (there was no link), whoever waits for one fails now: a peer that cannot be
@@ -374,6 +385,16 @@ class SendPump:
             link, self._link = self._link, None
             self._spare = None
             is_closing = self._is_closing
+            if (
+                link is not None
+                and outgoing is not None
+                and part is not None
+                and not (outgoing.num_frames or outgoing.has_moved)
+            ):
+                # The link broke before this transfer, while it was idle: no reason to fail.
+                outgoing.has_moved, outgoing.link_epoch = True, None
+                self._queue.appendleft((outgoing, part))
+                outgoing = None
             stranded = {id(waiting): waiting for waiting, _ in self._queue if link is None or waiting.num_frames}
             if outgoing is not None:
                 stranded[id(outgoing)] = outgoing

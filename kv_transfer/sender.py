@@ -209,6 +209,11 @@ class KvSender:
             if transfer.pair is pair:
                 self.feed(transfer_id, session.LinkLost(detail))
 
+    def on_receiver_lost_link(self, pair: SenderPair, link_epoch: int, detail: str) -> None:
+        for transfer_id, transfer in list(self._transfers.items()):
+            if transfer.pair is pair and transfer.outgoing.link_epoch == link_epoch:
+                self.feed(transfer_id, session.ReceiverLostLink(detail))
+
     def feed(self, transfer_id: TransferId, event: session.SenderEvent) -> None:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
@@ -244,8 +249,6 @@ class KvSender:
                 self._metrics.transfers.labels("sender").inc()
                 self._settle_when_unread(transfer, lambda: self._outcomes.on_acked(transfer_id))
             case session.ReportFailed(reason, detail):
-                if reason is NackReason.LINK_LOST and transfer.outgoing.link_epoch is not None:
-                    pair.pump.distrust(transfer.outgoing.link_epoch)
                 self._metrics.failures.labels("sender", reason).inc()
                 self._settle_when_unread(transfer, lambda: self._outcomes.on_failed(transfer_id, str(reason), detail))
 

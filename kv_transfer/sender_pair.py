@@ -32,6 +32,8 @@ class PairOwner(Protocol):
 
     def on_link_lost(self, pair: "SenderPair", detail: str) -> None: ...
 
+    def on_receiver_lost_link(self, pair: "SenderPair", link_epoch: int, detail: str) -> None: ...
+
     def on_pair_lost(self, pair: "SenderPair", detail: str) -> None:
         """The stream ended, or never came up. The pair is of no more use."""
         ...
@@ -130,6 +132,10 @@ class SenderPair:
                 self.pump.link_opened(
                     OpenedLink(opened.link_epoch, opened.rendezvous, opened.slot_bytes, opened.backend)
                 )
+            case "link_lost":
+                lost = message.link_lost
+                self.pump.distrust(lost.link_epoch)
+                self._owner.on_receiver_lost_link(self, lost.link_epoch, lost.detail)
             case "credit":
                 self.pump.grant(message.credit.bytes)
             case "reserved":

@@ -78,6 +78,15 @@ class Aborted:
 
 @dataclass(frozen=True, slots=True)
 class LinkLost:
+    """This side's end broke; the receiver's end will notice too."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverLostLink:
+    """The receiver says that its end broke, and frames of this transfer were on it."""
+
     detail: str
 
 
@@ -104,6 +113,7 @@ SenderEvent = (
     | NackReceived
     | Aborted
     | LinkLost
+    | ReceiverLostLink
     | StreamLost
     | RenewalDue
     | DeadlinePassed
@@ -172,7 +182,8 @@ EDGES: Mapping[SendState, Mapping[type, SendState]] = {
         AllSent: _S.COMMITTED,  # the decode worker holds all of it: zero frames
         NackReceived: _S.ABORTED,  # cancelled, or its lease expired
         Aborted: _S.ABORTED,
-        LinkLost: _S.RESERVED,  # nothing of this transfer was on it; the receiver may still NACK
+        LinkLost: _S.RESERVED,  # nothing of this transfer was on it: it goes on over the next
+        ReceiverLostLink: _S.ABORTED,  # its first frame was on it, and the news of that is still under way
         StreamLost: _S.ABORTED,
         RenewalDue: _S.RESERVED,  # the prefill is computing
     },
@@ -183,6 +194,7 @@ EDGES: Mapping[SendState, Mapping[type, SendState]] = {
         NackReceived: _S.ABORTED,  # a frame was refused, or the request was cancelled there
         Aborted: _S.ABORTED,
         LinkLost: _S.ABORTED,  # frames are gone
+        ReceiverLostLink: _S.ABORTED,
         StreamLost: _S.ABORTED,
         RenewalDue: _S.SENDING,  # later chunks are computing
     },
@@ -193,6 +205,7 @@ EDGES: Mapping[SendState, Mapping[type, SendState]] = {
         NackReceived: _S.ABORTED,  # a frame was refused, or the frames do not add up
         Aborted: _S.ABORTED,
         LinkLost: _S.COMMITTED,  # perhaps everything arrived before: only the receiver knows, and it answers
+        ReceiverLostLink: _S.ABORTED,  # an ACK would have come before this
         StreamLost: _S.ABORTED,
         RenewalDue: _S.COMMITTED,  # frames are on a slow wire
         DeadlinePassed: _S.EXPIRED,  # no verdict within a lease
@@ -207,6 +220,7 @@ EDGES: Mapping[SendState, Mapping[type, SendState]] = {
             NackReceived: state,
             Aborted: state,
             LinkLost: state,
+            ReceiverLostLink: state,
             StreamLost: state,
         }
         for state in (_S.ACKED, _S.ABORTED, _S.EXPIRED)
@@ -289,7 +303,7 @@ def _farewell(before: SendState, event: SenderEvent) -> list[SenderEffect]:
             return [ReportFailed(reason, detail)]
         case Aborted(reason, detail):
             return [SayAbort(reason), ReportFailed(reason, detail)]
-        case LinkLost(detail):
+        case LinkLost(detail) | ReceiverLostLink(detail):
             return [SayAbort(NackReason.LINK_LOST), ReportFailed(NackReason.LINK_LOST, detail)]
         case StreamLost(detail):
             return [ReportFailed(NackReason.PEER_LOST, detail)]

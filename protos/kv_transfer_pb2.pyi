@@ -73,6 +73,7 @@ class ReceiverMessage(_message.Message):
     ACK_FIELD_NUMBER: _builtins.int
     NACK_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
+    LINK_LOST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ReceiverHello: ...
     @_builtins.property
@@ -85,6 +86,8 @@ class ReceiverMessage(_message.Message):
     def nack(self) -> Global___Nack: ...
     @_builtins.property
     def credit(self) -> Global___Credit: ...
+    @_builtins.property
+    def link_lost(self) -> Global___LinkLost: ...
     def __init__(
         self,
         *,
@@ -94,12 +97,13 @@ class ReceiverMessage(_message.Message):
         ack: Global___Ack | None = ...,
         nack: Global___Nack | None = ...,
         credit: Global___Credit | None = ...,
+        link_lost: Global___LinkLost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "credit", b"credit", "hello", b"hello", "link_opened", b"link_opened", "message", b"message", "nack", b"nack", "reserved", b"reserved"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "credit", b"credit", "hello", b"hello", "link_lost", b"link_lost", "link_opened", b"link_opened", "message", b"message", "nack", b"nack", "reserved", b"reserved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "credit", b"credit", "hello", b"hello", "link_opened", b"link_opened", "message", b"message", "nack", b"nack", "reserved", b"reserved"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "credit", b"credit", "hello", b"hello", "link_lost", b"link_lost", "link_opened", b"link_opened", "message", b"message", "nack", b"nack", "reserved", b"reserved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "link_opened", "reserved", "ack", "nack", "credit"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "link_opened", "reserved", "ack", "nack", "credit", "link_lost"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -213,6 +217,32 @@ class LinkOpened(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LinkOpened: _TypeAlias = LinkOpened  # noqa: Y015
+
+@_typing.final
+class LinkLost(_message.Message):
+    """The receiver's end of this link broke. Transfers with frames on it cannot become complete; the next frame needs a new
+    link.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINK_EPOCH_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    link_epoch: _builtins.int
+    detail: _builtins.str
+    def __init__(
+        self,
+        *,
+        link_epoch: _builtins.int = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "link_epoch", b"link_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkLost: _TypeAlias = LinkLost  # noqa: Y015
 
 @_typing.final
 class Offer(_message.Message):

@@ -114,6 +114,8 @@ class Wire(RuleBasedStateMachine):
         self._feed_sender(sending.LinkLost("broken"))
         if self.receiver is not None:
             self._feed_receiver(receiving.LinkLost("broken"))
+        if self.num_sent:
+            self._say_to_sender(sending.ReceiverLostLink("broken"))
 
     # --- the control stream: anything may happen to a message ---
 

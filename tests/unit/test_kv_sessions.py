@@ -28,6 +28,7 @@ SENDER_EVENTS: list[sending.SenderEvent] = [
     sending.NackReceived(NackReason.CHECKSUM, "x"),
     sending.Aborted(NackReason.CANCELLED, "x"),
     sending.LinkLost("x"),
+    sending.ReceiverLostLink("x"),
     sending.StreamLost("x"),
     sending.RenewalDue(),
     sending.DeadlinePassed(),
