@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -16,9 +17,13 @@ def generate(destination: Path) -> None:
         subprocess.CalledProcessError: protoc refused a file; its message is on standard error.
     """
     sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "protos").glob("*.proto"))]
-    out = [f"--{kind}_out={destination}" for kind in ("python", "grpc_python", "mypy")]
-    command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *out, f"--mypy_grpc_out={destination}", *sources]
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.PIPE)
+    out = [f"--{kind}_out={destination}" for kind in ("python", "grpc_python")]
+    out += [f"--{kind}_out=quiet:{destination}" for kind in ("mypy", "mypy_grpc")]
+    # The plugins lie beside this interpreter, which need not be on the PATH.
+    scripts = Path(sysconfig.get_path("scripts"))
+    plugins = [f"--plugin={name}={scripts / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *plugins, *out, *sources]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def drifted() -> list[str]:
