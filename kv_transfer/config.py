@@ -22,7 +22,7 @@ class KvTransferConfig(ConfigModel):
         description="address of this worker that peers can reach: the rendezvous store and the links bind to it",
     )
     slot_bytes: int = Field(
-        2 * MIB + HEADER_BYTES,
+        4 * MIB + HEADER_BYTES,
         ge=4 * HEADER_BYTES,
         le=256 * MIB,
         description="largest message on a link, header area included; a frame is cut to fit into it",

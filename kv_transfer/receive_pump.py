@@ -17,6 +17,7 @@ from kv_transfer.frame import FrameRefused
 from kv_transfer.landing import Landing, LandingZone
 from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd
 from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.patience import be_patient
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)
@@ -85,8 +86,13 @@ class ReceivePump:
         if link is not None:
             link.abort()
 
+    def join(self) -> None:
+        """After `finished`: wait for the thread's last instructions."""
+        self._thread.join()
+
     def _run(self) -> None:
         detail = ""
+        be_patient()
         try:
             with self._open() as link:
                 self._receive(link)

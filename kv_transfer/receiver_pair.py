@@ -113,6 +113,9 @@ class ReceiverPair:
         _, pending = await asyncio.wait(ending, timeout=self._config.close_timeout_s)
         if pending:  # one is opening a link, or inside the pool, which nothing can interrupt; it ends after that
             _log.warning("%d receiver threads from %s have not ended yet", len(pending), self.sender_id)
+        for pump in self._dying_pumps:
+            if pump.finished.done():
+                pump.join()
 
     def _open_link(self, link_epoch: int) -> None:
         if link_epoch <= self._link_epoch:

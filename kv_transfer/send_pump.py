@@ -27,6 +27,7 @@ from kv_transfer.frame import HEADER_BYTES, FrameHeader, seal
 from kv_transfer.gate import Gate
 from kv_transfer.link import LinkError, LinkPlan, Links, PairIdentity, SendEnd, Slot
 from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.patience import be_patient
 from kv_transfer.ports import KvReader
 from kv_transfer.session import NackReason
 
@@ -181,9 +182,14 @@ class SendPump:
         if link is not None:
             link.abort()
 
+    def join(self) -> None:
+        """After `finished`: wait for the thread's last instructions."""
+        self._thread.join()
+
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        be_patient()
         while (item := self._next()) is not None:
             outgoing, part = item
             try:

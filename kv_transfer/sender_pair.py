@@ -92,6 +92,8 @@ class SenderPair:
         _, pending = await asyncio.wait([asyncio.wrap_future(self.pump.finished)], timeout=self._config.close_timeout_s)
         if pending:  # it is opening a link, or inside the pool, which nothing can interrupt; it ends after that
             _log.warning("the sender thread to %s has not ended yet", self.peer.worker_id)
+        else:
+            self.pump.join()
 
     # --- the control stream -------------------------------------------------------------------------------------------
 
