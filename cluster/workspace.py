@@ -1,15 +1,16 @@
-"""The temporary folder of one launch, and the mark that all its processes carry.
+"""The temporary folder of one launch, the mark that its processes carry, and the reaper that sees to their end.
 
-The folder holds Redis's and Ray's sockets and logs, and a lock that its launcher holds while it lives, so that a later
-launch can remove what a killed one left. The mark is an environment variable that every descendant inherits: it finds
-the processes of a launch even when their parent is gone.
+The folder holds Redis's and Ray's sockets and logs. The mark is part of its name, and an environment variable that
+every descendant inherits: a process belongs to the launch if it has the variable, or an open file in the folder (a
+process that changes its title, as Ray's do, may wipe its environment). The reaper (`cluster.reaper`) is a small process
+that waits for the launcher's end, whatever that end is, kills what is left of the launch, and removes the folder.
 """
 
 import contextlib
-import fcntl
 import os
 import secrets
-import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,48 +21,66 @@ MARK = "TANDEM_LAUNCH"
 GONE = frozenset({psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD})
 """States of a process that holds nothing any more."""
 _PREFIX = "tandem-"
-_LOCK = "launcher.lock"
+_REAPER_S = 15.0
 
 
 @contextlib.contextmanager
 def workspace() -> Iterator[tuple[Path, str]]:
-    """Yield a fresh folder and the mark of this launch, set in our environment meanwhile; both go in the end."""
-    _sweep()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    """Yield a fresh folder and the mark of this launch, set in our environment meanwhile.
+
+    In the end every process of the launch is killed and the folder is removed, also when we ourselves are killed.
+    """
     mark = secrets.token_hex(8)
+    folder = folder_of(mark)
+    folder.mkdir(mode=0o700)
+    packages = str(Path(__file__).resolve().parent.parent)
     before = os.environ.get(MARK)
-    os.environ[MARK] = mark
-    try:
-        with (folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    environment = {name: value for name, value in os.environ.items() if name != MARK} | {"PYTHONPATH": packages}
+    with subprocess.Popen(
+        [sys.executable, "-m", "cluster.reaper", mark], env=environment, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as reaper:  # fmt: skip
+        os.environ[MARK] = mark
+        try:
             yield folder, mark
-    finally:
-        if before is None:
-            del os.environ[MARK]
-        else:
-            os.environ[MARK] = before
-        shutil.rmtree(folder, ignore_errors=True)  # a dying process may still write its last log line
+        finally:
+            if before is None:
+                del os.environ[MARK]
+            else:
+                os.environ[MARK] = before
+            assert reaper.stdin is not None, "a pipe was asked for"
+            reaper.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                reaper.wait(_REAPER_S)
 
 
-def marked_processes(mark: str) -> list[psutil.Process]:
-    """Return the living processes, ourselves excluded, that a launch started."""
+def folder_of(mark: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"{_PREFIX}{mark}"
+
+
+def marked_processes(mark: str, *, spared: int = 0) -> list[psutil.Process]:
+    """Return the living processes of a launch, ourselves and process `spared` excluded.
+
+    The launcher has files open in the folder too: whoever asks on its behalf spares it.
+    """
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            is_ours = process.pid != os.getpid() and process.environ().get(MARK) == mark
-            if is_ours and process.status() not in GONE:
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid in (os.getpid(), spared) or process.status() in GONE:
+                continue
+            if _is_marked(process, mark):
                 found.append(process)
     return found
 
 
-def end_marked(mark: str, deadline_s: float) -> list[psutil.Process]:
+def end_marked(mark: str, deadline_s: float, *, spared: int = 0) -> list[psutil.Process]:
     """Kill what is left of a launch; return what survives even that. Blocking, at most `deadline_s`."""
-    left = marked_processes(mark)
+    left = marked_processes(mark, spared=spared)
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
     _, alive = psutil.wait_procs(left, timeout=deadline_s)
-    return alive
+    return [process for process in alive if process.is_running() and process.status() not in GONE]
 
 
 def is_alive(pid: int, created_s: float) -> bool:
@@ -73,9 +92,16 @@ def is_alive(pid: int, created_s: float) -> bool:
         return False
 
 
-def _sweep() -> None:
-    """Remove folders whose launcher is dead: nobody holds their lock any more."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
-        with contextlib.suppress(OSError), lock.open("r") as handle:  # held, or somebody else's
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    if process.environ().get(MARK) == mark:
+        return True
+    inside = f"/{_PREFIX}{mark}/"
+    open_files = f"/proc/{process.pid}/fd"
+    return any(inside in os.readlink(f"{open_files}/{number}") for number in _listed(open_files))
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except PermissionError:  # another user's process
+        return []

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from cluster.run_file import RunRecord, read
-from cluster.workspace import marked_processes
+from cluster.workspace import folder_of, marked_processes
 from tandem_client import Client, ClusterStatus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +146,7 @@ async def running_cluster(folder: Path, config: dict[str, object]) -> AsyncItera
 
 
 async def until_nothing_is_left(mark: str) -> None:
-    """Wait for the last process of a launch; Ray's agents look for their dead parent every few seconds."""
-    async with asyncio.timeout(40.0):
-        while marked_processes(mark):  # noqa: ASYNC110 - nobody is left who could tell
+    """Wait for the last process of a launch, and for its folder, which goes last."""
+    async with asyncio.timeout(20.0):
+        while marked_processes(mark) or folder_of(mark).exists():  # noqa: ASYNC110 - nobody is left who could tell
             await asyncio.sleep(0.1)

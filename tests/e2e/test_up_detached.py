@@ -4,10 +4,8 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 
 from cluster.redis_server import free_port
 from cluster.run_file import RunRecord, read
-from cluster.workspace import GONE, MARK, end_marked, marked_processes
+from cluster.workspace import GONE, end_marked, marked_processes, workspace
 from tests.e2e.cluster_process import (
     PATIENCE_S,
     tandem,
@@ -65,31 +63,29 @@ async def test_a_killed_launcher_takes_everything_along(tmp_path: Path) -> None:
 @contextlib.asynccontextmanager
 async def existing_ray() -> AsyncIterator[dict[str, str]]:
     """A Ray head node of somebody else's. Yields what clients must have in their environment to be let in."""
-    port, mark = free_port(), f"ray-{os.getpid()}"
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # pytest's own paths are too long for Ray's sockets
+    port = free_port()
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    head = await asyncio.create_subprocess_exec(
-        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
-        "--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--object-store-memory={80 * 2**20}",
-        "--disable-usage-stats", f"--temp-dir={folder}",
-        env=os.environ | settings | {MARK: mark}, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    assert head.stdout is not None
-    printed = b""
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while b"Ray runtime started" not in printed:
-                line = await head.stdout.readline()
-                assert line, printed.decode()
-                printed += line
-        yield settings
-        assert head.returncode is None, "Ray was taken down with the cluster"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            head.kill()
-        await head.wait()
-        end_marked(mark, 10.0)
-        shutil.rmtree(folder, ignore_errors=True)
+    with workspace() as (folder, _):  # for its end: whatever Ray leaves is killed
+        head = await asyncio.create_subprocess_exec(
+            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+            "--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--object-store-memory={80 * 2**20}",
+            "--disable-usage-stats", f"--temp-dir={folder}",
+            env=os.environ | settings, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        assert head.stdout is not None
+        printed = b""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while b"Ray runtime started" not in printed:
+                    line = await head.stdout.readline()
+                    assert line, printed.decode()
+                    printed += line
+            yield settings
+            assert head.returncode is None, "Ray was taken down with the cluster"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                head.kill()
+            await head.wait()
 
 
 async def test_joins_an_existing_ray_cluster_and_leaves_it_as_it_was(

@@ -1,14 +1,16 @@
-"""Finding a running cluster, and never a dead one; folders of dead launchers are swept."""
+"""Finding a running cluster, and never a dead one; and leaving nothing of a dead one."""
 
+import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from cluster.run_file import RunRecord, claim, find, run_folder
-from cluster.workspace import MARK, marked_processes, workspace
+from cluster.workspace import MARK, end_marked, folder_of, marked_processes, workspace
 from core.errors import ConfigError
 
 
@@ -64,24 +66,52 @@ def test_a_folder_that_cannot_be_made(folder: Path, monkeypatch: pytest.MonkeyPa
         pass
 
 
-def test_workspace_marks_descendants_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def child(code: str, **options: Any) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, **options)
+
+
+def test_workspace_knows_its_processes_and_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the environment, or, for one that wiped it, by its open files; no others."""
     monkeypatch.delenv(MARK, raising=False)
-    with workspace() as (path, mark):
-        assert path.is_dir()
-        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-            assert [process.pid for process in marked_processes(mark)] == [child.pid]
-            child.communicate(b"\n")
-        assert marked_processes(mark) == []
-    assert not path.exists()
+    with child("input()") as stranger:
+        with workspace() as (path, mark):
+            assert path == folder_of(mark)
+            with (
+                child("input()") as heir,
+                (path / "log").open("w") as log,
+                child("input()", stdout=log, env={}) as wiped,
+            ):
+                assert {one.pid for one in marked_processes(mark)} == {heir.pid, wiped.pid}
+                wiped.communicate(b"\n")
+                assert {one.pid for one in marked_processes(mark)} == {heir.pid}
+                assert end_marked(mark, 10.0) == []
+                assert marked_processes(mark) == []
+                heir.wait(10.0)
+        assert MARK not in os.environ
+        assert not path.exists()
+        assert stranger.poll() is None
+        stranger.communicate(b"\n")
 
 
-def test_workspace_sweeps_what_dead_launchers_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    dead, other = folder / "tandem-dead", folder / "tandem-notes"
-    for path in (dead, other):
-        path.mkdir()
-    (dead / "launcher.lock").touch()
-    with workspace() as (alive, _), workspace():
-        assert not dead.exists()
-        assert alive.exists(), "its launcher lives"
-        assert other.exists(), "not a launcher's"
+_LAUNCHER = """
+import os, subprocess, sys, time
+from cluster.workspace import workspace
+
+with workspace() as (folder, mark):
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    print(mark, child.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_launcher_is_cleaned_up_after() -> None:
+    with child(_LAUNCHER, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        mark, pid = launcher.stdout.readline().decode().split()
+        orphan = psutil.Process(int(pid))
+        launcher.kill()
+        launcher.wait(10.0)
+        orphan.wait(20.0)
+        reapers = [one for one in psutil.process_iter(["cmdline"]) if mark in (one.info["cmdline"] or [])]
+        psutil.wait_procs(reapers, timeout=20.0)
+    assert not folder_of(mark).exists()
