@@ -113,5 +113,7 @@ def describe(status: ServiceStatus) -> str:
             return f"{loop}{status.cause}"
         case LifeState.STARTING:
             return "restarting" if status.restarts else "starting"
-        case other:
-            return str(other)
+        case LifeState.DRAINING:
+            return "finishing what it has"
+        case LifeState.PENDING | LifeState.STOPPED:
+            return ""

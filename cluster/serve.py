@@ -45,6 +45,7 @@ async def serve(
                         raise Interrupted("interrupted while starting; nothing is left running")
                     run_file.write(record.model_copy(update={"is_ready": True}))
                     on_ready(launcher)
+                    progress.phase(f"serving at {launcher.gateway_address}; Ctrl-C drains and stops")
                     await _first(asyncio.create_task(launcher.run()), asked)
                 finally:
                     asked.cancel()
