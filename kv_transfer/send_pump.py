@@ -14,77 +14,22 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from core.errors import ConfigError, ServingError, TransferError
-from core.ids import RequestId, TransferId
 from core.layout import DTYPE_BYTES, KvLayout
 from kv_transfer.box import Box, cut
 from kv_transfer.codec import TORCH_DTYPES, Codec
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, seal
-from kv_transfer.gate import Gate
 from kv_transfer.link import LinkError, LinkPlan, Links, PairIdentity, SendEnd, Slot
 from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.outgoing import Commit, OpenedLink, Outgoing, PumpHooks
 from kv_transfer.patience import be_patient
 from kv_transfer.ports import KvReader
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)
 _IDLE_FLUSH_S = 0.05  # an idle pump looks after frames in flight this soon; a busy one meets them when it needs a slot
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """The last thing that the owner pushes."""
-
-    first_token_id: int
-
-
-@dataclass(slots=True, eq=False)
-class Outgoing:
-    """One transfer as the pump sees it. `gate` may be used from any thread; the rest belongs to the pump."""
-
-    transfer_id: TransferId
-    request_id: RequestId
-    gate: Gate = field(default_factory=Gate)
-    held_tokens: int | None = None  # None: not reserved yet
-    waiting: list[Box | Commit] = field(default_factory=list)
-    link_epoch: int | None = None  # of its first frame; frames never continue on another link
-    num_frames: int = 0
-    payload_bytes: int = 0
-    has_moved: bool = False  # to another link, because the first turned out to be broken
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedLink:
-    """The receiver's answer to an OpenLink."""
-
-    link_epoch: int
-    address: str
-    slot_bytes: int
-    backend: str
-
-
-class PumpHooks(Protocol):
-    """Told on the pump's thread; must not block."""
-
-    def on_first_frame(self, outgoing: Outgoing) -> None: ...
-
-    def on_all_sent(self, outgoing: Outgoing, first_token_id: int) -> None: ...
-
-    def on_failed(self, outgoing: Outgoing, reason: NackReason, detail: str) -> None:
-        """This transfer cannot go on."""
-        ...
-
-    def on_link_lost(self, detail: str) -> None:
-        """Frames of other transfers may be lost too."""
-        ...
-
-    def on_link_needed(self, link_epoch: int) -> None:
-        """Ask the receiver to open; `link_opened` is awaited."""
-        ...
 
 
 class SendPump:

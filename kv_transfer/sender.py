@@ -31,9 +31,9 @@ from kv_transfer.deadline_timer import DeadlineTimer
 from kv_transfer.link import Links
 from kv_transfer.links import open_links
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
+from kv_transfer.outgoing import Commit, Outgoing
 from kv_transfer.ports import KvReader, Peer, SenderOutcomes
 from kv_transfer.rpc import GrpcDialer
-from kv_transfer.send_pump import Commit, Outgoing
 from kv_transfer.sender_pair import SenderPair
 from kv_transfer.sender_session import SenderSession
 from kv_transfer.session import NackReason

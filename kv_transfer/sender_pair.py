@@ -17,8 +17,9 @@ from kv_transfer.control import ControlStream, nack_reason
 from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.link import Links, PairIdentity
 from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.outgoing import OpenedLink, Outgoing
 from kv_transfer.ports import KvReader, Peer
-from kv_transfer.send_pump import OpenedLink, Outgoing, SendPump
+from kv_transfer.send_pump import SendPump
 from kv_transfer.session import NackReason
 from protos import kv_transfer_pb2 as pb
 
