@@ -5,7 +5,6 @@ both ways of moving bytes are measured in the same two processes, on the same cl
 """
 
 import asyncio
-import random
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +20,7 @@ from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from core.rpc import bind, create_server
+from engine.pool import KvPool
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.ports import LandedStats
 from kv_transfer.receiver import KvReceiver
@@ -34,45 +34,24 @@ _STOP, _RAW, _EXPECT = range(3)
 
 
 class PagedPool:
-    """KV in blocks ``[N, L, 2, K, S, D]`` behind shuffled block tables, as an engine keeps it."""
+    """The engine's own pool behind a shuffled block table, full of noise."""
 
     def __init__(self, max_tokens: int, seed: int) -> None:
-        layout = LAYOUT
-        num_blocks = -(-max_tokens // layout.block_size)
-        shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        self.blocks = torch.randint(-(2**14), 2**14, shape, dtype=torch.int16).view(torch.bfloat16)
-        self._words = self.blocks.view(torch.int64)  # torch copies integers 2.5 times as fast as bfloat16
-        self.table = list(range(num_blocks))
-        random.Random(seed).shuffle(self.table)
+        num_blocks = -(-max_tokens // LAYOUT.block_size)
+        generator = torch.Generator().manual_seed(seed)
+        self._pool = KvPool(LAYOUT, num_blocks)
+        self._pool.kv.view(torch.int16).random_(-(2**14), 2**14, generator=generator)
+        self._table = torch.randperm(num_blocks, generator=generator)
 
     def read_kv(self, request_id: RequestId, layers: range, tokens: range, out: Tensor | None = None) -> Tensor:
-        assert out is not None
-        words = out.view(torch.int64)
-        for block, inside, at in self._runs(tokens):
-            source = self._words[block, layers.start : layers.stop, :, :, inside.start : inside.stop]
-            words[:, :, :, at : at + len(inside)].copy_(source)
-        return out
+        return self._pool.read(self._table, layers, tokens, out)
 
     def write_kv(self, request_id: RequestId, layers: range, tokens: range, kv: Tensor) -> None:
-        words = kv.view(torch.int64)
-        for block, inside, at in self._runs(tokens):
-            target = self._words[block, layers.start : layers.stop, :, :, inside.start : inside.stop]
-            target.copy_(words[:, :, :, at : at + len(inside)])
+        self._pool.write(self._table, layers, tokens, kv)
 
     def checksum(self) -> str:
         """Return a sum over all KV, the same wherever its blocks lie."""
-        return str(self.blocks.view(torch.int16).to(torch.int64).sum().item())
-
-    def _runs(self, tokens: range) -> list[tuple[int, range, int]]:
-        size = LAYOUT.block_size
-        runs = []
-        start = tokens.start
-        while start < tokens.stop:
-            stop = min((start // size + 1) * size, tokens.stop)
-            first = start % size
-            runs.append((self.table[start // size], range(first, first + stop - start), start - tokens.start))
-            start = stop
-        return runs
+        return str(self._pool.kv.view(torch.int16).to(torch.int64).sum().item())
 
 
 class RawPair:
