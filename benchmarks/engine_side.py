@@ -35,6 +35,10 @@ def tandem(config: SideConfig) -> tuple[str, Generate]:
     """The whole engine: scheduler, paged cache, model, sampler."""
     from pathlib import Path
 
+    from engine.config import PROCESS_ENVIRONMENT
+
+    os.environ.update(PROCESS_ENVIRONMENT)  # before torch is loaded; vLLM has its own such settings below
+
     from core.ids import RequestId
     from core.request import GenerateRequest, SamplingParams
     from engine.config import EngineConfig, ModelConfig
