@@ -16,7 +16,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-
 from cluster.incarnation import SpawnError
 from cluster.tied_process import spawn_tied
 from core.errors import ConfigError, StoreUnavailable
