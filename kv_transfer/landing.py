@@ -20,6 +20,7 @@ from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, decode, s
 from kv_transfer.gate import Gate
 from kv_transfer.link import Slot
 from kv_transfer.ports import KvWriter
+from kv_transfer.receiver_events import FramesWritten
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)
@@ -38,15 +39,15 @@ class FrameStamp:
 class Landing:
     """One transfer as the receiver thread sees it.
 
-    Any thread may use `gate` and read the rest; only the receiver thread writes (but the note).
+    Any thread may use `gate` and read `written`; `coverage` is the receiver thread's own. What was written is published
+    as one immutable fact in one store, so that a reader never sees the frames of now with the bytes of before.
     """
 
     transfer_id: TransferId
     request_id: RequestId
     coverage: Coverage
     gate: Gate = field(default_factory=Gate)
-    num_frames: int = 0
-    payload_bytes: int = 0
+    written: FramesWritten = FramesWritten(0, 0, is_covered=False)
     told_frames: int = 0  # the event loop's own note
 
 
@@ -115,8 +116,10 @@ class LandingZone:
         finally:
             landing.gate.leave()
         landing.coverage.add(header.box)
-        landing.num_frames += 1
-        landing.payload_bytes += header.payload_bytes
+        before = landing.written
+        landing.written = FramesWritten(
+            before.num_frames + 1, before.payload_bytes + header.payload_bytes, landing.coverage.is_complete
+        )
         return landing
 
     def _check_shape(self, header: FrameHeader) -> None:

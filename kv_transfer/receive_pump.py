@@ -145,5 +145,5 @@ class ReceivePump:
             with self._lock:
                 self._consumed_bytes += payload_bytes
                 is_due = self._consumed_bytes >= self._credit_portion_bytes
-            if is_due or (landing is not None and (landing.num_frames == 1 or landing.coverage.is_complete)):
+            if is_due or (landing is not None and (landing.written.num_frames == 1 or landing.written.is_covered)):
                 self._hooks.on_progress()

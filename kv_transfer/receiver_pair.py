@@ -159,9 +159,9 @@ class ReceiverPair:
         """Tell the sessions what the receiver thread has written."""
         self._is_progress_posted = False
         for landing in list(self.landings.values()):
-            if landing.num_frames > landing.told_frames:
-                landing.told_frames = landing.num_frames
-                written = session.FramesWritten(landing.num_frames, landing.payload_bytes, landing.coverage.is_complete)
+            written = landing.written
+            if written.num_frames > landing.told_frames:
+                landing.told_frames = written.num_frames
                 self._owner.feed_from(self, landing.transfer_id, written)
         if self._pump is not None and (credit_bytes := self._pump.take_credit()):
             self.say(pb.ReceiverMessage(credit=pb.Credit(bytes=credit_bytes)))

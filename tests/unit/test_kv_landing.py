@@ -2,18 +2,27 @@
 
 import dataclasses
 from collections.abc import Callable
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
-from core.ids import RequestId, TransferId
+from core.ids import Epoch, RequestId, TransferId, WorkerId
+from core.membership import WorkerIdentity
 from kv_transfer.box import Box
 from kv_transfer.codec import default_codecs
+from kv_transfer.config import KvTransferConfig
 from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, seal
 from kv_transfer.landing import FrameStamp, Landing, LandingZone
 from kv_transfer.link import Slot
+from kv_transfer.memory_links import MemoryLinks
+from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.receiver_events import FramesWritten
+from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner
 from kv_transfer.session import NackReason
+from protos import kv_transfer_pb2 as pb
 from tests.kv_peers import LAYOUT, ArrayPool
 
 T, R = TransferId("t/0"), RequestId("t")
@@ -59,7 +68,7 @@ def test_a_good_frame_is_written_and_accounted_for() -> None:
     assert site.land(HEADER) is site.landing
     assert not site.array[:, :, :, 4:8].isnan().any()
     assert site.array[:, :, :, 8:].isnan().all()
-    assert (site.landing.num_frames, site.landing.payload_bytes) == (1, RAW_BYTES)
+    assert site.landing.written == FramesWritten(1, RAW_BYTES, is_covered=False)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +97,7 @@ def test_a_wrong_frame_is_refused_and_nothing_is_written(header: FrameHeader, re
         site.land(header)
     assert (refused.value.reason, refused.value.transfer_id) == (reason, T)
     assert site.pool.writes == []
-    assert site.landing.num_frames == 0
+    assert site.landing.written.num_frames == 0
 
 
 @pytest.mark.parametrize("offset", [9, 30, 80, HEADER_BYTES, HEADER_BYTES + RAW_BYTES - 1])
@@ -122,7 +131,37 @@ def test_a_pool_that_refuses_ends_the_transfer() -> None:
     with pytest.raises(FrameRefused) as refused:
         site.land(HEADER)
     assert refused.value.reason == NackReason.POOL
-    assert site.landing.num_frames == 0
+    assert site.landing.written.num_frames == 0
     closed: list[bool] = []
     site.landing.gate.close(lambda: closed.append(True))
     assert closed == [True]
+
+
+async def test_the_event_loop_never_sees_half_of_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site()
+    owner = create_autospec(ReceiverPairOwner, instance=True)
+    pair = ReceiverPair(
+        pb.SenderHello(worker_id="prefill", epoch=3),
+        WorkerIdentity(WorkerId("decode"), Epoch(7), "test"),
+        KvTransferConfig(backend="memory"),
+        LAYOUT,
+        MemoryLinks(),
+        site.pool,
+        default_codecs(),
+        lambda message: None,
+        KvTransferMetrics(CollectorRegistry()),
+        owner,
+    )
+    pair.landings[T] = site.landing
+    honest = FrameHeader.payload_bytes
+
+    def payload_bytes(header: FrameHeader) -> int:
+        pair.look()  # as if the loop's thread ran here, in the middle of the accounting
+        return honest.__get__(header)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(FrameHeader, "payload_bytes", property(payload_bytes))
+    for start in range(4, 20, 4):
+        site.land(_box(tokens=range(start, start + 4)))
+    pair.look()
+    told = [call.args[2] for call in owner.feed_from.call_args_list]
+    assert told == [FramesWritten(count, count * RAW_BYTES, is_covered=count == 4) for count in range(1, 5)]
