@@ -1,5 +1,6 @@
 """Names of the things that cross process borders. Pure strings, told apart by their types."""
 
+import random
 import re
 import secrets
 from typing import NewType
@@ -27,9 +28,18 @@ def new_gateway_id() -> GatewayId:
     return GatewayId(f"gw-{secrets.token_hex(6)}")
 
 
-def transfer_id(request_id: RequestId, attempt: int) -> TransferId:
-    """Name attempt number `attempt` (from 0) to hand over `request_id`."""
-    return TransferId(f"{request_id}/{attempt}")
+def new_nonce(rng: random.Random) -> str:
+    """Draw what tells one admission of a request id from another (32 bits): clients use their ids again, and at
+    several gateways at once, while workers remember for a while what has ended."""
+    return f"{rng.getrandbits(32):08x}"
+
+
+def transfer_id(request_id: RequestId, attempt: int, nonce: str) -> TransferId:
+    """Name attempt number `attempt` (from 0) to hand over `request_id`, in the admission that drew `nonce`.
+
+    At most 128 characters of the id and 20 more, below what a KV frame has room for.
+    """
+    return TransferId(f"{request_id}/{attempt}.{nonce}")
 
 
 def parse_request_id(text: str) -> RequestId:

@@ -24,7 +24,7 @@ from core.errors import (
     SlowReader,
     WorkerLost,
 )
-from core.ids import RequestId, WorkerId, transfer_id
+from core.ids import RequestId, WorkerId, new_nonce
 from core.request import Finish, GenerateRequest
 from router import messages as m
 from router.admission import AdmissionQueue
@@ -54,6 +54,7 @@ class Dispatcher:
         self._config = config
         self._fleet = fleet
         self._clock = clock
+        self._rng = rng
         self._metrics = metrics
         self._placer = Placer(config.routing, fleet, clock, rng)
         self._queue = AdmissionQueue(
@@ -110,7 +111,7 @@ class Dispatcher:
             max_losses=self._config.workers.max_losses,
         )
         stream = RequestStream(request.request_id, self._config.max_unread_tokens)
-        active = ActiveRequest(request, hashes, machine, stream)
+        active = ActiveRequest(request, new_nonce(self._rng), hashes, machine, stream)
         active.alarm = Alarm(self._clock, lambda: self._perform_all(active, machine.poll(self._clock.now())))
         self._requests.add(active)
         self._idle.clear()
@@ -296,8 +297,7 @@ class Dispatcher:
         self._count(active, worker_id, prefill_tokens=0)
         self._requests.hold(active, worker_id)
         request = self._for_worker(active, worker_id)
-        transfer = transfer_id(active.request_id, attempt)
-        if not self._fleet.submit_decode(worker_id, request, active.work_id, transfer):
+        if not self._fleet.submit_decode(worker_id, request, active.work_id, active.work_id):
             self._feed(active, m.DecodeLost(WorkerLost(f"{worker_id} is not connected")))
 
     def _submit_prefill(
@@ -307,8 +307,7 @@ class Dispatcher:
         self._count_prefill(active, worker_id)
         self._requests.hold(active, worker_id)
         request = self._for_worker(active, worker_id)
-        transfer = transfer_id(active.request_id, attempt)
-        if not self._fleet.submit_prefill(worker_id, request, active.work_id, transfer, decode):
+        if not self._fleet.submit_prefill(worker_id, request, active.work_id, active.work_id, decode):
             self._feed(active, m.PrefillLost(WorkerLost(f"{worker_id} is not connected")))
 
     def _count_prefill(self, active: ActiveRequest, worker_id: WorkerId) -> None:

@@ -1,28 +1,32 @@
 """The requests in the gateway, and who holds what of them: by request, by work id on the wire, by worker.
 
-A work id names one attempt of one request: the request's id, then "<id>/1", "<id>/2", ... (a client's own id has no
-slash). Reports that name an unknown work are late news of a finished attempt."""
+A work id names one attempt of one admission of a request: "<id>/0.<nonce>", "<id>/1.<nonce>", ... (a client's own id
+has no slash), and is the transfer id of that attempt too. Neither a request id that a client uses again nor another
+gateway's request of the same id meets it. Reports that name an unknown work are late news of a finished attempt."""
 
 from dataclasses import dataclass, field
 
 from core.alarm import Alarm
-from core.ids import RequestId, WorkerId, transfer_id
+from core.ids import RequestId, TransferId, WorkerId, transfer_id
 from core.request import GenerateRequest
 from router.prompt_hashes import PromptHashes
 from router.state import RequestMachine
 from router.stream import RequestStream
 
+_NO_WORK = TransferId("")
+
 
 @dataclass(slots=True, eq=False)
 class ActiveRequest:
-    """One request with all that the shell keeps for it."""
+    """One request with all that the shell keeps for it. `work_id` is empty before the first attempt."""
 
     request: GenerateRequest
+    nonce: str
     hashes: PromptHashes
     machine: RequestMachine
     stream: RequestStream
     alarm: Alarm | None = None
-    work_id: str = ""
+    work_id: TransferId = _NO_WORK
     workers: set[WorkerId] = field(default_factory=set)
 
     @property
@@ -69,7 +73,7 @@ class InFlight:
     def begin_attempt(self, active: ActiveRequest, attempt: int) -> None:
         """Name the work after its attempt; the name of the last attempt is forgotten."""
         self._by_work.pop(active.work_id, None)
-        active.work_id = transfer_id(active.request_id, attempt) if attempt else active.request_id
+        active.work_id = transfer_id(active.request_id, attempt, active.nonce)
         self._by_work[active.work_id] = active
 
     def hold(self, active: ActiveRequest, worker_id: WorkerId) -> None:

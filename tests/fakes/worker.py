@@ -81,6 +81,11 @@ class WorkerScript:
         return self.refusals.popleft() if self.refusals else self.always_refuse
 
 
+def client_id(work_id: str) -> str:
+    """Return the client's id of the request that a work was made for."""
+    return work_id.rpartition("/")[0]
+
+
 def refusal(reason: RejectReason = RejectReason.QUEUE_FULL, retry_after_s: float = 0.0) -> RejectedError:
     return RejectedError(reason, "scripted", retry_after_s)
 
@@ -191,7 +196,7 @@ class _FakeWorker(Generic[Report]):
         await self.wait_until(lambda: len(self.submits) >= count)
 
     async def wait_aborted(self, request_id: str) -> None:
-        await self.wait_until(lambda: any(name == request_id for name, _ in self.aborts))
+        await self.wait_until(lambda: any(client_id(name) == request_id for name, _ in self.aborts))
 
     async def list_cached(self) -> pb.ListCachedBlocksResponse:
         chains = [pb.CachedChain(parent=chain.parent, hashes=chain.hashes) for chain in self._chains]
@@ -378,6 +383,7 @@ class FakeDecodeWorker(_FakeWorker[pb.DecodeReport]):
         super().__init__(name, network, store, cluster, epoch=epoch, layout=layout, max_model_len=max_model_len)
         self.steps_allowed = asyncio.Semaphore(1_000_000)
         """Every token after the first takes one; a test that wants to stop in mid-stream replaces it."""
+        self._spent: set[str] = set()  # a real receiver remembers transfers that ended, too
 
     def _add_to(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_DecodeWorkerServicer_to_server(_DecodeServicer(self), server)
@@ -386,6 +392,12 @@ class FakeDecodeWorker(_FakeWorker[pb.DecodeReport]):
         assert isinstance(submit, pb.DecodeSubmit)
         request, request_id = submit.request, RequestId(submit.request.request_id)
         held = self._cached_tokens(request)
+        if submit.transfer_id in self._spent:
+            self.held.discard(request_id)
+            reused = pb.WorkFailed(request_id=request_id, grpc_code="UNAVAILABLE", reason="not_expected")
+            outbox.put(pb.DecodeReport(failed=reused))
+            return
+        self._spent.add(submit.transfer_id)
         await self.network.landing(submit.transfer_id).wait()
         await self.script.go.wait()
         if self.script.failure is not None:

@@ -55,7 +55,8 @@ async def test_a_prefill_worker_lost_before_the_first_token_is_replaced(checkpoi
         assert (call.text, call.indices) == ("abcde", [0, 1, 2, 3, 4])
         assert call.finished.placement.prefill_worker == survivor.worker_id
         assert call.finished.placement.attempts == 2
-        assert [submit.transfer_id for submit in cluster.decodes[0].submits] == ["r/0", "r/1"]
+        first, second = (submit.transfer_id for submit in cluster.decodes[0].submits)
+        assert (first.split(".")[0], second.split(".")[0]) == ("r/0", "r/1")
         await cluster.decodes[0].wait_aborted("r")
         assert nothing_is_held(cluster)
 

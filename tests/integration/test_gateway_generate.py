@@ -1,6 +1,7 @@
 """The gateway over real gRPC in front of fake workers: what a client is streamed when all goes well."""
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from protos import worker_pb2
 from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import fake_cluster, text_request
 from tests.fakes.reading import collect
-from tests.fakes.worker import Reply, echo_alphabet, refusal
+from tests.fakes.worker import Reply, client_id, echo_alphabet, refusal
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ async def test_workers_are_told_everything(checkpoint: Path) -> None:
         decode, prefill = cluster.decodes[0].submits[0], cluster.prefills[0].submits[0]
         assert isinstance(prefill, worker_pb2.PrefillSubmit)
         assert prefill.request == decode.request
-        assert prefill.transfer_id == decode.transfer_id == "r-2/0"
+        assert prefill.transfer_id == decode.transfer_id == prefill.request.request_id
+        assert re.fullmatch(r"r-2/0\.[0-9a-f]{8}", prefill.transfer_id)
         assert (prefill.decode_worker_id, prefill.decode_epoch) == ("d0", 1)
         assert prefill.decode_address == cluster.decodes[0].address
         assert len(prefill.request.prompt_token_ids) == 8
@@ -167,7 +169,7 @@ async def test_refused_work_goes_to_another_worker(checkpoint: Path) -> None:
         assert asked > 16, "somebody was asked and refused"
         by_request: dict[str, set[str]] = {}
         for submit in (*cluster.prefills[0].submits, *cluster.prefills[1].submits):
-            by_request.setdefault(submit.request.request_id, set()).add(submit.transfer_id)
+            by_request.setdefault(client_id(submit.request.request_id), set()).add(submit.transfer_id)
         assert all(len(transfers) == 1 for transfers in by_request.values()), "another P, the same transfer id"
 
 

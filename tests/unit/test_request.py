@@ -1,13 +1,15 @@
 """Sampling ranges and request ids: refused by name."""
 
 import math
+import random
 from typing import Any
 
 import pytest
 
 from core.errors import InvalidRequest
-from core.ids import new_request_id, parse_request_id
+from core.ids import new_nonce, new_request_id, parse_request_id, transfer_id
 from core.request import SamplingParams
+from kv_transfer.frame import MAX_TRANSFER_ID_BYTES
 
 BAD: list[tuple[str, Any]] = [
     ("temperature", -0.1),
@@ -56,3 +58,12 @@ def test_made_ids_are_fresh_and_valid() -> None:
     made = {new_request_id() for _ in range(100)}
     assert len(made) == 100
     assert all(parse_request_id(one) == one for one in made)
+
+
+def test_a_transfer_is_named_once_per_admission_and_attempt_and_fits_a_frame() -> None:
+    rng = random.Random(0)
+    longest = parse_request_id("x" * 128)
+    first, second = new_nonce(rng), new_nonce(rng)
+    named = [transfer_id(longest, attempt, nonce) for attempt in (0, 10**9) for nonce in (first, second)]
+    assert len(set(named)) == 4
+    assert max(len(one.encode()) for one in named) <= MAX_TRANSFER_ID_BYTES
