@@ -102,6 +102,7 @@ class FusedDecoder:
 
     def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None) -> torch.Tensor:
         """Return float32 logits [R, V]; K and V of the batch are in the pool."""
+        self._threads = torch.get_num_threads()  # of this step
         hidden = embedding(batch.token_ids, self._embedding)
         normed = torch.empty_like(hidden)
         self._add_norm(hidden, None, self._layers[0].input_norm, normed)

@@ -28,6 +28,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.forward import ForwardBatch, SequenceChunk, build_batch
 from engine.model import load_model, resolve_device
 from engine.pool import KvPool
+from engine.threads import StepCost
 
 _LOG = logging.getLogger(__name__)
 _DEFAULT_CPU_POOL_BYTES = 512 * 2**20
@@ -48,13 +49,14 @@ class ModelRunner:
     Concurrency: one `forward` at a time; frames of other sequences' blocks may be read and written meanwhile.
     """
 
-    def __init__(self, info: ModelInfo, pool: KvPool, forward: Forward, *, fused: bool) -> None:
+    def __init__(self, info: ModelInfo, pool: KvPool, forward: Forward, cost: StepCost, *, fused: bool) -> None:
         self.info = info
         self.pool = pool
         self.fused = fused
         self._forward = forward
+        self._cost = cost
         self._num_threads = torch.get_num_threads()
-        self._prepared_thread = 0
+        self._prepared = (0, 0)  # thread id, thread count that it has taken up
 
     @classmethod
     def load(
@@ -80,10 +82,11 @@ class ModelRunner:
         info = _fit_to_pool(info, model, pool)
         backend = make_attention(config.attention_backend, pool)
         progress("preparing layers", 0.7)
+        cost = _step_cost(module, info)  # before the layers' weights move
         with torch.inference_mode():
             decoder = _fuse(module, pool, backend, config, info) if config.fuse_modules else None
             forward = _plain_forward(module, pool, backend) if decoder is None else decoder
-            runner = cls(info, pool, forward, fused=decoder is not None)
+            runner = cls(info, pool, forward, cost, fused=decoder is not None)
             progress("warming up", 0.9)
             runner._warm_up(module if decoder is None else None, backend)
         progress("loaded", 1.0)
@@ -98,9 +101,10 @@ class ModelRunner:
         Returns:
             float32 logits [R, V] of `batch.logits_rows`, in their order; owned by the caller.
         """
-        if get_ident() != self._prepared_thread:
-            torch.set_num_threads(self._num_threads)
-            self._prepared_thread = get_ident()
+        wanted = (get_ident(), self._cost.threads(batch.num_tokens, self._num_threads))
+        if self._prepared != wanted:
+            torch.set_num_threads(wanted[1])
+            self._prepared = wanted
         return self._forward(batch, on_layer)
 
     def batch(self, chunks: list[SequenceChunk]) -> ForwardBatch:
@@ -192,6 +196,14 @@ def _pool_blocks(config: EngineConfig, layout: KvLayout, device: torch.device) -
         needed, free = blocks * layout.bytes_per_block / 2**20, available / 2**20
         raise ConfigError(f"kv_cache_bytes: the KV pool needs {needed:.0f} MiB, {device} has {free:.0f} MiB free")
     return blocks
+
+
+def _step_cost(module: PreTrainedModel, info: ModelInfo) -> StepCost:
+    embedding = module.get_input_embeddings().weight
+    head = module.get_output_embeddings().weight
+    matrices = [weight for weight in module.parameters() if weight.dim() == 2 and weight is not embedding]
+    num_weights = sum(weight.numel() for weight in matrices) + (head.numel() if head is embedding else 0)
+    return StepCost(num_weights, num_weights * embedding.element_size(), info.num_layers, info.dtype)
 
 
 def _fit_to_pool(info: ModelInfo, model: ModelConfig, pool: KvPool) -> ModelInfo:

@@ -32,6 +32,7 @@ class NumbaPlan:
     """
 
     num_tokens: int
+    num_threads: int
     rows: torch.Tensor
     sequences: torch.Tensor
     positions: torch.Tensor
@@ -51,7 +52,6 @@ class NumbaAttention:
     def __init__(self, pool: KvPool) -> None:
         dtype = pool.layout.dtype
         self._pool = pool
-        self._threads = torch.get_num_threads()
         self._paged = Kernel(*paged_attention(dtype))
         self._has_tiles = tile.can_multiply(dtype) and pool.layout.head_dim % tile.COLUMNS == 0
         if self._has_tiles:
@@ -80,6 +80,7 @@ class NumbaAttention:
             blocks = tuple(batch.block_tables[i] for i in indices)
         return NumbaPlan(
             batch.num_tokens,
+            torch.get_num_threads(),
             torch.from_numpy(rows),
             torch.from_numpy(sequences),
             positions,
@@ -94,7 +95,8 @@ class NumbaAttention:
         out = torch.empty((plan.num_tokens, query.shape[1] * query.shape[2]), dtype=query.dtype)
         for chunk, blocks in zip(plan.chunks, plan.blocks, strict=True):
             if self._has_tiles:
-                self._attend_tiles(query[chunk.rows], out[chunk.rows], layer_idx, chunk, blocks, scaling, window)
+                part = query[chunk.rows], out[chunk.rows]
+                self._attend_tiles(*part, layer_idx, chunk, blocks, plan.num_threads, scaling, window)
             else:
                 out[chunk.rows] = attend_chunk(self._pool, query[chunk.rows], layer_idx, chunk, scaling, window)
         if plan.rows.shape[0]:
@@ -106,7 +108,7 @@ class NumbaAttention:
     ) -> None:
         layout = self._pool.layout
         self._paged.run(
-            self._threads,
+            plan.num_threads,
             query.data_ptr(),
             out.data_ptr(),
             plan.rows.shape[0],
@@ -133,6 +135,7 @@ class NumbaAttention:
         layer_idx: int,
         chunk: Chunk,
         blocks: torch.Tensor,
+        num_threads: int,
         scaling: float,
         window: int,
     ) -> None:
@@ -142,7 +145,7 @@ class NumbaAttention:
         packed = torch.empty((2, layout.num_kv_heads, num_tiles, KEY_TILE, layout.head_dim), dtype=query.dtype)
         keys, values = packed[0].data_ptr(), packed[1].data_ptr()
         self._pack.run(
-            self._threads,
+            num_threads,
             keys,
             values,
             layout.num_kv_heads,
@@ -156,7 +159,7 @@ class NumbaAttention:
             self._layer_ptr(layer_idx),
         )
         self._flash.run(
-            self._threads,
+            num_threads,
             query.data_ptr(),
             out.data_ptr(),
             query.shape[0],
