@@ -1,13 +1,15 @@
-"""The gateway's waiting room: bounded in requests and prompt tokens, first in first out, one prober when nobody
-accepts.
+"""The gateway's waiting room: bounded in requests and prompt tokens, first in first out, a slow start after refusals.
 
 A ticket counts from `enter` until both workers accepted (or the request ended), so the bound holds for everything
 that the cluster has not taken yet. Life of a ticket:
-1. WAITING. While the gate is open every `take` releases all who wait, in order of arrival.
+1. WAITING. While nobody has been refused, every `take` releases all who wait, in order of arrival.
 2. RELEASED: being placed. Accepted: `leave`, and the gate opens, since a worker has room.
-3. Refused by everybody: `put_back`, in its old place, and the gate closes for a while that doubles with every such
-   refusal in a row, with jitter. After that while only the first in the queue is released, as a probe: above
-   saturation the workers see one question at a time and not a storm.
+3. Refused by everybody: `put_back`, in its old place. The gate closes for a while that doubles with every such refusal
+   in a row, with jitter, and a window limits how many may be released and unanswered at once from then on: 1 after a
+   refusal, one more for each acceptance (so it doubles from round to round), no limit again once the queue was empty.
+   Each time the gate closes the workers were thus asked at most 2k + 1 times for k acceptances, however many wait.
+4. Who was released before the gate closed and is still without an answer takes no place in the window, and its refusal
+   tells nothing new; its acceptance opens the gate as any other.
 
 Pure but for the given generator; the caller owns the time.
 """
@@ -50,7 +52,8 @@ class AdmissionQueue:
         self._waiting: list[Ticket] = []
         self._num_tokens = 0
         self._next_number = 0
-        self._probe: Ticket | None = None
+        self._window: int | None = None  # None: no limit
+        self._asking: set[Ticket] = set()  # released within the window, without an answer yet
         self._closed_until: float | None = None  # None: the gate is open
         self._num_refusals = 0
 
@@ -84,13 +87,13 @@ class AdmissionQueue:
 
     def take(self, now: float) -> list[RequestId]:
         """Release those whose turn it is, in order."""
-        if self._closed_until is None:
-            released, self._waiting = self._waiting, []
-            return [ticket.request_id for ticket in released]
-        if now < self._closed_until or self._probe is not None or not self._waiting:
+        if self._closed_until is not None and now < self._closed_until:
             return []
-        self._probe = self._waiting.pop(0)
-        return [self._probe.request_id]
+        room = len(self._waiting) if self._window is None else max(0, self._window - len(self._asking))
+        released, self._waiting = self._waiting[:room], self._waiting[room:]
+        if self._window is not None:
+            self._asking.update(released)
+        return [ticket.request_id for ticket in released]
 
     def put_back(self, request_id: RequestId, num_tokens: int, now: float, retry_after_s: float = 0.0) -> None:
         """Everybody refused `request_id`. Also takes back one that had left (it lost its workers), full or not."""
@@ -99,11 +102,10 @@ class AdmissionQueue:
             ticket = self._tickets[request_id] = Ticket(-1, request_id, num_tokens)
             self._num_tokens += num_tokens
         insort(self._waiting, ticket)
-        if self._probe is not None and self._probe is not ticket:
+        if self._window is not None and ticket not in self._asking:
             return  # released before the gate closed: it tells nothing new
-        self._probe = None
-        if self._closed_until is not None and now < self._closed_until:
-            return
+        self._window = 1
+        self._asking.clear()
         backoff_s = min(self._retry_max_s, self._retry_min_s * 2.0**self._num_refusals)
         wait_s = max(backoff_s * self._rng.uniform(0.5, 1.0), min(retry_after_s, self._retry_max_s))
         self._num_refusals = min(self._num_refusals + 1, 32)
@@ -115,22 +117,24 @@ class AdmissionQueue:
         if accepted:
             self._closed_until = None
             self._num_refusals = 0
+            if self._window is not None:
+                self._window = self._window + 1 if self._tickets else None
         if ticket is None:
             return
         self._num_tokens -= ticket.num_tokens
-        if self._probe is ticket:
-            self._probe = None
+        if ticket in self._asking:
+            self._asking.remove(ticket)
         elif ticket in self._waiting:
             self._waiting.remove(ticket)
 
     def note_capacity(self, now: float) -> None:
-        """Something was freed, or a worker joined: the next probe may go as early as the shortest wait allows."""
+        """Something was freed, or a worker joined: the next question may go as early as the shortest wait allows."""
         if self._closed_until is not None:
             self._closed_until = min(self._closed_until, now + self._retry_min_s)
             self._num_refusals = 0
 
     def next_deadline(self) -> float | None:
         """When `take` has something to release that it has not now; None when nothing waits on time."""
-        if self._closed_until is None or self._probe is not None or not self._waiting:
+        if self._closed_until is None or self._asking or not self._waiting:
             return None
         return self._closed_until

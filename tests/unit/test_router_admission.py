@@ -1,4 +1,4 @@
-"""The waiting room: bounds, order, and one prober when nobody accepts."""
+"""The waiting room: bounds, order, and a slow start after refusals."""
 
 import random
 
@@ -132,6 +132,63 @@ def test_a_probe_that_ends_lets_the_next_one_probe() -> None:
     assert waiting.take(10.0) == names("a")
     waiting.leave(RequestId("a"), accepted=False)
     assert waiting.take(10.0) == names("b")
+
+
+def test_above_saturation_few_are_released_per_acceptance() -> None:
+    waiting = queue(max_requests=2000, max_tokens=2000)
+    everybody = [RequestId(f"{number:04d}") for number in range(1000)]
+    for name in everybody:
+        waiting.enter(name, 1)
+    asked = waiting.take(0.0)
+    assert asked == everybody, "nothing is known yet: the gate is open"
+    for name in asked:
+        waiting.put_back(name, 1, 0.0)
+    now, num_accepted, num_released = 0.0, 0, 0
+    while num_accepted < 5:  # five places in the cluster
+        due = waiting.next_deadline()
+        now = now if due is None else max(now, due)
+        asked = waiting.take(now)
+        assert asked
+        num_released += len(asked)
+        for name in asked:
+            if num_accepted < 5:
+                waiting.leave(name, accepted=True)
+                num_accepted += 1
+            else:
+                waiting.put_back(name, 1, now)
+    assert num_released <= 2 * 5 + 1
+    refused_at = waiting.next_deadline()
+    if refused_at is not None:
+        assert len(waiting.take(refused_at)) == 1, "a refusal goes back to one question at a time"
+
+
+def test_the_window_grows_by_what_is_accepted_until_the_queue_is_empty() -> None:
+    waiting = queue()
+    texts = [f"{number:02d}" for number in range(20)]
+    enter(waiting, *texts)
+    waiting.put_back(waiting.take(0.0)[0], 1, 0.0)
+    for name in names(*texts[1:]):
+        waiting.put_back(name, 1, 0.0)
+    sizes, now = [], MAX_S
+    while asked := waiting.take(now):
+        sizes.append(len(asked))
+        for name in asked:
+            waiting.leave(name, accepted=True)
+    assert sizes == [1, 2, 4, 8, 5]
+    enter(waiting, *texts)
+    assert len(waiting.take(now)) == 20, "empty once: unbounded again"
+
+
+def test_a_late_refusal_of_the_first_rush_neither_closes_the_gate_nor_waits_in_the_window() -> None:
+    waiting = queue()
+    enter(waiting, "a", "b", "c")
+    waiting.take(0.0)
+    waiting.put_back(RequestId("a"), 1, 0.0)
+    assert waiting.take(MAX_S) == names("a"), "b and c have no answer yet and do not count"
+    waiting.leave(RequestId("a"), accepted=True)
+    waiting.put_back(RequestId("b"), 1, MAX_S)
+    waiting.put_back(RequestId("c"), 1, MAX_S)
+    assert waiting.take(MAX_S) == names("b", "c")
 
 
 class Room(RuleBasedStateMachine):
