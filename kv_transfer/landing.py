@@ -24,6 +24,7 @@ from kv_transfer.receiver_events import FramesWritten
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)
+_NOTHING_WRITTEN = FramesWritten(0, 0, is_covered=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Landing:
     request_id: RequestId
     coverage: Coverage
     gate: Gate = field(default_factory=Gate)
-    written: FramesWritten = FramesWritten(0, 0, is_covered=False)
+    written: FramesWritten = _NOTHING_WRITTEN
     told_frames: int = 0  # the event loop's own note
 
 
