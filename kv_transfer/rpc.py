@@ -1,6 +1,7 @@
 """The control plane over gRPC: messages and errors in, messages and errors out, nothing decided here."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from protos import kv_transfer_pb2_grpc as pb_grpc
 if TYPE_CHECKING:
     from kv_transfer.receiver import KvReceiver
 
+_log = logging.getLogger(__name__)
 _FAREWELL_S = 1.0  # how long a closing stream waits for what was said last to leave
 
 
@@ -68,18 +70,32 @@ class KvTransferService(pb_grpc.KvTransferServicer):
         request_iterator: AsyncIterator[pb.SenderMessage],
         context: grpc.aio.ServicerContext[pb.SenderMessage, pb.ReceiverMessage],
     ) -> None:
-        outbox: asyncio.Queue[pb.ReceiverMessage] = asyncio.Queue()
+        outbox: asyncio.Queue[pb.ReceiverMessage | None] = asyncio.Queue()
 
         async def write() -> None:
-            while True:
-                await context.write(await outbox.get())
+            while (message := await outbox.get()) is not None:
+                await context.write(message)
 
-        writer = asyncio.create_task(write())
-        try:
-            async with reply_errors(context):
-                await self._receiver.serve(request_iterator, outbox.put_nowait)
-        finally:
-            writer.cancel()
+        async with reply_errors(context):
+            writer = asyncio.create_task(write())
+            serving = asyncio.ensure_future(self._receiver.serve(request_iterator, outbox.put_nowait))
+            try:
+                # A writer that failed ends the stream: a peer that hears nothing more has to notice.
+                await asyncio.wait([serving, writer], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                serving.cancel()
+                await asyncio.wait([serving])
+                outbox.put_nowait(None)
+                await _finish(writer)
+            if not serving.cancelled():
+                serving.result()
+
+
+async def _finish(writer: asyncio.Task[None]) -> None:
+    """Let what was said last leave, but do not wait long for a peer that does not take it."""
+    await asyncio.wait([writer], timeout=_FAREWELL_S)
+    if not writer.cancel() and not writer.cancelled() and (error := writer.exception()) is not None:
+        _log.info("a control stream ended before everything was said: %s: %s", type(error).__name__, error)
 
 
 def add_kv_transfer(receiver: "KvReceiver", server: grpc.aio.Server) -> None:

@@ -111,6 +111,9 @@ class SenderPair:
             detail = f"{self.peer.worker_id} did not answer within {self._config.connect_timeout_s:g} s"
         except ServingError as error:
             detail = str(error)
+        except Exception as error:  # a defect here must not leave transfers waiting for a stream that nobody hears
+            _log.exception("control stream to %s", self.peer.worker_id)
+            detail = f"{type(error).__name__}: {error}"
         self._owner.on_pair_lost(self, detail)
 
     async def _greet(self, messages: AsyncIterator[pb.ReceiverMessage]) -> None:
