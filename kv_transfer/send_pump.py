@@ -64,6 +64,7 @@ class SendPump:
         self._is_closing = False
         self._link: SendEnd | None = None
         self._spare: Slot | None = None  # acquired, and then not needed
+        self._is_in_flight = False  # something was sent, and has not been seen to leave
         self._slot_bytes = 0
         self._link_epoch = 0
         self._distrusted_epoch = 0
@@ -154,7 +155,7 @@ class SendPump:
             with self._changed:
                 self._changed.wait_for(
                     lambda: self._queue or self._is_closing or self._is_distrusted(),
-                    _IDLE_FLUSH_S if self._link is not None else None,
+                    _IDLE_FLUSH_S if self._is_in_flight else None,
                 )
                 if self._is_closing:
                     return None
@@ -181,6 +182,7 @@ class SendPump:
             if self._is_distrusted():
                 raise LinkError("the receiver lost the link")
             self._link.flush(self._config.send_timeout_s)
+            self._is_in_flight = False
         except LinkError as error:
             self._drop_link(error.detail)
 
@@ -258,6 +260,7 @@ class SendPump:
         self._bind(outgoing)
         self._spare = None
         link.send(slot, message_bytes)
+        self._is_in_flight = True
         payload_bytes = header.payload_bytes
         if payload_bytes < bound:
             self.grant(bound - payload_bytes)
@@ -335,6 +338,7 @@ class SendPump:
         with self._changed:
             link, self._link = self._link, None
             self._spare = None
+            self._is_in_flight = False
             is_closing = self._is_closing
             if (
                 link is not None
