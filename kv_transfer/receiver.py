@@ -18,7 +18,15 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.errors import DuplicateRequest, InvalidTransition, ProtocolError, RejectedError, RejectReason, TransferError
+from core.errors import (
+    DeadlineExceeded,
+    DuplicateRequest,
+    InvalidTransition,
+    ProtocolError,
+    RejectedError,
+    RejectReason,
+    TransferError,
+)
 from core.ids import RequestId, TransferId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
@@ -42,6 +50,7 @@ from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
 _KEPT_ENDED = 4096
+_KEPT_EPOCHS = 4096
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +95,7 @@ class KvReceiver:
         self._transfers: dict[TransferId, _Transfer] = {}
         self._ended: OrderedDict[TransferId, ReceiverSession] = OrderedDict()
         self._pairs: dict[str, ReceiverPair] = {}
+        self._newest_epochs: OrderedDict[str, int] = OrderedDict()
         self._serving: dict[ReceiverPair, asyncio.Task[None]] = {}
         self._streams: set[asyncio.Future[None]] = set()
         self._timer = DeadlineTimer(clock, self.tick)
@@ -165,9 +175,15 @@ class KvReceiver:
 
         Raises:
             RejectedError: STALE_EPOCH, INCOMPATIBLE_LAYOUT, DRAINING: nothing was kept.
+            DeadlineExceeded: the peer did not say who it is.
             ProtocolError: the peer broke the protocol; its transfers failed.
         """
-        pair = self._greet(await anext(messages, pb.SenderMessage()), reply)
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                first = await anext(messages, pb.SenderMessage())
+        except TimeoutError:
+            raise DeadlineExceeded(f"no hello within {self._config.connect_timeout_s:g} s") from None
+        pair = self._greet(first, reply)
         ended = asyncio.get_running_loop().create_future()
         self._streams.add(ended)
         reader = self._serving[pair] = asyncio.ensure_future(self._read(pair, messages))
@@ -200,10 +216,12 @@ class KvReceiver:
             )
         if hello.layout_fingerprint != self._layout.fingerprint:
             raise RejectedError(RejectReason.INCOMPATIBLE_LAYOUT, "the workers serve different models")
+        newest_epoch = self._newest_epochs.get(hello.worker_id, hello.epoch)
+        if newest_epoch > hello.epoch:
+            raise RejectedError(RejectReason.STALE_EPOCH, f"{hello.worker_id} is at epoch {newest_epoch}")
+        self._remember(hello.worker_id, hello.epoch)
         older = self._pairs.get(hello.worker_id)
         if older is not None:
-            if older.sender_epoch > hello.epoch:
-                raise RejectedError(RejectReason.STALE_EPOCH, f"{hello.worker_id} is at epoch {older.sender_epoch}")
             # The same worker again: its old stream is dead, and this side has not noticed yet.
             self._detach(older, f"{hello.worker_id} opened another control stream")
             self._serving[older].cancel()
@@ -225,6 +243,13 @@ class KvReceiver:
         )
         reply(pb.ReceiverMessage(hello=mine))
         return pair
+
+    def _remember(self, sender_id: str, epoch: int) -> None:
+        """Keep the newest epoch of a sender past the end of its stream: a zombie may come back when it is gone."""
+        self._newest_epochs[sender_id] = epoch
+        self._newest_epochs.move_to_end(sender_id)
+        if len(self._newest_epochs) > _KEPT_EPOCHS:
+            self._newest_epochs.popitem(last=False)
 
     def _detach(self, pair: ReceiverPair, detail: str) -> None:
         """Take a pair out of use and fail its transfers. Idempotent."""
