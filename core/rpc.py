@@ -17,8 +17,9 @@ from grpc_status import rpc_status
 from core import errors
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_RECEIVE_LIMIT = "grpc.max_receive_message_length"
 _OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    (_RECEIVE_LIMIT, MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 2_000),
@@ -39,10 +40,13 @@ _CHANNEL_OPTIONS = [
 ]
 
 
-def create_server() -> grpc.aio.Server:
-    """Return a server without services or ports."""
+def create_server(*, max_receive_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+    """Return a server without services or ports. A larger message is refused as RESOURCE_EXHAUSTED before it is read;
+    a server that strangers reach wants less than what our own processes send each other."""
+    options = [option for option in _SERVER_OPTIONS if option[0] != _RECEIVE_LIMIT]
+    options.append((_RECEIVE_LIMIT, max_receive_bytes))
     # A pool of our own, because the default one is never shut down and its threads outlive the server.
-    return grpc.aio.server(migration_thread_pool=ThreadPoolExecutor(max_workers=1), options=_SERVER_OPTIONS)
+    return grpc.aio.server(migration_thread_pool=ThreadPoolExecutor(max_workers=1), options=options)
 
 
 def bind(server: grpc.aio.Server, host: str, port: int) -> int:

@@ -69,16 +69,20 @@ class AdmissionQueue:
     def num_tokens(self) -> int:
         return self._num_tokens
 
-    def enter(self, request_id: RequestId, num_tokens: int) -> None:
-        """Take a place.
-
-        Raises:
-            RejectedError: QUEUE_FULL; nothing changed. A prompt longer than the token bound fits an empty queue.
-        """
+    def check_room(self, num_tokens: int) -> None:
+        """Raises: RejectedError, QUEUE_FULL. A prompt longer than the token bound fits an empty queue."""
         too_many = len(self._tickets) >= self._max_requests
         if too_many or (self._tickets and self._num_tokens + num_tokens > self._max_tokens):
             bound = f"{self._max_requests} requests" if too_many else f"{self._max_tokens} tokens"
             raise RejectedError(RejectReason.QUEUE_FULL, f"the gateway's queue of {bound} is full", _RETRY_HINT_S)
+
+    def enter(self, request_id: RequestId, num_tokens: int) -> None:
+        """Take a place.
+
+        Raises:
+            RejectedError: as `check_room`; nothing changed.
+        """
+        self.check_room(num_tokens)
         ticket = Ticket(self._next_number, request_id, num_tokens)
         self._next_number += 1
         self._num_tokens += num_tokens

@@ -1,19 +1,20 @@
-"""Clients' wire requests to what the intake takes. Pure; ranges are checked there."""
+"""Clients' wire requests to what the intake takes. Pure; what is cheap to check only before the
+conversion is checked here, ranges are checked there."""
 
 from core.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from protos.codec import sampling_from_wire
-from router.intake import ChatPrompt, GenerateCall, Prompt, TextPrompt, TokenPrompt
+from router.intake import ChatPrompt, GenerateCall, Prompt, TextPrompt, TokenPrompt, check_prompt_fits
 from router.tokenizer import ChatTurn
 
 
-def read_generate(request: pb.GenerateRequest) -> GenerateCall:
-    """Raises: InvalidRequest, for a prompt of a kind that is not known."""
+def read_generate(request: pb.GenerateRequest, max_model_len: int) -> GenerateCall:
+    """Raises: PromptTooLong, for more token ids than the context holds: they are not even looked at."""
     sampling = request.sampling
     return GenerateCall(
         model=request.model,
         request_id=request.request_id,
-        prompt=_read_prompt(request),
+        prompt=_read_prompt(request, max_model_len),
         sampling=sampling_from_wire(sampling),
         has_max_tokens=sampling.HasField("max_tokens"),
         has_seed=sampling.HasField("seed"),
@@ -31,11 +32,12 @@ def read_tokenize(request: pb.TokenizeRequest) -> Prompt:
             raise InvalidRequest("input", "is missing: set text or chat")
 
 
-def _read_prompt(request: pb.GenerateRequest) -> Prompt | None:
+def _read_prompt(request: pb.GenerateRequest, max_model_len: int) -> Prompt | None:
     match request.WhichOneof("prompt"):
         case "text":
             return TextPrompt(request.text)
         case "token_ids":
+            check_prompt_fits(len(request.token_ids.ids), max_model_len)
             return TokenPrompt(tuple(request.token_ids.ids))
         case "chat":
             return _read_chat(request.chat)

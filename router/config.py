@@ -55,6 +55,10 @@ class RouterConfig(ConfigModel):
     served_model_name: str = Field("", description="name that clients use; empty: the folder's name")
     max_model_len: int | None = Field(None, ge=1, description="lowers what config.json says")
     max_prompt_bytes: int = Field(4 * 2**20, ge=1, description="of the text, before tokenising")
+    max_request_bytes: int = Field(
+        8 * 2**20, ge=1, description="of a whole message from a client; larger ones are refused unread"
+    )
+    max_preparing: int = Field(64, ge=1, description="prompts that are tokenised, or wait for it, at once")
     inline_prompt_bytes: int = Field(16_384, ge=0, description="longer prompts are tokenised off the event loop")
     default_max_tokens: int = Field(1024, ge=1)
     max_queued_requests: int = Field(1024, ge=1)

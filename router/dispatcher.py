@@ -98,7 +98,7 @@ class Dispatcher:
             DuplicateRequest, RejectedError: refused now; nothing was kept.
         """
         try:
-            self._check_admissible(request)
+            self.check_admissible(request.request_id, request.num_prompt_tokens)
             self._queue.enter(request.request_id, request.num_prompt_tokens)
         except ServingError as error:
             self._metrics.rejected(error)
@@ -192,17 +192,23 @@ class Dispatcher:
 
     # --- the queue ---
 
-    def _check_admissible(self, request: GenerateRequest) -> None:
+    def check_admissible(self, request_id: str, num_tokens: int = 1) -> None:
+        """Tell, before any work is done for it, whether a request of at least so many tokens would be refused now.
+
+        Raises:
+            DuplicateRequest, RejectedError
+        """
         if self._is_draining:
             raise NoWorkers("this gateway is stopping")
-        if request.request_id in self._requests:
-            raise DuplicateRequest(f"request {request.request_id} is in flight")
+        if request_id in self._requests:
+            raise DuplicateRequest(f"request {request_id} is in flight")
         if len(self._requests) >= self._config.max_active_requests:
             bound = f"the gateway holds {self._config.max_active_requests} requests"
             raise RejectedError(RejectReason.QUEUE_FULL, bound, self._config.retry_max_s)
         gone_deadline = self._gone_deadline()
         if gone_deadline is not None and self._clock.now() >= gone_deadline:
             raise NoWorkers(self._missing_roles())
+        self._queue.check_room(num_tokens)
 
     def _gone_deadline(self) -> float | None:
         return None if self._gone_since is None else self._gone_since + self._config.no_workers_timeout_s

@@ -52,6 +52,7 @@ class Front:
         """
         arrived_at = self._clock.now()
         try:
+            self.dispatcher.check_admissible(call.request_id)
             prepared = await self._intake.prepare(call)
         except ServingError as error:
             self._metrics.rejected(error)

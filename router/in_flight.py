@@ -45,7 +45,7 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def __contains__(self, request_id: RequestId) -> bool:
+    def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
     def get(self, request_id: RequestId) -> ActiveRequest | None:

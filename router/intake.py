@@ -4,13 +4,14 @@ Everything that is wrong with a request is found here, before it takes a place a
 """
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from core.errors import InvalidRequest, ModelNotFound, PromptTooLong
+from core.errors import InvalidRequest, ModelNotFound, PromptTooLong, RejectedError, RejectReason
 from core.ids import new_request_id, parse_request_id
 from core.request import MAX_SEED, GenerateRequest, SamplingParams
 from router.config import RouterConfig
@@ -64,6 +65,12 @@ class Prepared:
     hashes: PromptHashes
 
 
+def check_prompt_fits(num_prompt_tokens: int, longest: int) -> None:
+    """Raises: PromptTooLong, unless there is room for one token after the prompt."""
+    if num_prompt_tokens >= longest:
+        raise PromptTooLong("prompt", f"has {num_prompt_tokens} tokens, the context holds {longest}")
+
+
 class Intake:
     """Checks and tokenises.
 
@@ -90,6 +97,7 @@ class Intake:
         self._rng = rng
         self._max_model_len = max_model_len
         self._hash_keys = hash_keys
+        self._num_preparing = 0
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 
     def close(self) -> None:
@@ -105,7 +113,12 @@ class Intake:
 
         Raises:
             ModelNotFound, InvalidRequest, PromptTooLong
+            RejectedError: QUEUE_FULL, too many are being prepared.
         """
+        with self._place():
+            return await self._prepare(call)
+
+    async def _prepare(self, call: GenerateCall) -> Prepared:
         self.check_model(call.model)
         request_id = parse_request_id(call.request_id) if call.request_id else new_request_id()
         longest = self._max_model_len()
@@ -114,7 +127,7 @@ class Intake:
         if not call.has_max_tokens:
             sampling = replace(sampling, max_tokens=max(self._config.default_max_tokens, sampling.min_tokens, 1))
         sampling.check(self._facts.vocab_size)
-        token_ids = tuple(await self.tokenize(call.prompt))
+        token_ids = tuple(await self._tokenize(call.prompt))
         max_tokens = self._fit(len(token_ids), sampling, longest, call.has_max_tokens)
         seed = sampling.seed if call.has_seed else self._rng.randrange(MAX_SEED)
         request = GenerateRequest(request_id, token_ids, replace(sampling, max_tokens=max_tokens, seed=seed))
@@ -129,7 +142,24 @@ class Intake:
 
         Raises:
             InvalidRequest: it is missing, empty, too large in bytes, or cannot be rendered.
+            RejectedError: QUEUE_FULL, too many are being prepared.
         """
+        with self._place():
+            return await self._tokenize(prompt)
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """Count as one who is being prepared."""
+        if self._num_preparing >= self._config.max_preparing:
+            bound = f"{self._config.max_preparing} prompts are being tokenised"
+            raise RejectedError(RejectReason.QUEUE_FULL, bound, self._config.retry_max_s)
+        self._num_preparing += 1
+        try:
+            yield
+        finally:
+            self._num_preparing -= 1
+
+    async def _tokenize(self, prompt: Prompt | None) -> list[int]:
         match prompt:
             case TokenPrompt(token_ids):
                 return self._checked_ids(token_ids)
@@ -175,9 +205,8 @@ class Intake:
                 raise InvalidRequest(f"chat.messages[{position}].role", "must not be empty")
 
     def _fit(self, num_prompt_tokens: int, sampling: SamplingParams, longest: int, is_asked: bool) -> int:
+        check_prompt_fits(num_prompt_tokens, longest)
         room = longest - num_prompt_tokens
-        if room < 1:
-            raise PromptTooLong("prompt", f"has {num_prompt_tokens} tokens, the context holds {longest}")
         if sampling.min_tokens > room or (is_asked and sampling.max_tokens > room):
             name = "min_tokens" if sampling.min_tokens > room else "max_tokens"
             problem = f"{num_prompt_tokens} prompt tokens leave room for {room} in a context of {longest}"

@@ -31,7 +31,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         front = self._front
         async with reply_errors(context):
-            prepared, stream = await front.generate(read_generate(request), context.time_remaining())
+            prepared, stream = await front.generate(
+                read_generate(request, front.max_model_len()), context.time_remaining()
+            )
             try:
                 text = GenerationText(front.tokenizer.decode, prepared.request)
                 tokens, completion = await stream.take()
@@ -88,8 +90,8 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 class GatewayServer:
     """The gRPC server of one gateway."""
 
-    def __init__(self) -> None:
-        self._server = create_server()
+    def __init__(self, *, max_request_bytes: int) -> None:
+        self._server = create_server(max_receive_bytes=max_request_bytes)
         self._health = health.aio.HealthServicer()
         self._is_serving: bool | None = None
 

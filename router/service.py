@@ -73,7 +73,7 @@ class Gateway:
         config = self._config
         facts = await asyncio.to_thread(read_model_facts, config.model_path)
         tokenizer = await asyncio.to_thread(GatewayTokenizer.load, config.model_path)
-        server = GatewayServer()
+        server = GatewayServer(max_request_bytes=config.max_request_bytes)
         try:
             port = server.bind(config.host, config.port)
             if config.metrics_port:

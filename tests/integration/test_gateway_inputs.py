@@ -13,6 +13,7 @@ from grpc_status import rpc_status
 from core.rpc import field_violations
 from protos import admin_pb2
 from protos import inference_pb2 as pb
+from router.tokenizer import GatewayTokenizer
 from tests.fakes.checkpoint import ASSISTANT, END, MAX_MODEL_LEN, SPECIAL_TOKENS, USER, VOCAB_SIZE, write_checkpoint
 from tests.fakes.cluster import FakeCluster, fake_cluster, text_request
 from tests.fakes.reading import collect, fails
@@ -125,6 +126,34 @@ async def test_a_full_queue_says_when_to_come_back(checkpoint: Path) -> None:
         assert any(detail.Unpack(retry) for detail in status.details)
         assert retry.retry_delay.ToTimedelta().total_seconds() > 0
         first.cancel()
+
+
+async def test_a_request_that_would_be_refused_anyway_is_not_tokenised(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fake_cluster(checkpoint, max_queued_requests=1, max_active_requests=2) as cluster:
+        cluster.decodes[0].script.is_silent = True
+        first = cluster.generate(text_request(request_id="first"))
+        await cluster.decodes[0].wait_submitted()
+
+        def encode(text: str) -> list[int]:
+            raise AssertionError("tokenised")
+
+        monkeypatch.setattr(GatewayTokenizer, "encode", lambda self, text: encode(text))
+        await fails(cluster.inference.Generate(text_request()), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        await fails(cluster.inference.Generate(text_request(request_id="first")), grpc.StatusCode.ALREADY_EXISTS)
+        cluster.gateway.dispatcher.begin_drain()
+        await fails(cluster.inference.Generate(text_request()), grpc.StatusCode.UNAVAILABLE)
+        assert cluster.gateway.metrics.registry.get_sample_value(
+            "tandem_gateway_rejected_total", {"reason": "queue_full"}
+        )
+        first.cancel()
+
+
+async def test_a_message_above_the_public_limit_is_not_taken(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint, num_prefills=0, num_decodes=0, max_request_bytes=100_000) as cluster:
+        error = await fails(cluster.inference.Generate(text_request("x" * 100_001)), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert "larger than max" in (error.details() or "")
 
 
 async def test_tokenize_returns_what_generate_would_see(checkpoint: Path) -> None:

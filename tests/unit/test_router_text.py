@@ -1,10 +1,12 @@
 """Prompts in, text out: the tokenizer, the intake's checks, the pieces of text that clients see, workers' reports."""
 
+import asyncio
 import json
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -14,6 +16,8 @@ from core.errors import (
     InvalidRequest,
     PromptTooLong,
     ProtocolError,
+    RejectedError,
+    RejectReason,
     ServingError,
     WorkerLost,
 )
@@ -94,7 +98,14 @@ def test_a_folder_without_tokenizer_is_one_clear_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 async def intake(checkpoint: Path, tokenizer: GatewayTokenizer) -> AsyncIterator[Intake]:
-    config = RouterConfig(model_path=checkpoint, served_model_name="m", max_prompt_bytes=2000, default_max_tokens=50)
+    config = RouterConfig(
+        model_path=checkpoint,
+        served_model_name="m",
+        max_prompt_bytes=2000,
+        default_max_tokens=50,
+        inline_prompt_bytes=1000,
+        max_preparing=2,
+    )
     made = Intake(
         config,
         tokenizer,
@@ -150,9 +161,34 @@ async def test_lone_surrogates_are_no_text(intake: Intake) -> None:
             await intake.tokenize(prompt)
 
 
+async def test_prompts_being_tokenised_are_bounded(intake: Intake) -> None:
+    long_text = TextPrompt("x" * 1500)  # above inline_prompt_bytes: in a thread
+    first, second = (asyncio.create_task(intake.tokenize(long_text)) for _ in range(2))
+    await asyncio.sleep(0)  # both have begun
+    for refused in (intake.tokenize(TextPrompt("a")), intake.prepare(call(TextPrompt("a")))):
+        with pytest.raises(RejectedError, match="2 prompts") as error:
+            await refused
+        assert (error.value.reason, error.value.grpc_code) == (RejectReason.QUEUE_FULL, "RESOURCE_EXHAUSTED")
+        assert error.value.retry_after_s > 0
+    assert await first == await second
+    assert await intake.tokenize(TextPrompt("a"))
+
+
+def test_token_ids_are_counted_before_they_are_read() -> None:
+    class Ids:
+        """Of a wire message: they may be counted, not read."""
+
+        def __len__(self) -> int:
+            return 10**7
+
+    request = mock.Mock(WhichOneof=lambda _: "token_ids", token_ids=mock.Mock(ids=Ids()))
+    with pytest.raises(PromptTooLong, match="10000000 tokens"):
+        read_generate(request, max_model_len=100)
+
+
 def test_the_wire_keeps_apart_what_was_given_and_what_was_not() -> None:
     request = inference_pb2.GenerateRequest(text="x", sampling=inference_pb2.SamplingParams(seed=0))
-    read = read_generate(request)
+    read = read_generate(request, max_model_len=100)
     assert (read.has_seed, read.has_max_tokens, read.prompt) == (True, False, TextPrompt("x"))
     assert read.sampling.temperature == 1.0
 
