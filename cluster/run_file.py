@@ -98,8 +98,8 @@ def find(cluster: str | None) -> RunRecord:
     paths = sorted(run_folder().glob("*.json")) if cluster is None else [_path(cluster)]
     alive = [record for path in paths if (record := read(path)) is not None and record.is_alive]
     if not alive:
-        what = "no cluster" if cluster is None else f"cluster {cluster!r}"
-        raise ConfigError(f"{what} is up on this machine; start one with `tandem up -f cluster.yaml`")
+        what = "no cluster is up" if cluster is None else f"cluster {cluster!r} is not up"
+        raise ConfigError(f"{what} on this machine; start one with `tandem up -f cluster.yaml`")
     if len(alive) > 1:
         names = ", ".join(record.cluster for record in alive)
         raise ConfigError(f"several clusters are up ({names}); say which with --cluster")

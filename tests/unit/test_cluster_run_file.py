@@ -31,7 +31,7 @@ def test_found_while_its_launcher_lives() -> None:
         file.write(record("one").model_copy(update={"gateway": "a much longer address:12345"}))
         file.write(record("one"))
         assert find(None) == find("one") == record("one")
-        with pytest.raises(ConfigError, match="cluster 'two' is up on this machine"):
+        with pytest.raises(ConfigError, match="cluster 'two' is not up on this machine"):
             find("two")
     assert not list(run_folder().iterdir())
 
