@@ -9,6 +9,8 @@ One task writes everything, so that what readers see is in order:
 4. A newer epoch of the same worker in the store fences this incarnation: `on_fenced` is called once and nothing is
    written any more. The record is only ever replaced by compare-and-set, so a fenced worker cannot overwrite its heir.
 5. `stop` leaves a STOPPED record to its lease.
+6. Whatever else goes wrong ends the task and is told by `on_failed`: a worker whose lease lapses unnoticed would serve on
+   while its heir takes over.
 
 An append whose outcome is unknown is repeated, so a reader may see a batch twice; the number tells.
 """
@@ -23,7 +25,7 @@ from pydantic import Field, ValidationError
 
 from core.clock import Clock
 from core.config import ConfigModel
-from core.errors import StoreUnavailable
+from core.errors import ConfigError, ServingError, StoreUnavailable, WorkerLost
 from core.ids import Epoch
 from core.kv_events import KvEvent, KvEventBatch
 from core.membership import WorkerRecord, WorkerState, epoch_key, kv_event_stream, worker_key
@@ -48,6 +50,7 @@ class Registration:
         record: the first record; its epoch is this incarnation's.
         encode: one event batch to bytes (the layer above knows the wire).
         on_fenced: called once on the event loop, with the newer epoch.
+        on_failed: called once on the event loop: nothing more is written, so the worker must not serve on.
 
     Concurrency: the event loop's thread only.
     """
@@ -62,6 +65,7 @@ class Registration:
         *,
         encode: Callable[[KvEventBatch], bytes],
         on_fenced: Callable[[Epoch], None],
+        on_failed: Callable[[ServingError], None],
     ) -> None:
         self._store = store
         self._cluster = cluster
@@ -70,6 +74,7 @@ class Registration:
         self._clock = clock
         self._encode = encode
         self._on_fenced = on_fenced
+        self._on_failed = on_failed
         self._written: bytes | None = None  # what the store holds of us, as far as we know
         self._batches: deque[bytes] = deque()
         self._batch_bytes = 0
@@ -104,6 +109,7 @@ class Registration:
     def start(self) -> None:
         """Begin to write. Never waits for the store."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="registration")
+        self._task.add_done_callback(self._note_end)
 
     def update(self, **changes: object) -> None:
         """Change fields of the record. A change of the load alone waits for the next renewal."""
@@ -136,8 +142,15 @@ class Registration:
         task, self._task = self._task, None
         await asyncio.wait([task], timeout=deadline_s)
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])  # what it raised was told by `_note_end`
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, ServingError):
+            _log.error("a defect in the registration", exc_info=error)
+            error = WorkerLost(f"the registration of {self._record.worker_id} broke: {error!r}")
+        self._on_failed(error)
 
     def _enqueue(self, events: tuple[KvEvent, ...]) -> None:
         self._sequence += 1
@@ -177,9 +190,9 @@ class Registration:
 
     async def _write_record(self) -> None:
         key = worker_key(self._cluster, self._record.worker_id)
-        newest = await self._store.get(epoch_key(self._cluster, self._record.worker_id))
-        if newest is not None and int(newest) > self._record.epoch:
-            self._fence(Epoch(int(newest)))
+        newest = await self._newest_epoch()
+        if newest is not None and newest > self._record.epoch:
+            self._fence(newest)
             return
         for _ in range(_MAX_RACES):
             value = self._record.model_dump_json().encode()
@@ -192,6 +205,14 @@ class Registration:
                 self._fence(holder)
                 return
         raise StoreUnavailable(f"the record of {self._record.worker_id} keeps changing hands")
+
+    async def _newest_epoch(self) -> Epoch | None:
+        key = epoch_key(self._cluster, self._record.worker_id)
+        value = await self._store.get(key)
+        try:
+            return None if value is None else Epoch(int(value))
+        except ValueError as error:
+            raise ConfigError(f"the store's {key} holds {value!r}, no epoch: something else writes there") from error
 
     async def _append_batches(self, until: float) -> None:
         stream = kv_event_stream(self._cluster, self._record.worker_id)

@@ -61,7 +61,14 @@ class WorkerLife:
             model=model,
         )
         self.registration = Registration(
-            store, identity.cluster, record, config, clock, encode=encode, on_fenced=self._on_fenced
+            store,
+            identity.cluster,
+            record,
+            config,
+            clock,
+            encode=encode,
+            on_fenced=self._on_fenced,
+            on_failed=self.fail,
         )
         self._identity = identity
         self._state = WorkerState.STARTING

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from core.clock import MonotonicClock
+from core.errors import ConfigError, ServingError, WorkerLost
 from core.ids import Epoch, WorkerId
 from core.kv_events import BlocksRemoved, BlocksStored, KvEventBatch
 from core.membership import (
@@ -79,10 +80,28 @@ class WatchedStore(MemoryStore):
             return found
 
 
-def make(store: MemoryStore, fenced: list[Epoch], *, epoch: int = 1, buffer_bytes: int = 4096) -> Registration:
+def make(
+    store: MemoryStore,
+    fenced: list[Epoch],
+    failures: asyncio.Queue[ServingError] | None = None,
+    *,
+    epoch: int = 1,
+    buffer_bytes: int = 4096,
+) -> Registration:
     record = WorkerRecord(worker_id=W, role=Role.PREFILL, epoch=Epoch(epoch), state=WorkerState.STARTING)
     config = RegistrationConfig(lease_s=0.6, event_buffer_bytes=buffer_bytes)
-    return Registration(store, C, record, config, MonotonicClock(), encode=encode, on_fenced=fenced.append)
+    if failures is None:
+        failures = asyncio.Queue()
+    return Registration(
+        store,
+        C,
+        record,
+        config,
+        MonotonicClock(),
+        encode=encode,
+        on_fenced=fenced.append,
+        on_failed=failures.put_nowait,
+    )
 
 
 @pytest.fixture
@@ -196,3 +215,35 @@ async def test_an_older_incarnation_is_replaced(store: WatchedStore, fenced: lis
     await store.until_record(lambda record: record.epoch == 2)
     await registration.stop(DEADLINE_S)
     assert fenced == []
+
+
+async def test_a_foreign_value_in_place_of_the_epoch_is_named_and_ends_the_registration(
+    store: WatchedStore, fenced: list[Epoch]
+) -> None:
+    await store.put(epoch_key(C, W), b"not ours")
+    failures = asyncio.Queue[ServingError]()
+    registration = make(store, fenced, failures)
+    registration.start()
+    async with asyncio.timeout(DEADLINE_S):
+        failure = await failures.get()
+    assert isinstance(failure, ConfigError)
+    assert epoch_key(C, W) in str(failure)
+    assert "not ours" in str(failure)
+    await registration.stop(DEADLINE_S)
+    assert (await store.record(), fenced, failures.qsize()) == (None, [], 0)
+
+
+async def test_a_defect_in_the_registration_is_not_silent(store: WatchedStore, fenced: list[Epoch]) -> None:
+    class BrokenStore(WatchedStore):
+        async def append(self, stream: str, value: bytes, *, max_entries: int) -> str:
+            raise ZeroDivisionError("a defect")
+
+    failures = asyncio.Queue[ServingError]()
+    registration = make(BrokenStore(), fenced, failures)
+    registration.start()
+    registration.publish([EVENT])
+    async with asyncio.timeout(DEADLINE_S):
+        failure = await failures.get()
+    assert isinstance(failure, WorkerLost)
+    assert "a defect" in str(failure)
+    await registration.stop(DEADLINE_S)
