@@ -124,7 +124,9 @@ class KvReceiver:
             raise TransferError(NackReason.CLOSED, "the receiver is closed")
         if transfer_id in self._ended:
             raise TransferError(NackReason.CANCELLED, f"{transfer_id} ended as {self._ended[transfer_id].state}")
-        expected = session.Expected(held_tokens, num_tokens, lease_s or self._config.lease_s)
+        expected = session.Expected(
+            request_id, held_tokens, num_tokens, self._layout.bytes_per_token, lease_s or self._config.lease_s
+        )
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             machine = self._new_session(transfer_id, expected)
@@ -262,7 +264,7 @@ class KvReceiver:
     def on_offer(self, pair: ReceiverPair, offer: pb.Offer) -> None:
         """Bind a transfer to the pair that offers it."""
         transfer_id = TransferId(offer.transfer_id)
-        received = session.OfferReceived(offer.num_tokens)
+        received = session.OfferReceived(RequestId(offer.request_id), offer.num_tokens, offer.bytes_per_token)
         transfer = self._transfers.get(transfer_id)
         if transfer is None and transfer_id not in self._ended:
             strays = sum(1 for other in self._transfers.values() if other.request_id is None)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from core.ids import RequestId
 from kv_transfer.session import NackReason
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -11,14 +12,18 @@ from kv_transfer.session import NackReason
 class Expected:
     """The owner reserved blocks for [held_tokens, num_tokens)."""
 
+    request_id: RequestId
     held_tokens: int
     num_tokens: int
+    bytes_per_token: int
     lease_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class OfferReceived:
+    request_id: RequestId
     num_tokens: int
+    bytes_per_token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class AllLanded:
 class CountsDiffered:
     """Derived: commit, offer, frames and reservation cannot all be true."""
 
+    reason: NackReason
     detail: str
 
 

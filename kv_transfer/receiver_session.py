@@ -238,7 +238,7 @@ class ReceiverSession:
                 pass
         if self._expected is not None and self._offer is not None:
             self._expires_at = now + self._expected.lease_s
-            if isinstance(event, Expected | OfferReceived) and self._expected.num_tokens == self._offer.num_tokens:
+            if isinstance(event, Expected | OfferReceived) and _contradiction(self._expected, self._offer) is None:
                 return [SayReserved(self._expected.held_tokens, self._expected.lease_s)]
         return []
 
@@ -247,15 +247,16 @@ class ReceiverSession:
         expected, offer, commit, written = self._expected, self._offer, self._commit, self._written
         if self.state is ReceiveState.LANDED or expected is None or offer is None:
             return None
-        if expected.num_tokens != offer.num_tokens:
-            return CountsDiffered(f"offered {offer.num_tokens} tokens, reserved for {expected.num_tokens}")
+        if contradiction := _contradiction(expected, offer):
+            return contradiction
         if commit is None or written.num_frames < commit.num_frames:
             return None
         is_covered = written.is_covered or expected.held_tokens == expected.num_tokens
         if written.num_frames > commit.num_frames or written.payload_bytes != commit.payload_bytes or not is_covered:
             return CountsDiffered(
+                NackReason.LENGTH,
                 f"committed {commit.num_frames} frames of {commit.payload_bytes} bytes, "
-                f"wrote {written.num_frames} of {written.payload_bytes}, {'all' if is_covered else 'not all'} covered"
+                f"wrote {written.num_frames} of {written.payload_bytes}, {'all' if is_covered else 'not all'} covered",
             )
         return AllLanded()
 
@@ -285,13 +286,24 @@ class ReceiverSession:
         return [SayAck(0.0)] if isinstance(event, CommitReceived) else []
 
 
+def _contradiction(expected: Expected, offer: OfferReceived) -> CountsDiffered | None:
+    """Return why an offer is not of what was reserved, None when it is. Pure."""
+    if offer.request_id != expected.request_id:
+        return CountsDiffered(NackReason.PROTOCOL, f"offered {offer.request_id}, reserved for {expected.request_id}")
+    if offer.bytes_per_token != expected.bytes_per_token:
+        detail = f"offered {offer.bytes_per_token} bytes per token, reserved {expected.bytes_per_token}"
+        return CountsDiffered(NackReason.LAYOUT, detail)
+    if offer.num_tokens != expected.num_tokens:
+        detail = f"offered {offer.num_tokens} tokens, reserved for {expected.num_tokens}"
+        return CountsDiffered(NackReason.LENGTH, detail)
+    return None
+
+
 def _verdict(event: ReceiverEvent, before: ReceiveState) -> tuple[NackReason, str, bool]:
     """Return why the session ends, and whether the sender has to be told. Pure."""
     match event:
-        case FrameWasRefused(reason, detail) | Cancelled(reason, detail):
+        case FrameWasRefused(reason, detail) | Cancelled(reason, detail) | CountsDiffered(reason, detail):
             return reason, detail, True
-        case CountsDiffered(detail):
-            return NackReason.LENGTH, detail, True
         case AbortReceived(reason):
             return reason, "aborted by the sender", False
         case LinkLost(detail):

@@ -23,7 +23,7 @@ class NackReason(StrEnum):
     DUPLICATE = "duplicate"  # a part that has already been written
     # what a session can end with
     UNKNOWN_TRANSFER = "unknown_transfer"
-    LAYOUT = "layout"
+    LAYOUT = "layout"  # the sender's tokens have another size
     LEASE_EXPIRED = "lease_expired"
     LINK_LOST = "link_lost"
     PEER_LOST = "peer_lost"  # the control stream ended

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core.errors import InvalidTransition
-from core.ids import TransferId
+from core.ids import RequestId, TransferId
 from kv_transfer import receiver_events as receiving
 from kv_transfer import sender_session as sending
 from kv_transfer.receiver_session import ReceiverSession, ReceiveState
 from kv_transfer.sender_session import SenderSession, SendState
 from kv_transfer.session import NackReason
 
-T = TransferId("t/0")
+T, R = TransferId("t/0"), RequestId("t")
 NUM_FRAMES = 3
 FRAME_BYTES = 10
 LEASE_S, OFFER_TIMEOUT_S = 30.0, 10.0
@@ -52,7 +52,7 @@ class Wire(RuleBasedStateMachine):
     @initialize()
     def offer(self) -> None:
         self.sender = SenderSession(T, offer_timeout_s=OFFER_TIMEOUT_S, lease_s=LEASE_S, now=self.now)
-        self.to_receiver.append(receiving.OfferReceived(20))
+        self.to_receiver.append(receiving.OfferReceived(R, 20, bytes_per_token=96))
 
     # --- owners ---
 
@@ -60,7 +60,7 @@ class Wire(RuleBasedStateMachine):
     @rule()
     def expect(self) -> None:
         self.is_expected = True
-        expected = receiving.Expected(4, 20, LEASE_S)
+        expected = receiving.Expected(R, 4, 20, bytes_per_token=96, lease_s=LEASE_S)
         if self.receiver is None:
             self.receiver = ReceiverSession(T, expected, offer_timeout_s=OFFER_TIMEOUT_S, now=self.now)
         elif self.receiver.state is ReceiveState.OFFERED:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from core.errors import InvalidTransition
-from core.ids import TransferId
+from core.ids import RequestId, TransferId
 from kv_transfer import receiver_events as receiving
 from kv_transfer import sender_session as sending
 from kv_transfer.receiver_session import EDGES as RECEIVER_EDGES
@@ -14,9 +14,9 @@ from kv_transfer.receiver_session import ReceiverSession, ReceiveState
 from kv_transfer.sender_session import SenderSession, SendState
 from kv_transfer.session import NackReason
 
-T = TransferId("t/0")
-EXPECTED = receiving.Expected(held_tokens=4, num_tokens=20, lease_s=30.0)
-OFFER = receiving.OfferReceived(num_tokens=20)
+T, R = TransferId("t/0"), RequestId("t")
+EXPECTED = receiving.Expected(R, 4, 20, bytes_per_token=96, lease_s=30.0)
+OFFER = receiving.OfferReceived(R, 20, bytes_per_token=96)
 COMMIT = receiving.CommitReceived(num_frames=2, payload_bytes=100, first_token_id=9)
 COVERED = receiving.FramesWritten(num_frames=2, payload_bytes=100, is_covered=True)
 
@@ -40,7 +40,7 @@ RECEIVER_EVENTS: list[receiving.ReceiverEvent] = [
     receiving.FrameWasRefused(NackReason.CHECKSUM, "x"),
     COMMIT,
     receiving.AllLanded(),
-    receiving.CountsDiffered("x"),
+    receiving.CountsDiffered(NackReason.LENGTH, "x"),
     receiving.AckSaid(),
     receiving.AbortReceived(NackReason.CANCELLED),
     receiving.Cancelled(NackReason.CANCELLED, "x"),
@@ -182,7 +182,7 @@ def test_after_landing_nothing_takes_the_kv_back() -> None:
         ([OFFER, COMMIT, receiving.FramesWritten(2, 100, is_covered=False)], "not all"),
         ([OFFER, COMMIT, receiving.FramesWritten(2, 99, is_covered=True)], "99"),
         ([OFFER, COMMIT, receiving.FramesWritten(3, 100, is_covered=True)], "wrote 3"),
-        ([receiving.OfferReceived(21)], "offered 21"),
+        ([receiving.OfferReceived(R, 21, bytes_per_token=96)], "offered 21"),
     ],
     ids=["hole", "bytes", "too many", "other prompt"],
 )
@@ -197,8 +197,30 @@ def test_what_does_not_add_up_is_refused(events: list[receiving.ReceiverEvent], 
     assert says in effects[0].detail
 
 
+@pytest.mark.parametrize(
+    ("offer", "reason"),
+    [
+        (receiving.OfferReceived(RequestId("other"), 20, bytes_per_token=96), NackReason.PROTOCOL),
+        (receiving.OfferReceived(R, 20, bytes_per_token=48), NackReason.LAYOUT),
+        (receiving.OfferReceived(R, 21, bytes_per_token=96), NackReason.LENGTH),
+    ],
+)
+@pytest.mark.parametrize("is_offer_first", [True, False])
+def test_an_offer_must_be_of_what_was_reserved(
+    offer: receiving.OfferReceived, reason: NackReason, is_offer_first: bool
+) -> None:
+    first, second = (offer, EXPECTED) if is_offer_first else (EXPECTED, offer)
+    machine = ReceiverSession(T, first, offer_timeout_s=10.0, now=0.0)
+    effects = machine.handle(second, 1.0)
+    assert machine.state is ReceiveState.ABORTED
+    assert [(type(effect), effect.reason) for effect in effects] == [  # type: ignore[union-attr]
+        (receiving.SayNack, reason),
+        (receiving.ReportFailed, reason),
+    ]
+
+
 def test_a_prompt_that_is_held_whole_lands_without_frames() -> None:
-    machine = _receiver(receiving.Expected(20, 20, 30.0), OFFER)
+    machine = _receiver(receiving.Expected(R, 20, 20, bytes_per_token=96, lease_s=30.0), OFFER)
     effects = machine.handle(receiving.CommitReceived(0, 0, 9), 1.0)
     assert [type(effect) for effect in effects] == [receiving.SayAck, receiving.ReportLanded]
 
