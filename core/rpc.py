@@ -4,6 +4,7 @@ Messages may be large (prompts of 100k token ids), streams live long, peers die 
 sizes are bounded but generous, keepalive notices a silent peer within seconds, and a lost connection is retried fast.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,14 +93,25 @@ def status_of(error: errors.ServingError) -> status_pb2.Status:
 
 
 @contextlib.asynccontextmanager
-async def reply_errors(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Turn a `ServingError` raised inside into the call's status. Everything else is a defect and stays INTERNAL."""
+async def reply_errors(
+    context: grpc.aio.ServicerContext[Any, Any], *, patience_s: float | None = None
+) -> AsyncIterator[None]:
+    """Turn a `ServingError` raised inside into the call's status. Everything else is a defect and stays INTERNAL.
+
+    Args:
+        patience_s: a status waits behind messages that the client has not read. After so long the call is left to the
+            connection, as if it had been cancelled; a client that reads again still finds the status.
+    """
     try:
         yield
     except errors.ServingError as error:
         status = rpc_status.to_status(status_of(error))
         context.set_trailing_metadata(status.trailing_metadata)
-        await context.abort(status.code, status.details)
+        try:
+            async with asyncio.timeout(patience_s):
+                await context.abort(status.code, status.details)
+        except TimeoutError:
+            raise asyncio.CancelledError("the client does not read the call's status") from error
 
 
 def field_violations(error: grpc.RpcError) -> Sequence[tuple[str, str]]:

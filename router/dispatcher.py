@@ -129,6 +129,12 @@ class Dispatcher:
         self._feed(active, m.AbortRequested(error))
         return True
 
+    def abandon(self, stream: RequestStream, error: ServingError) -> None:
+        """End the request that `stream` belongs to, if it still runs: never another one that has its id by now."""
+        active = self._requests.get(stream.request_id)
+        if active is not None and active.stream is stream:
+            self._feed(active, m.AbortRequested(error))
+
     def begin_drain(self) -> None:
         """Refuse what comes from now on."""
         self._is_draining = True

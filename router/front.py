@@ -1,7 +1,11 @@
 """What the gateway's doors call, whatever they speak: generate, abort, tokenize, model and cluster facts."""
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from core.clock import Clock
-from core.errors import Aborted, ServingError
+from core.errors import Aborted, DuplicateRequest, ServingError
 from core.ids import GatewayId, RequestId
 from core.membership import Role, WorkerRecord, WorkerState
 from router.config import RouterConfig
@@ -11,6 +15,13 @@ from router.intake import GenerateCall, Intake, Prepared, Prompt
 from router.metrics import GatewayMetrics
 from router.stream import RequestStream
 from router.tokenizer import GatewayTokenizer, ModelFacts
+
+
+@dataclass(slots=True, eq=False)
+class _Preparation:
+    """A request whose prompt is being tokenised."""
+
+    aborted: Aborted | None = None
 
 
 class Front:
@@ -43,9 +54,10 @@ class Front:
         self._intake = intake
         self._metrics = metrics
         self._clock = clock
+        self._preparing: dict[str, _Preparation] = {}
 
     async def generate(self, call: GenerateCall, timeout_s: float | None) -> tuple[Prepared, RequestStream]:
-        """Check a request and take it in. Whoever stops reading the stream before its end must `abort`.
+        """Check a request and take it in. Whoever stops reading the stream must `abandon` it.
 
         Raises:
             ServingError: refused; nothing was kept.
@@ -53,7 +65,10 @@ class Front:
         arrived_at = self._clock.now()
         try:
             self.dispatcher.check_admissible(call.request_id)
-            prepared = await self._intake.prepare(call)
+            with self._preparation(call.request_id) as preparation:
+                prepared = await self._intake.prepare(call)
+                if preparation.aborted is not None:
+                    raise preparation.aborted
         except ServingError as error:
             self._metrics.rejected(error)
             raise
@@ -66,8 +81,29 @@ class Front:
         return prepared, stream
 
     def abort(self, request_id: RequestId, reason: str) -> bool:
-        """End a request on every worker. Returns whether it was in flight."""
+        """End a request on every worker, or before it gets to any. Returns whether it was in flight."""
+        preparation = self._preparing.get(request_id)
+        if preparation is not None:
+            preparation.aborted = Aborted(reason)
+            return True
         return self.dispatcher.abort(request_id, Aborted(reason))
+
+    def abandon(self, stream: RequestStream, reason: str) -> None:
+        """End the one request whose stream nobody reads any more. Does nothing once that is over."""
+        self.dispatcher.abandon(stream, Aborted(reason))
+
+    @contextlib.contextmanager
+    def _preparation(self, request_id: str) -> Iterator[_Preparation]:
+        """Make a request that is not in the dispatcher yet known to `abort`. Without an id nobody can name it."""
+        preparation = _Preparation()
+        if request_id in self._preparing:
+            raise DuplicateRequest(f"request {request_id} is in flight")
+        if request_id:
+            self._preparing[request_id] = preparation
+        try:
+            yield preparation
+        finally:
+            self._preparing.pop(request_id, None)
 
     async def tokenize(self, model: str, prompt: Prompt) -> list[int]:
         """Return the ids of a prompt as `generate` would see it.

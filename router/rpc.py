@@ -1,9 +1,11 @@
 """The gateway's public gRPC door: Inference, Admin, grpc.health.v1 and reflection."""
 
+import asyncio
+
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from core.errors import InvalidRequest
+from core.errors import InvalidRequest, SlowReader
 from core.ids import RequestId
 from core.rpc import bind, create_server, reply_errors
 from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
@@ -30,25 +32,35 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: "inference_pb2_grpc._ServicerContext"
     ) -> None:
         front = self._front
-        async with reply_errors(context):
+        patience_s = front.config.write_timeout_s
+        async with reply_errors(context, patience_s=patience_s):
             prepared, stream = await front.generate(
                 read_generate(request, front.max_model_len()), context.time_remaining()
             )
             try:
                 text = GenerationText(front.tokenizer.decode, prepared.request)
                 tokens, completion = await stream.take()
-                await context.write(started(prepared.request, front.config.model_name))
+                await self._write(context, started(prepared.request, front.config.model_name))
                 while True:
                     piece = text.push(tokens, completion.finish if completion else None)
                     if tokens or piece:
-                        await context.write(delta(piece, tokens, front.tokenizer))
+                        await self._write(context, delta(piece, tokens, front.tokenizer))
                     if completion is not None:
-                        await context.write(finished(completion))
+                        await self._write(context, finished(completion))
                         return
                     tokens, completion = await stream.take()
             finally:
                 # Cancelled by the client, its deadline or a broken connection: both workers are told to free it.
-                front.abort(stream.request_id, "the client went away")
+                front.abandon(stream, "the client went away")
+
+    async def _write(self, context: "inference_pb2_grpc._ServicerContext", message: pb.GenerateResponse) -> None:
+        """Send one message. Raises: SlowReader, when the client lets it wait too long."""
+        timeout_s = self._front.config.write_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await context.write(message)
+        except TimeoutError as error:
+            raise SlowReader(f"no message was read for {timeout_s:g} s") from error
 
     async def Abort(  # noqa: N802
         self, request: pb.AbortRequest, context: "inference_pb2_grpc._ServicerContext"

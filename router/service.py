@@ -46,6 +46,7 @@ class Gateway:
         self._fleet = Fleet(config, cluster, self._gateway_id, store, clock, self._rng)
         self._dispatcher = Dispatcher(config, self._fleet, clock, self._rng, self._metrics)
         self._intake: Intake | None = None
+        self._front: Front | None = None
         self._server: GatewayServer | None = None
         self._metrics_server: MetricsServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -55,6 +56,12 @@ class Gateway:
     @property
     def metrics(self) -> GatewayMetrics:
         return self._metrics
+
+    @property
+    def front(self) -> Front:
+        """What every door calls. Only once started."""
+        assert self._front is not None, "the gateway has not started"
+        return self._front
 
     @property
     def fleet(self) -> Fleet:
@@ -102,6 +109,7 @@ class Gateway:
             clock=self._clock,
         )
         self._server = server
+        self._front = front
         await server.start(front)
         self._tasks = [
             asyncio.create_task(self._fleet.run(self._dispatcher), name="fleet"),
