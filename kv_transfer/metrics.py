@@ -34,6 +34,13 @@ class KvTransferMetrics:
         self.exposed_seconds = Histogram(
             "tandem_kv_transfer_exposed_seconds", "Commit to landed", registry=registry, buckets=_SECONDS
         )
+        # The receiver's measurement again, so that a prefill worker's own metrics tell what its links cost.
+        self.acked_exposed_seconds = Histogram(
+            "tandem_kv_transfer_acked_exposed_seconds",
+            "Commit to landed, as acknowledged to the sender",
+            registry=registry,
+            buckets=_SECONDS,
+        )
 
 
 @cache

@@ -245,7 +245,8 @@ class KvSender:
                 pair.say(pb.SenderMessage(abort=pb.AbortTransfer(transfer_id=transfer_id, reason=reason)))
             case session.SayRenewal():
                 pair.say(pb.SenderMessage(renew=pb.RenewLeases(transfer_ids=[transfer_id])))
-            case session.ReportAcked():
+            case session.ReportAcked(exposed_s):
+                self._metrics.acked_exposed_seconds.observe(exposed_s)
                 self._metrics.transfers.labels("sender").inc()
                 self._settle_when_unread(transfer, lambda: self._outcomes.on_acked(transfer_id))
             case session.ReportFailed(reason, detail):

@@ -148,7 +148,7 @@ class SenderPair:
                 granted = session.ReservationGranted(message.reserved.held_tokens, message.reserved.lease_s)
                 self._owner.feed(TransferId(message.reserved.transfer_id), granted)
             case "ack":
-                self._owner.feed(TransferId(message.ack.transfer_id), session.AckReceived())
+                self._owner.feed(TransferId(message.ack.transfer_id), session.AckReceived(message.ack.exposed_s))
             case "nack":
                 nack = message.nack
                 received = session.NackReceived(nack_reason(nack.reason), nack.detail)

@@ -59,7 +59,7 @@ class AllSent:
 
 @dataclass(frozen=True, slots=True)
 class AckReceived:
-    pass
+    exposed_s: float  # as the receiver measured it
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,8 @@ class SayRenewal:
 @dataclass(frozen=True, slots=True)
 class ReportAcked:
     """Stop reading, then tell the owner."""
+
+    exposed_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,8 +299,8 @@ class SenderSession:
 
 def _farewell(before: SendState, event: SenderEvent) -> list[SenderEffect]:
     match event:
-        case AckReceived():
-            return [ReportAcked()]
+        case AckReceived(exposed_s):
+            return [ReportAcked(exposed_s)]
         case NackReceived(reason, detail):
             return [ReportFailed(reason, detail)]
         case Aborted(reason, detail):

@@ -43,6 +43,7 @@ async def test_parts_land_bit_exactly(chunk: int, group: int) -> None:
         stats = duo.landed.stats[transfer_id]
         assert stats.payload_bytes == kv.nbytes
         assert stats.num_frames == len(duo.target.writes)
+        assert duo.sender_metrics.acked_exposed_seconds._sum.get() == stats.exposed_s
 
 
 async def test_what_the_receiver_holds_is_not_sent() -> None:

@@ -221,7 +221,7 @@ class Wire(RuleBasedStateMachine):
                     self._say_to_receiver(receiving.AbortReceived(reason))
                 case sending.SayRenewal():
                     self._say_to_receiver(receiving.LeaseRenewed())
-                case sending.ReportAcked():
+                case sending.ReportAcked(_):
                     self.sender_told.append("acked")
                 case sending.ReportFailed(reason, _):
                     self.sender_told.append(reason)
@@ -240,7 +240,7 @@ class Wire(RuleBasedStateMachine):
                     self.is_gate_open = True
                     self._say_to_sender(sending.ReservationGranted(held_tokens, lease_s))
                 case receiving.SayAck():
-                    self._say_to_sender(sending.AckReceived())
+                    self._say_to_sender(sending.AckReceived(0.5))
                     self._perform_receiver(self.receiver.handle(receiving.AckSaid(), self.now))
                 case receiving.SayNack(reason, detail):
                     self._say_to_sender(sending.NackReceived(reason, detail))

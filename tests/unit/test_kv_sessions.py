@@ -24,7 +24,7 @@ SENDER_EVENTS: list[sending.SenderEvent] = [
     sending.ReservationGranted(4, 30.0),
     sending.FrameSent(),
     sending.AllSent(2, 100, 9),
-    sending.AckReceived(),
+    sending.AckReceived(0.5),
     sending.NackReceived(NackReason.CHECKSUM, "x"),
     sending.Aborted(NackReason.CANCELLED, "x"),
     sending.LinkLost("x"),
@@ -71,7 +71,7 @@ SENDERS: Mapping[SendState, Callable[[], SenderSession]] = {
     SendState.RESERVED: lambda: _sender(GRANTED),
     SendState.SENDING: lambda: _sender(GRANTED, SENT),
     SendState.COMMITTED: lambda: _sender(GRANTED, SENT, ALL_SENT),
-    SendState.ACKED: lambda: _sender(GRANTED, SENT, ALL_SENT, sending.AckReceived()),
+    SendState.ACKED: lambda: _sender(GRANTED, SENT, ALL_SENT, sending.AckReceived(0.5)),
     SendState.ABORTED: lambda: _sender(sending.Aborted(NackReason.CANCELLED, "x")),
     SendState.EXPIRED: lambda: _sender(sending.DeadlinePassed()),
 }
@@ -94,7 +94,7 @@ def test_the_sender_walks_from_offer_to_ack() -> None:
     assert machine.handle(sending.FrameSent(), 2.0) == []
     assert machine.tick(11.0) == [sending.SayRenewal()]
     assert machine.handle(sending.AllSent(3, 99, 7), 12.0) == [sending.SayCommit(3, 99, 7)]
-    assert machine.handle(sending.AckReceived(), 13.0) == [sending.ReportAcked()]
+    assert machine.handle(sending.AckReceived(0.5), 13.0) == [sending.ReportAcked(0.5)]
     assert machine.next_deadline() is None
 
 
