@@ -34,7 +34,12 @@ class KvTransferConfig(ConfigModel):
     max_strays: int = Field(
         256, ge=1, description="offers that a receiver lets wait for their reservation; one past it is refused"
     )
-    lease_s: float = Field(30.0, gt=0, description="life of a transfer that nobody hears of; renewed by heartbeats")
+    lease_s: float = Field(
+        30.0,
+        gt=0,
+        description="life of a transfer that nobody hears of, for a reservation that names none; the gateway's always "
+        "do (its reservation_lease_s); renewed by heartbeats",
+    )
     offer_timeout_s: float = Field(10.0, gt=0, description="from an offer to its reservation, and for strays")
     connect_timeout_s: float = Field(5.0, gt=0, description="control stream: connection and hello, on either side")
     open_timeout_s: float = Field(5.0, gt=0, description="link: both sides join the process group")
