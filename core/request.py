@@ -11,6 +11,7 @@ from core.ids import RequestId
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64
+MIN_TEMPERATURE = 1e-3  # below, one token has all the probability anyway, and float32 would not know it from 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +19,14 @@ class SamplingParams:
     """How to choose tokens. Validated by `check`; the defaults sample the plain distribution.
 
     Attributes:
-        temperature: 0 means greedy (arg max, lowest id wins ties); otherwise logits are divided by it.
+        temperature: 0 means greedy (arg max, lowest id wins ties); otherwise logits are divided by it; [0.001, 100].
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose probability reaches this; (0, 1].
         min_p: keep tokens at least this fraction as probable as the most probable one; [0, 1].
         presence_penalty: subtracted once from the logit of every token generated so far; [-2, 2].
         frequency_penalty: subtracted per occurrence among the generated tokens; [-2, 2].
         repetition_penalty: divides positive and multiplies negative logits of every token seen in the prompt or
-            the output; > 0, 1 is off.
+            the output; [0.01, 100], 1 is off.
         logit_bias: added to the logits of these token ids; each within [-100, 100].
         stop: generation ends when the text contains one of these; the match itself is not returned.
         stop_token_ids: generation ends after one of these (it is returned, as token, not as text).
@@ -59,12 +60,13 @@ class SamplingParams:
         Raises:
             InvalidRequest: naming the field as ``sampling.<name>``.
         """
-        _within("temperature", self.temperature, 0.0, 100.0)
+        if self.temperature != 0.0:
+            _within("temperature", self.temperature, MIN_TEMPERATURE, 100.0, instead="0 (greedy) or ")
         _within("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _within("top_k", self.top_k, 0, math.inf)
         _within("max_tokens", self.max_tokens, 1, math.inf)
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
@@ -86,10 +88,11 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
-def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
-    if math.isnan(value) or value > high or value < low or (low_open and value == low):
-        left = "(" if low_open else "["
-        raise InvalidRequest(f"sampling.{name}", f"must be in {left}{low:g}, {high:g}], got {value!r}")
+def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False, instead: str = "") -> None:
+    """Refuse what is not a finite number between the two; `instead` names what else is allowed."""
+    if not math.isfinite(value) or value > high or value < low or (low_open and value == low):
+        left, right = "(" if low_open else "[", "]" if math.isfinite(high) else ")"
+        raise InvalidRequest(f"sampling.{name}", f"must be {instead}in {left}{low:g}, {high:g}{right}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)

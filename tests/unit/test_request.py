@@ -15,14 +15,20 @@ BAD: list[tuple[str, Any]] = [
     ("temperature", -0.1),
     ("temperature", math.nan),
     ("temperature", math.inf),
+    ("temperature", 1e-50),
+    ("temperature", 0.0009),
     ("top_p", 0.0),
     ("top_p", 1.1),
     ("min_p", -0.1),
     ("presence_penalty", 2.1),
     ("frequency_penalty", -2.1),
     ("repetition_penalty", 0.0),
+    ("repetition_penalty", 1e-40),
+    ("repetition_penalty", 100.1),
     ("top_k", -1),
+    ("top_k", math.inf),
     ("max_tokens", 0),
+    ("max_tokens", math.inf),
     ("min_tokens", 17),
     ("seed", -1),
     ("seed", 2**64),
@@ -46,6 +52,13 @@ def test_the_edges_are_allowed() -> None:
     SamplingParams(
         temperature=0, top_p=1, min_p=1, min_tokens=16, seed=2**64 - 1, logprobs=20, logit_bias={99: -100}
     ).check(vocab_size=100)
+    SamplingParams(temperature=0.001, repetition_penalty=0.01).check(vocab_size=100)
+    SamplingParams(temperature=100, repetition_penalty=100).check(vocab_size=100)
+
+
+def test_small_temperatures_are_told_what_is_allowed() -> None:
+    with pytest.raises(InvalidRequest, match=r"sampling\.temperature: must be 0 \(greedy\) or in \[0\.001, 100\]"):
+        SamplingParams(temperature=1e-50).check(vocab_size=100)
 
 
 @pytest.mark.parametrize("text", ["", "a" * 129, "a b", "a/b", "a\n", "é"])
