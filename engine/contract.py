@@ -57,3 +57,10 @@ class StepFailed(ServingError):
         line = next((line for line in str(cause).splitlines() if line.strip()), "")
         super().__init__(f"engine step failed: {type(cause).__name__}: {line.strip()}")
         self.request_ids = request_ids
+
+
+class NoFiniteLogits(ServingError):
+    """The model's logits for a request's next token are not numbers to choose by; only that request is lost."""
+
+    def __init__(self) -> None:
+        super().__init__("the model computed no finite logits for the next token")

@@ -66,6 +66,7 @@ class Engine:
         self._observers: dict[RequestId, PrefillObserver] = {}
         self._quarantined: dict[object, TokenSequence] = {}
         self._ready_outputs: list[RequestOutput] = []
+        self._failed: list[RequestId] = []
         self._num_arrivals = 0
 
     @classmethod
@@ -108,6 +109,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one step: admit, preempt, compute, sample. Returns nothing when nothing could be computed.
 
+        A request whose logits are not finite ends without output; `take_failed` names it.
+
         Raises:
             StepFailed: computing failed; the engine can go on once the named requests are aborted.
         """
@@ -124,15 +127,26 @@ class Engine:
                 raise StepFailed(tuple(sequence.request_id for sequence, _ in plan.shares), error) from error
             row = 0
             for sequence, share in plan.shares:
+                is_complete = sequence.num_computed + share == len(sequence.tokens)
+                if is_complete and row in choices.failed:  # before anything of this step is shared
+                    self._failed.append(sequence.request_id)
+                    self._end(sequence)
+                    row += 1
+                    continue
                 sequence.num_computed += share
                 if sequence.num_computed // self._block_size > len(sequence.chain):
                     self._ledger.index(sequence)
-                if len(sequence.tokens) == sequence.num_computed:
+                if is_complete:
                     output = self._advance(sequence, choices.token_ids[row], choices.details.get(row))
                     self._ready_outputs.append(output)
                     row += 1
         outputs, self._ready_outputs = self._ready_outputs, []
         return outputs
+
+    def take_failed(self) -> list[RequestId]:
+        """Return the requests that ended since the last call because the model computed no finite logits for them."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def has_work(self) -> bool:
         """Say whether a step could produce anything, now or when blocks come back."""

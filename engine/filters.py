@@ -23,7 +23,7 @@ class Candidates:
 
     Attributes:
         token_ids: int64 [R, C]; ascending, then padding.
-        weights: float32 [R, C]; probability, or 0 in the padding.
+        weights: float32 [R, C]; probability, or 0 in the padding; NaN in the first column of a row of NaN.
     """
 
     token_ids: torch.Tensor
@@ -39,7 +39,7 @@ def filter_rows(probabilities: torch.Tensor, params: Sequence[SamplingParams]) -
     """Return the candidates of every row. Pure.
 
     Args:
-        probabilities: float32 [R, V]; each row sums to 1.
+        probabilities: float32 [R, V]; each row sums to 1, or is all NaN.
         params: of each row.
     """
     vocab_size = probabilities.shape[1]
@@ -64,9 +64,10 @@ def filter_rows(probabilities: torch.Tensor, params: Sequence[SamplingParams]) -
             chosen[starts[row] + tied[kept[row] - found[row] :]] = False
         rows, columns = rows[chosen], columns[chosen]
         starts = np.cumsum(kept) - kept
-    token_ids = np.zeros((len(params), int(kept.max())), np.int64)
+    width = np.maximum(kept, 1)  # a row of NaN keeps nothing; its first place shows that
+    token_ids = np.zeros((len(params), int(width.max())), np.int64)
     token_ids[rows, np.arange(len(rows)) - starts[rows]] = columns
-    is_padding = np.arange(token_ids.shape[1]) >= kept[:, None]
+    is_padding = np.arange(token_ids.shape[1]) >= width[:, None]
     ids = torch.from_numpy(token_ids).to(probabilities.device)
     weights = probabilities.gather(1, ids).masked_fill_(torch.from_numpy(is_padding).to(ids.device), 0.0)
     return Candidates(ids, weights)

@@ -3,9 +3,10 @@
 Other threads never touch the engine (but `read_kv` and `write_kv`): they `call` a function, which runs between two
 steps and whose result comes back in a future. Nothing here is asynchronous; a service bridges the callbacks.
 
-Failures: when computing a step fails, the requests of that step are aborted and reported, and the loop goes on. When
-that happens several times in a row, or when the engine's books are in doubt (any other exception), the loop fails all
-requests, reports itself broken and ends; every later call is refused. It never ends silently.
+Failures: a request whose own logits are no numbers is reported, and nobody else notices. When computing a step fails,
+the requests of that step are aborted and reported, and the loop goes on. When that happens several times in a row, or
+when the engine's books are in doubt (any other exception), the loop fails all requests, reports itself broken and
+ends; every later call is refused. It never ends silently.
 """
 
 import logging
@@ -22,7 +23,7 @@ from core.ids import RequestId
 from core.kv_events import KvEvent
 from core.membership import LoadReport
 from core.request import RequestOutput
-from engine.contract import StepFailed
+from engine.contract import NoFiniteLogits, StepFailed
 from engine.engine import Engine
 from engine.scheduler import StepStats
 
@@ -209,6 +210,7 @@ class EngineLoop:
                 self._fail_step(error)
             else:
                 self._failed_in_a_row = 0
+                self._report_failed()
                 stats, step_s = engine.last_step, self._clock.now() - started
                 self._rates.note(stats, step_s)
         has_stepped = bool(outputs or stats.num_prompt_tokens or stats.num_decodes)
@@ -236,6 +238,14 @@ class EngineLoop:
                 future.set_exception(error)
             else:
                 future.set_result(result)
+
+    def _report_failed(self) -> None:
+        """Report requests that failed on their own, in a step that went well: they never count against the engine."""
+        failed = self._engine.take_failed()
+        if failed:
+            error = NoFiniteLogits()
+            _LOG.error("%s: %s", ", ".join(failed), error)
+            self._on_failure(Failure(tuple(failed), error, is_fatal=False))
 
     def _fail_step(self, error: StepFailed) -> None:
         _LOG.error("%s", error, exc_info=error)

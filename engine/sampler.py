@@ -3,6 +3,7 @@
 Whatever the batch, a row's choice depends only on its own logits, parameters, seen tokens and (seed, position): the
 draw is an exponential race, arg max of probability / noise, with noise that is a hash of (seed, position, token). So a
 generation that moves to another worker, or is recomputed after preemption, goes on exactly as it would have.
+A row whose largest logit is not a finite number (the model's failure) gets no token and is named; no other row notices.
 Rows pay for what they ask for: an all-greedy batch costs one arg max, filters and edits touch only the rows with them.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 
 from core.request import SamplingParams
@@ -57,13 +59,21 @@ class SamplingState:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """One token per row; `details` has the rows that asked for log-probabilities."""
+    """One token per row.
+
+    Attributes:
+        token_ids: -1 in the rows that failed.
+        details: of the rows that asked for log-probabilities.
+        failed: rows without a finite largest logit, ascending.
+    """
 
     token_ids: list[int]
     details: dict[int, TokenDetail]
+    failed: tuple[int, ...] = ()
 
 
 _RACE_ELEMENTS = 2**17  # at once on a CPU: what stays in its caches
+_NO_TOKEN = -1
 _NO_DETAILS: dict[int, TokenDetail] = {}
 
 
@@ -81,7 +91,8 @@ class Sampler:
             states: of each row.
         """
         if all(state.is_plain for state in states):
-            return Choices(_arg_max(logits), _NO_DETAILS)
+            token_ids = _arg_max(logits)
+            return Choices(token_ids, _NO_DETAILS, _failed(token_ids))
         self._edit(logits, states)
         wanted = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         logprobs = torch.log_softmax(_rows(logits, wanted), dim=1) if wanted else logits
@@ -91,11 +102,15 @@ class Sampler:
             drawn = self._draw(_rows(logits, sampled), [states[row] for row in sampled])
             for row, token_id in zip(sampled, drawn, strict=True):
                 token_ids[row] = token_id
+        failed = _failed(token_ids)
+        if failed and wanted:
+            logprobs = logprobs[[at for at, row in enumerate(wanted) if row not in failed]]
+            wanted = [row for row in wanted if row not in failed]
         if not wanted:
-            return Choices(token_ids, _NO_DETAILS)
+            return Choices(token_ids, _NO_DETAILS, failed)
         counts = [states[row].params.logprobs or 0 for row in wanted]
         details = token_details(logprobs, [token_ids[row] for row in wanted], counts)
-        return Choices(token_ids, dict(zip(wanted, details, strict=True)))
+        return Choices(token_ids, dict(zip(wanted, details, strict=True)), failed)
 
     def _edit(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
         counted = [(row, state.seen) for row, state in enumerate(states) if state.seen is not None]
@@ -115,17 +130,17 @@ class Sampler:
         temperatures = torch.tensor([state.params.temperature for state in states], dtype=torch.float32)
         # Shifted first: a tiny temperature must not turn the largest logit into infinity.
         logits = logits.sub_(logits.amax(dim=1, keepdim=True)).div_(temperatures[:, None].to(logits.device))
+        # A row whose largest logit is not finite is all NaN from here on, which the race reports.
         probabilities = torch.softmax(logits, dim=1)
         token_ids = [0] * len(states)
         filtered = [row for row, state in enumerate(states) if needs_filter(state.params)]
         if filtered:
             kept = filter_rows(_rows(probabilities, filtered), [states[row].params for row in filtered])
-            winners = torch.tensor(
-                self._race(kept.weights, [keys[row] for row in filtered], kept.token_ids), device=logits.device
-            )
+            columns = self._race(kept.weights, [keys[row] for row in filtered], kept.token_ids)
+            winners = torch.tensor(columns, device=logits.device).clamp_(min=0)
             drawn = kept.token_ids.gather(1, winners[:, None]).flatten().tolist()
-            for row, token_id in zip(filtered, drawn, strict=True):
-                token_ids[row] = token_id
+            for row, column, token_id in zip(filtered, columns, drawn, strict=True):
+                token_ids[row] = token_id if column != _NO_TOKEN else _NO_TOKEN
         whole = [row for row, state in enumerate(states) if not needs_filter(state.params)]
         if whole:
             drawn = self._race(_rows(probabilities, whole), [keys[row] for row in whole], None)
@@ -134,7 +149,7 @@ class Sampler:
         return token_ids
 
     def _race(self, weights: torch.Tensor, keys: Sequence[int], token_ids: torch.Tensor | None) -> list[int]:
-        """Return the winning column of each row of `weights` [R, C], which is overwritten."""
+        """Return the winning column of each row of `weights` [R, C], which is overwritten; -1 in a row of NaN."""
         rows = len(keys)
         if weights.device.type == "cpu":
             rows = max(1, _RACE_ELEMENTS // weights.shape[1])
@@ -151,8 +166,19 @@ def _rows(matrix: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 
 
 def _arg_max(matrix: torch.Tensor) -> list[int]:
-    """Return the id of the largest value of each row, the lowest of equals."""
+    """Return the id of the largest value of each row, the lowest of equals; -1 if that value is not finite.
+
+    A NaN counts as the largest, so looking at the winner alone finds it anywhere in the row.
+    """
     if matrix.device.type == "cpu":
-        # An order of magnitude faster than torch's on this device.
-        return cast(list[int], matrix.numpy().argmax(axis=1).tolist())
-    return cast(list[int], matrix.argmax(dim=1).tolist())
+        values = matrix.numpy()  # an order of magnitude faster than torch on this device
+        winners = values.argmax(axis=1)
+        is_finite = np.isfinite(values[np.arange(len(winners)), winners])
+        return cast(list[int], np.where(is_finite, winners, _NO_TOKEN).tolist())
+    winners_there = matrix.argmax(dim=1)
+    largest = matrix.gather(1, winners_there[:, None]).flatten()
+    return cast(list[int], winners_there.masked_fill_(~largest.isfinite(), _NO_TOKEN).tolist())
+
+
+def _failed(token_ids: Sequence[int]) -> tuple[int, ...]:
+    return tuple(row for row, token_id in enumerate(token_ids) if token_id == _NO_TOKEN)

@@ -26,7 +26,7 @@ _TOKEN, _POSITION = 0, 1  # where the head dimension keeps what
 
 
 class FakeRunner:
-    """See the module. `fail_next` makes the next forward pass raise."""
+    """See the module. `fail_next` makes the next forward pass raise; a history with a `poison` token gives NaN."""
 
     def __init__(self, *, num_blocks: int, block_size: int = 4, max_model_len: int = 64) -> None:
         self.info = ModelInfo(
@@ -43,6 +43,7 @@ class FakeRunner:
         )
         self.pool = KvPool(self.info.kv_layout(block_size), num_blocks)
         self.fail_next: Exception | None = None
+        self.poison: int | None = None
         self.batch_sizes: list[tuple[int, ...]] = []
 
     def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
@@ -64,7 +65,8 @@ class FakeRunner:
         rows = []
         for sequence, length in enumerate(batch.context_lens_host):
             if int(batch.query_starts[sequence + 1]) - 1 in wanted:
-                rows.append(history_logits(self._history(batch.block_tables[sequence], length)))
+                history = self._history(batch.block_tables[sequence], length)
+                rows.append(torch.full((VOCAB_SIZE,), torch.nan) if self.poison in history else history_logits(history))
         return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
 
     def _history(self, block_table: torch.Tensor, length: int) -> list[int]:

@@ -282,6 +282,22 @@ def test_a_failed_step_changes_nothing_and_names_its_requests() -> None:
     assert token_ids(outputs["a"]) == reference_tokens(request("a", range(10)))[1:]
 
 
+def test_logits_that_are_not_numbers_end_their_request_only() -> None:
+    engine = fake_engine(max_batch_tokens=64)
+    runner_of(engine).poison = 77
+    engine.add(request("good", range(10)))
+    engine.add(request("bad", [1, 2, 3, 4, 77]))
+    engine.add(request("later", [5, 6]))
+    outputs = engine.step()
+    assert [output.request_id for output in outputs] == ["good", "later"]
+    assert engine.take_failed() == ["bad"]
+    assert engine.take_failed() == []
+    engine.check()
+    assert engine.request_ids == ("good", "later")
+    assert len(engine.snapshot_cache()) == 1, "what it computed must not be shared"
+    assert token_ids(run_to_end(engine)["good"]) == reference_tokens(request("good", range(10)))[1:]
+
+
 def test_load_report_counts() -> None:
     engine = fake_engine(num_blocks=32, max_batch_tokens=4, max_num_requests=2)
     engine.add(request("a", range(10)))

@@ -11,7 +11,7 @@ from core.ids import RequestId
 from core.kv_events import BlocksStored
 from core.request import GenerateRequest
 from engine.blocks import Owner
-from engine.contract import StepFailed
+from engine.contract import NoFiniteLogits, StepFailed
 from engine.engine import Engine
 from engine.loop import EngineLoop, EngineStopped, Failure, StepResult
 from tests.fake_model import FakeRunner, fake_engine, greedy, reference_tokens
@@ -181,6 +181,23 @@ def test_steps_that_fail_again_and_again_end_the_loop_loudly(watch: Watch) -> No
     assert watch.loop.join(DEADLINE_S)
     with pytest.raises(EngineStopped):
         watch.loop.call(adding(request("late", 1))).result(DEADLINE_S)
+
+
+def test_poisoned_requests_fail_alone_however_many_in_a_row(watch: Watch) -> None:
+    def poison(engine: Engine) -> None:
+        runner_of(engine).poison = 77
+        engine.add(request("good", 1, 2, 3, max_tokens=50))
+
+    watch.loop.call(poison).result(DEADLINE_S)
+    for at in range(5):
+        watch.loop.call(adding(request(f"bad{at}", 77, at))).result(DEADLINE_S)
+        watch.wait_for_failure(f"bad{at}")
+    watch.wait_for(lambda: watch.is_finished("good"))
+    assert watch.tokens("good") == reference_tokens(request("good", 1, 2, 3, max_tokens=50))
+    assert [failure.request_ids for failure in watch.failures] == [(f"bad{at}",) for at in range(5)]
+    assert all(isinstance(failure.error, NoFiniteLogits) and not failure.is_fatal for failure in watch.failures)
+    watch.loop.call(adding(request("next", 1, 2))).result(DEADLINE_S)
+    watch.wait_for(lambda: watch.is_finished("next"))
 
 
 def test_books_in_doubt_end_the_loop_loudly(watch: Watch) -> None:

@@ -1,6 +1,7 @@
 """The sampler against a naive reference, one feature at a time and mixed; distribution; independence of the batch."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "cold": {"temperature": 0.3},
     "hot": {"temperature": 3.0},
-    "nearly-greedy": {"temperature": 1e-5},
+    "nearly-greedy": {"temperature": 1e-3},
     "top-k": {"top_k": 5},
     "top-k-1": {"top_k": 1},
     "top-k-wide": {"top_k": 150},
@@ -272,3 +273,38 @@ def test_seen_tokens_grow_beyond_their_first_room() -> None:
     assert state.seen is not None
     assert state.seen.ids.tolist() == list(range(VOCAB_SIZE))
     assert state.seen.counts.tolist() == [3.0] + [1.0] * (VOCAB_SIZE - 1)
+
+
+BAD_ROWS = {
+    "a-nan": lambda row: row.__setitem__(57, np.nan),
+    "all-nan": lambda row: row.fill(np.nan),
+    "infinity": lambda row: row.__setitem__(57, np.inf),
+    "nothing-possible": lambda row: row.fill(-np.inf),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_ROWS.values(), ids=BAD_ROWS)
+@pytest.mark.parametrize("logprobs", [None, 0, 3])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_row_without_finite_numbers_fails_alone(
+    feature: str, logprobs: int | None, spoil: Callable[[NDArray[np.float32]], None]
+) -> None:
+    """Alone, with its like, and among rows of every kind: the others choose what they choose without it."""
+    sampler = Sampler(VOCAB_SIZE)
+    generator = np.random.default_rng(6)
+    logits = generator.normal(scale=2, size=(len(FEATURES) + 2, VOCAB_SIZE)).astype(np.float32)
+    good = [SamplingParams(seed=1, **fields) for fields in FEATURES.values()]
+    bad = SamplingParams(logprobs=logprobs, **FEATURES[feature])
+    states = [make_state(params, [1, 2], [3]) for params in (bad, *good, bad)]
+    expected = sampler.choose(torch.from_numpy(logits[1:-1].copy()), states[1:-1])
+    spoil(logits[0])
+    spoil(logits[-1])
+    choices = sampler.choose(torch.from_numpy(logits.copy()), states)
+    assert choices.failed == (0, len(states) - 1)
+    assert choices.token_ids[1:-1] == expected.token_ids
+    assert not choices.details
+    for rows in ([0], [0, len(states) - 1]):
+        assert sampler.choose(torch.from_numpy(logits[rows]), [states[row] for row in rows]).failed == tuple(
+            range(len(rows))
+        )
+    assert not expected.failed
