@@ -9,8 +9,8 @@ One task writes everything, so that what readers see is in order:
 4. A newer epoch of the same worker in the store fences this incarnation: `on_fenced` is called once and nothing is
    written any more. The record is only ever replaced by compare-and-set, so a fenced worker cannot overwrite its heir.
 5. `stop` leaves a STOPPED record to its lease.
-6. Whatever else goes wrong ends the task and is told by `on_failed`: a worker whose lease lapses unnoticed would serve on
-   while its heir takes over.
+6. Whatever else goes wrong ends the task and is told by `on_failed`: a worker whose lease lapsed unnoticed would serve
+   on while its heir takes over.
 
 An append whose outcome is unknown is repeated, so a reader may see a batch twice; the number tells.
 """
