@@ -136,7 +136,8 @@ class DecodeWorker:
             self._streams.close()
             await parts.server.stop(_GRACE_S)
             try:
-                await parts.receiver.close()
+                async with asyncio.timeout(_CLOSE_S):
+                    await parts.receiver.close()
             except TimeoutError:
                 _log.exception("%s: a KV link does not close; its thread is left behind", self.identity.worker_id)
             await parts.desk.close(_CLOSE_S)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
@@ -22,10 +22,12 @@ from core.membership import (
 )
 from core.store import STREAM_START, Store
 from core.store_memory import MemoryStore
+from decode_workers import service as decode_service
 from decode_workers.config import DecodeWorkerConfig
 from decode_workers.service import DecodeWorker
 from engine.config import ModelConfig
 from engine.engine import Engine
+from prefill_workers import service as prefill_service
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.service import PrefillWorker
 from protos import codec, worker_pb2
@@ -330,6 +332,28 @@ async def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=str(port)):
             await worker.start()
         pair.prefill_side.engine = engine
+
+
+async def test_a_kv_service_that_does_not_close_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hangs(close: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+        async def close_and_hang() -> None:
+            await close()
+            await asyncio.Event().wait()
+
+        return close_and_hang
+
+    async with worker_pair() as pair:
+        sides = (prefill_service, pair.prefill, "sender"), (decode_service, pair.decode, "receiver")
+        for module, worker, name in sides:
+            service = getattr(worker._parts, name)
+            monkeypatch.setattr(module, "_CLOSE_S", 0.2)
+            monkeypatch.setattr(service, "close", hangs(service.close))
+            async with asyncio.timeout(PATIENCE_S):
+                await worker.stop(PATIENCE_S)
+                await worker.run()
+        assert caplog.text.count("does not close") == 2
 
 
 async def test_metrics_count_what_happened() -> None:
