@@ -280,6 +280,7 @@ class Dispatcher:
                 self._let_go(active, worker_id)
             case m.ReturnToQueue(cause, retry_after_s):
                 _log.debug("%s: back to the queue, %s", active.request_id, cause)
+                self._requests.end_attempt(active)
                 num_tokens = active.request.num_prompt_tokens
                 self._queue.put_back(active.request_id, num_tokens, self._clock.now(), retry_after_s)
                 self._pump_soon()

@@ -72,9 +72,14 @@ class InFlight:
 
     def begin_attempt(self, active: ActiveRequest, attempt: int) -> None:
         """Name the work after its attempt; the name of the last attempt is forgotten."""
-        self._by_work.pop(active.work_id, None)
+        self.end_attempt(active)
         active.work_id = transfer_id(active.request_id, attempt, active.nonce)
         self._by_work[active.work_id] = active
+
+    def end_attempt(self, active: ActiveRequest) -> None:
+        """Nobody holds anything of the last attempt: what is still told of it is late news."""
+        self._by_work.pop(active.work_id, None)
+        active.work_id = _NO_WORK
 
     def hold(self, active: ActiveRequest, worker_id: WorkerId) -> None:
         active.workers.add(worker_id)
