@@ -3,7 +3,8 @@
 Life of a link:
 1. A record with an address and a serving state appears: the link connects, again and again with back-off and jitter.
 2. The worker welcomes this epoch: UP, `on_up` is called, work may be sent.
-3. The stream ends: DOWN, `on_down` is called before anything else happens, and the link reconnects.
+3. The stream ends, or a defect of ours breaks it: DOWN, `on_down` is called before anything else happens, and the link
+   reconnects.
 4. The record leaves the mirror: the link stays up as long as its stream does (the store may be wrong, the stream is
    not), and is not rebuilt after that. A record with a newer epoch cuts it at once: the old incarnation is fenced."""
 
@@ -149,13 +150,17 @@ class WorkerPool:
                     )
                 except ServingError as error:
                     self._take_down(link, error)
+                except Exception as error:
+                    # Ours, most likely: whoever was told of a report could not bear it. What the link carried is lost.
+                    _log.exception("a defect broke the link to %s of epoch %d", link.worker_id, link.epoch)
+                    self._take_down(link, WorkerLost(f"a defect of the gateway broke the link: {error}"))
                 if self._clock.now() - opened_at > self._config.reconnect_max_s:
                     backoff_s = self._config.reconnect_min_s
                 await asyncio.sleep(backoff_s * self._rng.uniform(0.5, 1.0))
                 backoff_s = min(2 * backoff_s, self._config.reconnect_max_s)
-            if self._links.get(link.worker_id) is link:
-                del self._links[link.worker_id]
         finally:
+            if self._links.get(link.worker_id) is link:
+                del self._links[link.worker_id]  # however it ended: the next reconciliation opens a new one
             self._take_down(link, WorkerLost(f"the link to {link.worker_id} ended"))
             await link.channel.close()
 

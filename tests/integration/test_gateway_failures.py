@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2
 
 from core.clock import MonotonicClock
 from core.errors import ConfigError, RejectReason
+from core.ids import WorkerId
 from core.membership import WorkerState
 from core.request import TokenOutput
 from core.rpc import field_violations
@@ -19,6 +20,7 @@ from protos import admin_pb2, inference_pb2_grpc, worker_pb2
 from protos import inference_pb2 as pb
 from router.config import RouterConfig
 from router.service import Gateway
+from router.worker_codec import WorkEvents
 from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import CLUSTER, FakeCluster, fake_cluster, text_request
 from tests.fakes.reading import Reading, collect, fails
@@ -422,3 +424,23 @@ async def test_violations_name_their_field(checkpoint: Path) -> None:
         request.sampling.min_p = 2.0
         error = await fails(cluster.inference.Generate(request), grpc.StatusCode.INVALID_ARGUMENT)
         assert [name for name, _ in field_violations(error)] == ["sampling.min_p"]
+
+
+async def test_a_defect_of_the_gateway_costs_a_link_once_and_leaves_a_traceback(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with fake_cluster(checkpoint) as cluster:
+        dispatcher, prefill = cluster.gateway.dispatcher, cluster.prefills[0]
+        on_work_events, defects = dispatcher.on_work_events, [RuntimeError("a defect")]
+
+        def break_once(worker_id: WorkerId, events: WorkEvents) -> None:
+            if worker_id == prefill.worker_id and defects:
+                raise defects.pop()
+            on_work_events(worker_id, events)
+
+        monkeypatch.setattr(dispatcher, "on_work_events", break_once)
+        assert (await collect(cluster.inference.Generate(text_request()))).text == "abcde"
+        assert len(prefill.gateways) == 2, "the link was opened again"
+        logged = [record for record in caplog.records if record.exc_info and "a defect" in str(record.exc_info[1])]
+        assert len(logged) == 1
+        assert nothing_is_held(cluster)
