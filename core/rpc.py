@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 from core import errors
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_MAX_MESSAGE_TEXT_BYTES = 1000  # of an error, in UTF-8
 _RECEIVE_LIMIT = "grpc.max_receive_message_length"
 _OPTIONS: list[tuple[str, int]] = [
     (_RECEIVE_LIMIT, MAX_MESSAGE_BYTES),
@@ -78,18 +79,26 @@ def connect(address: str) -> grpc.aio.Channel:
 def status_of(error: errors.ServingError) -> status_pb2.Status:
     """Describe an error as a rich status. Pure."""
     code = grpc.StatusCode[error.grpc_code]
-    status = status_pb2.Status(code=code.value[0], message=str(error))
+    status = status_pb2.Status(code=code.value[0], message=_cut(str(error)))
     reason = getattr(error, "reason", None)
     info = error_details_pb2.ErrorInfo(reason=str(reason or type(error).__name__).upper(), domain="tandem")
     status.details.add().Pack(info)
     if isinstance(error, errors.InvalidRequest):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.problem))
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, errors.RejectedError) and error.retry_after_s > 0:
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
+
+
+def _cut(text: str) -> str:
+    """Bound what may quote a client: trailing metadata above some kilobytes turns any status into another one."""
+    data = text.encode(errors="replace")
+    if len(data) <= _MAX_MESSAGE_TEXT_BYTES:
+        return text
+    return data[:_MAX_MESSAGE_TEXT_BYTES].decode(errors="ignore") + "..."
 
 
 @contextlib.asynccontextmanager

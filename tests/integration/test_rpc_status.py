@@ -57,6 +57,23 @@ async def test_status_and_details_arrive(error: errors.ServingError, code: grpc.
             assert violations == []
 
 
+@pytest.mark.parametrize("letter", ["x", "é", "漢", "😀"])
+async def test_a_long_message_is_cut_and_the_status_kept(letter: str) -> None:
+    for error, code in (
+        (errors.ModelNotFound(f"no model {letter * 10_000}"), grpc.StatusCode.NOT_FOUND),
+        (errors.InvalidRequest("chat", letter * 10_000), grpc.StatusCode.INVALID_ARGUMENT),
+    ):
+        async for address in served(error):
+            async with rpc.connect(address) as channel:
+                stub = admin_pb2_grpc.AdminStub(channel)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.GetClusterStatus(admin_pb2.GetClusterStatusRequest(), timeout=5)
+            assert caught.value.code() is code
+            details = caught.value.details() or ""
+            assert details.endswith(f"{letter}...")
+            assert len(details.encode()) <= 1003
+
+
 async def test_a_taken_port_is_a_config_error() -> None:
     first, second = rpc.create_server(), rpc.create_server()
     port = rpc.bind(first, "127.0.0.1", 0)
