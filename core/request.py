@@ -9,6 +9,9 @@ from core.errors import InvalidRequest
 from core.ids import RequestId
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIASES = 1024
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64
 MIN_TEMPERATURE = 1e-3  # below, one token has all the probability anyway, and float32 would not know it from 0
@@ -27,9 +30,10 @@ class SamplingParams:
         frequency_penalty: subtracted per occurrence among the generated tokens; [-2, 2].
         repetition_penalty: divides positive and multiplies negative logits of every token seen in the prompt or
             the output; [0.01, 100], 1 is off.
-        logit_bias: added to the logits of these token ids; each within [-100, 100].
-        stop: generation ends when the text contains one of these; the match itself is not returned.
-        stop_token_ids: generation ends after one of these (it is returned, as token, not as text).
+        logit_bias: added to the logits of these token ids; each within [-100, 100]; at most 1024.
+        stop: generation ends when the text contains one of these; the match itself is not returned. At most 16 of at
+            most 1024 characters.
+        stop_token_ids: at most 1024; generation ends after one of these (it is returned, as token, not as text).
         ignore_eos: the model's end-of-sequence tokens do not end the generation.
         min_tokens: end-of-sequence and stop tokens are suppressed before this many tokens.
         max_tokens: at most this many tokens; >= 1.
@@ -77,6 +81,12 @@ class SamplingParams:
             raise InvalidRequest("sampling.stop", f"at most {MAX_STOP_STRINGS} stop strings")
         if any(not text for text in self.stop):
             raise InvalidRequest("sampling.stop", "a stop string must not be empty")
+        if any(len(text) > MAX_STOP_CHARACTERS for text in self.stop):
+            raise InvalidRequest("sampling.stop", f"a stop string has at most {MAX_STOP_CHARACTERS} characters")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest("sampling.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} token ids")
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise InvalidRequest("sampling.logit_bias", f"at most {MAX_LOGIT_BIASES} entries")
         for token_id in self.stop_token_ids:
             _within("stop_token_ids", token_id, 0, vocab_size - 1)
         for token_id, bias in self.logit_bias.items():

@@ -35,7 +35,9 @@ BAD: list[tuple[str, Any]] = [
     ("logprobs", 21),
     ("stop", ("",)),
     ("stop", tuple("abcdefghijklmnopq")),
+    ("stop", ("a" * 1025,)),
     ("stop_token_ids", (100,)),
+    ("stop_token_ids", (1,) * 1025),
     ("logit_bias", {100: 1.0}),
     ("logit_bias", {1: 101.0}),
 ]
@@ -54,6 +56,18 @@ def test_the_edges_are_allowed() -> None:
     ).check(vocab_size=100)
     SamplingParams(temperature=0.001, repetition_penalty=0.01).check(vocab_size=100)
     SamplingParams(temperature=100, repetition_penalty=100).check(vocab_size=100)
+
+
+def test_sizes_up_to_the_bounds_are_allowed() -> None:
+    SamplingParams(
+        stop=("a" * 1024,) * 16, stop_token_ids=tuple(range(1024)), logit_bias=dict.fromkeys(range(1024), 1.0)
+    ).check(vocab_size=2000)
+
+
+def test_too_many_biases_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="at most 1024") as caught:
+        SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0)).check(vocab_size=2000)
+    assert caught.value.field == "sampling.logit_bias"
 
 
 def test_small_temperatures_are_told_what_is_allowed() -> None:
