@@ -50,6 +50,7 @@ class PrefixCache:
         self._entries: dict[bytes, CacheEntry] = {}
         self._idle: OrderedDict[bytes, CacheEntry] = OrderedDict()  # oldest first
         self._events: list[KvEvent] = []
+        self._open_chain: list[bytes] = []  # of the newest event, while it may still grow: parent, then hashes
         self._has_lost_events = False
 
     def __len__(self) -> int:
@@ -95,11 +96,11 @@ class PrefixCache:
         self._blocks.transfer((block_id,), self._blocks.owner(block_id), Owner.CACHE)
         entry = CacheEntry(digest, parent, depth, block_id, references=1)
         self._entries[digest] = entry
-        last = self._events[-1] if self._events else None
-        if isinstance(last, BlocksStored) and last.hashes[-1] == parent:
-            self._events[-1] = BlocksStored(last.parent, (*last.hashes, digest))
+        if self._open_chain and self._open_chain[-1] == parent:
+            self._open_chain.append(digest)
         else:
-            self._record(BlocksStored(parent, (digest,)))
+            self._close_chain()
+            self._open_chain = [parent, digest]
         return entry
 
     def release(self, chain: Sequence[CacheEntry]) -> None:
@@ -119,6 +120,7 @@ class PrefixCache:
             self._blocks.free((entry.block_id,), Owner.CACHE)
             removed.append(digest)
         if removed:
+            self._close_chain()
             self._record(BlocksRemoved(tuple(removed)))
         return len(removed)
 
@@ -129,6 +131,7 @@ class PrefixCache:
 
     def take_events(self) -> list[KvEvent]:
         """Return what changed since the last call. If nobody asked for long: everything, after a `CacheCleared`."""
+        self._close_chain()
         events, self._events = self._events, []
         if self._has_lost_events:
             self._has_lost_events = False
@@ -177,6 +180,13 @@ class PrefixCache:
         if entry.references == 0:
             del self._idle[entry.digest]
         entry.references += 1
+
+    def _close_chain(self) -> None:
+        """Make an event of the chain that grew until now."""
+        if self._open_chain:
+            parent, *hashes = self._open_chain
+            self._open_chain = []
+            self._record(BlocksStored(parent, tuple(hashes)))
 
     def _record(self, event: KvEvent) -> None:
         if len(self._events) >= _MAX_PENDING_EVENTS:

@@ -171,3 +171,39 @@ def test_events_that_nobody_takes_become_a_snapshot(monkeypatch: pytest.MonkeyPa
     }
     cache.release(store(cache, blocks, "e"))
     assert cache.take_events() == [BlocksStored(ROOT, chain_of("e"))]
+
+
+def test_a_long_chain_becomes_one_event_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def build(parent: bytes, hashes: tuple[bytes, ...]) -> BlocksStored:
+        built.append(len(hashes))
+        return BlocksStored(parent, hashes)
+
+    blocks, cache = make(60, 60)
+    monkeypatch.setattr(prefix_cache, "BlocksStored", build)
+    tokens = "".join(chr(0x100 + at) for at in range(50))
+    cache.release(store(cache, blocks, tokens))
+    assert cache.take_events() == [BlocksStored(ROOT, chain_of(tokens))]
+    assert built == [50]
+
+
+def test_events_keep_their_order_around_chains_that_grow() -> None:
+    blocks, cache = make()
+    cache.release(store(cache, blocks, "ab"))
+    cache.release(store(cache, blocks, "xy"))
+    cache.release(store(cache, blocks, "abc"))
+    assert cache.take_events() == [
+        BlocksStored(ROOT, chain_of("ab")),
+        BlocksStored(ROOT, chain_of("xy")),
+        BlocksStored(chain_of("ab")[1], chain_of("abc")[2:]),
+    ]
+    cache.release(store(cache, blocks, "abcd"))
+    cache.evict(1)
+    cache.release(store(cache, blocks, "abcde"))
+    abcde = chain_of("abcde")
+    assert cache.take_events() == [
+        BlocksStored(abcde[2], abcde[3:4]),
+        BlocksRemoved((chain_of("xy")[1],)),
+        BlocksStored(abcde[3], abcde[4:]),
+    ]
