@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 Decode = Callable[[Sequence[int]], str]
 _REPLACEMENT = "�"
+_MAX_HELD_IDS = 16  # without text of their own; a character has at most 4 bytes, so many more are not one character
+_MAX_OPEN_IDS = 3  # at the end may be the beginning of a character
 
 
 class IncrementalDetokenizer:
@@ -16,6 +18,8 @@ class IncrementalDetokenizer:
     Two offsets into the ids: text up to `_read` was emitted; decoding starts at `_prefix`, a few ids earlier, because
     tokenizers may add or drop a leading space depending on the id before. Source: the scheme of Hugging Face's
     text-generation-inference.
+
+    Ids that give no whole character are held back, but not many: broken bytes come out as replacement characters.
     """
 
     def __init__(self, decode: Decode, prompt_tail: Sequence[int] = ()) -> None:
@@ -30,7 +34,21 @@ class IncrementalDetokenizer:
         before = self._decode(self._ids[self._prefix : self._read])
         after = self._decode(self._ids[self._prefix :])
         if len(after) <= len(before) or after.endswith(_REPLACEMENT):
+            return self._give_up(before, after) if len(self._ids) - self._read > _MAX_HELD_IDS else ""
+        self._prefix, self._read = self._read, len(self._ids)
+        return after[len(before) :]
+
+    def _give_up(self, before: str, after: str) -> str:
+        """Let go of ids that have been held for long, so that what is decoded per piece stays bounded."""
+        if after == before:
+            del self._ids[self._read :]  # silent, as special tokens are; the ids before stay, as context
             return ""
+        for num_open in range(_MAX_OPEN_IDS, 0, -1):
+            end = len(self._ids) - num_open
+            head = self._decode(self._ids[self._prefix : end])
+            if len(head) >= len(before) and after.startswith(head):  # not cut inside of a character
+                self._prefix, self._read = self._read, end
+                return head[len(before) :]
         self._prefix, self._read = self._read, len(self._ids)
         return after[len(before) :]
 

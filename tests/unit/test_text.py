@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +48,51 @@ def test_broken_bytes_come_out_at_the_end() -> None:
     assert detokenizer.push(list(b"ok")) == "ok"
     assert detokenizer.push([0xF0, 0x9F]) == ""
     assert detokenizer.flush() == "�"
+
+
+@given(st.text(max_size=200), st.lists(st.integers(0, 40), max_size=30))
+def test_long_pieces_add_up_too(text: str, sizes: list[int]) -> None:
+    """Pieces longer than what may be held back, ending in the middle of characters."""
+    detokenizer = IncrementalDetokenizer(decode_bytes)
+    shown = [detokenizer.push(piece) for piece in pieces_of(list(text.encode()), sizes)]
+    assert "".join(shown) + detokenizer.flush() == text
+
+
+@given(st.lists(st.integers(0x80, 0xFF) | st.sampled_from(b"a\xc3\xa9\xf0\x9f"), min_size=40, max_size=120))
+def test_broken_bytes_are_not_held_back_for_ever(ids: list[int]) -> None:
+    detokenizer = IncrementalDetokenizer(decode_bytes)
+    shown = ""
+    for at, byte in enumerate(ids):
+        shown += detokenizer.push([byte])
+        assert len(shown) >= len(decode_bytes(ids[: at + 1])) - 17
+    assert shown + detokenizer.flush() == decode_bytes(ids)
+
+
+SILENT = 256
+
+
+def decode_words(ids: Sequence[int]) -> str:
+    """Bytes and a special token without text; a space at the very beginning is dropped, as sentencepiece does."""
+    return decode_bytes([one for one in ids if one != SILENT]).removeprefix(" ")
+
+
+@pytest.mark.parametrize("silence", [[SILENT], [0x80]], ids=["special tokens", "broken bytes"])
+def test_the_window_stays_small_while_no_text_comes(silence: list[int]) -> None:
+    sizes: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        sizes.append(len(ids))
+        return decode_words(ids)
+
+    detokenizer = IncrementalDetokenizer(decode, list(b"prompt"))
+    shown = detokenizer.push(list(b" one"))
+    for _ in range(300):
+        shown += detokenizer.push(silence)
+    for byte in b" two":
+        shown += detokenizer.push([byte])
+    shown += detokenizer.flush()
+    assert max(sizes) < 64
+    assert shown == decode_words([*b"prompt one", *silence * 300, *b" two"]).removeprefix("prompt")
 
 
 @given(
