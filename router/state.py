@@ -188,6 +188,7 @@ class RequestMachine:
         Raises:
             InvalidTransition: no edge; nothing changed.
             ProtocolError: token indices have a gap or repeat, or tokens have no place to come from; nothing changed.
+        What was kept early was checked when it came, and so is never refused when it is replayed here.
         """
         event = self._escalated(event)
         after = EDGES[self.state].get(type(event))
@@ -253,6 +254,8 @@ class RequestMachine:
             case m.PrefillProduced(tokens):
                 if self.decode is None or not tokens:
                     raise ProtocolError("the prefill worker neither finished the request nor began its hand-over")
+                if self._num_early_tokens and len(tokens) != 1:  # they were checked to follow one token
+                    raise ProtocolError("both workers produced the same token")
                 return self._deliver(tokens, now)
             case m.KvLanded() | m.DecodeProduced() | m.DecodeFinished() if self.num_tokens == 0:
                 return self._keep(event)

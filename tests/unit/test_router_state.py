@@ -283,6 +283,17 @@ def test_early_tokens_are_checked_when_they_come() -> None:
             request.handle(event, 9.0)
 
 
+def test_a_first_delivery_that_early_tokens_do_not_follow_changes_nothing() -> None:
+    request = at(S.PREFILLING)
+    walk(LANDED, m.DecodeProduced(tokens(1)), start=request)
+    before = facts(request)
+    with pytest.raises(ProtocolError):
+        request.handle(m.PrefillProduced(tokens(0, 1)), 9.0)
+    assert facts(request) == before
+    _, effects = walk(m.RequestFailed(LOST), start=request)
+    assert [effect.worker_id for effect in effects if isinstance(effect, m.AbortWork)] == [P1, D1]
+
+
 @pytest.mark.parametrize("state", list(S))
 @pytest.mark.parametrize("kind", ALL_EVENTS, ids=lambda kind: kind.__name__)
 def test_every_state_and_event_has_an_edge_or_is_refused(state: RequestState, kind: type[m.Event]) -> None:
