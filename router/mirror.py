@@ -76,6 +76,7 @@ class StoreMirror:
         self._book = RecordBook(config.forget_after_s)
         self._scanned_at = clock.now()
         self._is_store_lost = False
+        self._unreadable: dict[str, bytes] = {}  # as of the last scan
         self._feeds: dict[WorkerId, KvFeed] = {}
         self._cursors: dict[WorkerId, str] = {}
         self._resyncs: dict[WorkerId, asyncio.Task[None]] = {}
@@ -117,11 +118,16 @@ class StoreMirror:
 
     def _parse(self, found: Mapping[str, bytes]) -> list[WorkerRecord]:
         records = []
+        unreadable: dict[str, bytes] = {}
         for key, value in found.items():
             try:
                 records.append(WorkerRecord.model_validate_json(value))
             except ValidationError as error:
+                unreadable[key] = value
+                if self._unreadable.get(key) == value:
+                    continue  # told already; every scan meets it again
                 _log.warning("%s holds no worker record and is ignored: %s", key, error.errors()[0]["msg"])
+        self._unreadable = unreadable
         return records
 
     def _reconcile_feeds(self) -> None:

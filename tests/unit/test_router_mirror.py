@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
+import pytest
+
 from core.clock import ManualClock
 from core.errors import WorkerLost
 from core.ids import Epoch, WorkerId
@@ -196,3 +198,12 @@ async def test_rubbish_in_the_store_is_survived() -> None:
         await it.until(lambda: it.holds(block(5)))
         await it.publish(6, block(6))
         await it.until(lambda: it.holds(block(6)))
+
+
+async def test_an_unreadable_record_is_told_once_per_content(caplog: pytest.LogCaptureFixture) -> None:
+    async with bench() as it:
+        for content in (b"not json", b"{}"):
+            await it.store.put(worker_key("c", WorkerId("bad")), content)
+            await it.scans(4)
+        told = [record for record in caplog.records if "holds no worker record" in record.getMessage()]
+        assert len(told) == 2
