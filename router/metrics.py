@@ -8,7 +8,6 @@ from router.policy import Decision
 from router.stream import Completion
 
 TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
-_NO_REASON = "none"
 
 
 class GatewayMetrics:
