@@ -4,7 +4,8 @@ In this order: repetition, frequency and presence penalties on the model's logit
 Sparse: only the tokens that a row has seen or names are touched, whatever the size of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,6 +45,18 @@ class SeenTokens:
         return self._counts[: len(self._index)]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitBias:
+    """A request's bias, int64 ids and float32 values; made once, because it may be long and steps are many."""
+
+    token_ids: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, bias: Mapping[int, float]) -> "LogitBias":
+        return cls(np.array(list(bias.keys()), np.int64), np.array(list(bias.values()), np.float32))
+
+
 def has_penalty(sampling: SamplingParams) -> bool:
     """Say whether seen tokens must be counted."""
     return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
@@ -65,18 +78,18 @@ def penalise(
     logits[at] = values - frequency * counts - presence * (counts > 0)
 
 
-def add_bias(logits: torch.Tensor, rows: Sequence[int], params: Sequence[SamplingParams]) -> None:
+def add_bias(logits: torch.Tensor, rows: Sequence[int], biases: Sequence[LogitBias]) -> None:
     """Add each row's logit bias, in place."""
-    lengths = [len(row.logit_bias) for row in params]
-    token_ids = torch.tensor([token_id for row in params for token_id in row.logit_bias], device=logits.device)
-    bias = torch.tensor([value for row in params for value in row.logit_bias.values()], dtype=torch.float32)
-    logits[_repeat(rows, lengths, logits.device), token_ids] += bias.to(logits.device)  # no (row, token) comes twice
+    lengths = [len(bias.token_ids) for bias in biases]
+    token_ids = torch.from_numpy(np.concatenate([bias.token_ids for bias in biases])).to(logits.device)
+    values = torch.from_numpy(np.concatenate([bias.values for bias in biases])).to(logits.device)
+    logits[_repeat(rows, lengths, logits.device), token_ids] += values  # no (row, token) comes twice
 
 
-def suppress(logits: torch.Tensor, rows: Sequence[int], token_ids: Sequence[tuple[int, ...]]) -> None:
+def suppress(logits: torch.Tensor, rows: Sequence[int], token_ids: Sequence[NDArray[np.int64]]) -> None:
     """Make each row's `token_ids` impossible, in place."""
     lengths = [len(ids) for ids in token_ids]
-    columns = torch.tensor([token_id for ids in token_ids for token_id in ids], device=logits.device)
+    columns = torch.from_numpy(np.concatenate(token_ids)).to(logits.device)
     logits[_repeat(rows, lengths, logits.device), columns] = -torch.inf
 
 

@@ -17,7 +17,7 @@ import torch
 from core.request import SamplingParams
 from engine.counter_random import TokenNoise, mix64, position_key
 from engine.filters import filter_rows, needs_filter
-from engine.logit_edits import SeenTokens, add_bias, has_penalty, penalise, suppress
+from engine.logit_edits import LogitBias, SeenTokens, add_bias, has_penalty, penalise, suppress
 from engine.logprobs import TokenDetail, token_details
 
 
@@ -26,6 +26,7 @@ class SamplingState:
 
     Attributes:
         num_generated: index of the next token.
+        bias, suppressed: the parameters' bias, and the end tokens below `min_tokens`, as arrays.
         is_plain: arg max of the model's own logits, always.
     """
 
@@ -37,10 +38,12 @@ class SamplingState:
         self.seen = SeenTokens(counted) if has_penalty(params) else None
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         self.end_token_ids = tuple(sorted(ends))
+        self.suppressed = np.array(self.end_token_ids if params.min_tokens else (), np.int64)
+        self.bias = LogitBias.of(params.logit_bias) if params.logit_bias else None
         self.is_plain = (
             params.is_greedy
             and self.seen is None
-            and not params.logit_bias
+            and self.bias is None
             and params.logprobs is None
             and not (params.min_tokens and ends)
         )
@@ -117,12 +120,12 @@ class Sampler:
         if counted:
             rows = [row for row, _ in counted]
             penalise(logits, rows, [states[row].params for row in rows], [seen for _, seen in counted])
-        biased = [row for row, state in enumerate(states) if state.params.logit_bias]
+        biased = [(row, state.bias) for row, state in enumerate(states) if state.bias is not None]
         if biased:
-            add_bias(logits, biased, [states[row].params for row in biased])
+            add_bias(logits, [row for row, _ in biased], [bias for _, bias in biased])
         endless = [row for row, state in enumerate(states) if state.must_continue]
         if endless:
-            suppress(logits, endless, [states[row].end_token_ids for row in endless])
+            suppress(logits, endless, [states[row].suppressed for row in endless])
 
     def _draw(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
         """Sample every row of `logits` [R, V], which is overwritten."""

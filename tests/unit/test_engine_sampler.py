@@ -1,7 +1,7 @@
 """The sampler against a naive reference, one feature at a time and mixed; distribution; independence of the batch."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -308,3 +308,34 @@ def test_a_row_without_finite_numbers_fails_alone(
             range(len(rows))
         )
     assert not expected.failed
+
+
+def test_biases_and_end_tokens_are_read_once_per_request() -> None:
+    """Up to a thousand each: a step must not walk through them again."""
+
+    class CountedBias(dict[int, float]):
+        reads = 0
+
+        def __iter__(self) -> Iterator[int]:
+            self.reads += 1
+            return super().__iter__()
+
+        def values(self) -> Any:
+            self.reads += 1
+            return super().values()
+
+        def items(self) -> Any:
+            self.reads += 1
+            return super().items()
+
+    bias = CountedBias({3: 5.0, 9: -100.0})
+    params = SamplingParams(temperature=0.0, logit_bias=bias, min_tokens=5, stop_token_ids=(4,))
+    state = make_state(params, [], [])
+    reads = bias.reads
+    assert reads > 0
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, 4] = 50.0
+    for _ in range(4):
+        assert Sampler(VOCAB_SIZE).choose(logits.clone(), [state]).token_ids == [3]
+        state.add(3)
+    assert bias.reads == reads
