@@ -53,7 +53,6 @@ class Fleet:
         self._loads: dict[WorkerId, tuple[Epoch, LoadReport]] = {}
         self._epochs: dict[WorkerId, Epoch] = {}
         self.changed = Broadcast()  # workers came, went, or changed state
-        self.cache_changed = Broadcast()  # the prefix index took news
         self.credit = CreditLedger()
         self.estimates = Estimates(config.routing)
         self.index = PrefixIndex(config.routing.prefix_index_bytes)
@@ -74,7 +73,6 @@ class Fleet:
             self.index,
             fetch_snapshot=self.pool.fetch_snapshot,
             on_change=self._on_records,
-            on_cache_change=self.cache_changed.notify,
         )
 
     @property

@@ -48,7 +48,6 @@ class StoreMirror:
 
     Args:
         on_change: called on the event loop after a scan in which more than loads changed.
-        on_cache_change: called on the event loop after the index took events or a snapshot.
 
     Concurrency: the event loop's thread; `run` is one task.
     """
@@ -63,7 +62,6 @@ class StoreMirror:
         *,
         fetch_snapshot: FetchSnapshot,
         on_change: Callable[[], None],
-        on_cache_change: Callable[[], None],
     ) -> None:
         self._store = store
         self._cluster = cluster
@@ -72,7 +70,6 @@ class StoreMirror:
         self._index = index
         self._fetch_snapshot = fetch_snapshot
         self._on_change = on_change
-        self._on_cache_change = on_cache_change
         self._book = RecordBook(config.forget_after_s)
         self._scanned_at = clock.now()
         self._is_store_lost = False
@@ -166,8 +163,6 @@ class StoreMirror:
                 continue
             for stream, entries in read.items():
                 self._apply(followed[stream], entries)
-            if read:
-                self._on_cache_change()
             self._index.sweep(_SWEEP_ENTRIES)
             self._resynchronise_lost()
 
@@ -204,7 +199,6 @@ class StoreMirror:
                 if self._feeds.get(worker_id) is feed:
                     if feed.resynchronise(snapshot.epoch, snapshot.sequence, snapshot.chains):
                         self._feeds_changed.set()
-                        self._on_cache_change()
                     else:
                         await asyncio.sleep(self._config.poll_interval_s)
         finally:

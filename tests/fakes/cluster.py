@@ -2,16 +2,18 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from core.clock import MonotonicClock
+from core.ids import WorkerId
 from core.rpc import connect
 from core.store_memory import MemoryStore
 from protos import admin_pb2_grpc, inference_pb2_grpc
@@ -77,9 +79,18 @@ class FakeCluster:
 
     async def wait_cache(self, num_blocks: int) -> None:
         """Wait until the prefix index has so many entries."""
-        async with asyncio.timeout(PATIENCE_S):
-            while len(self.gateway.fleet.index) != num_blocks:
-                await self.gateway.fleet.cache_changed.next().wait()
+        index, stored = self.gateway.fleet.index, asyncio.Event()
+        store = index.store
+
+        def store_and_tell(worker_id: WorkerId, hashes: Sequence[bytes]) -> None:
+            store(worker_id, hashes)
+            stored.set()
+
+        with mock.patch.object(index, "store", store_and_tell):
+            async with asyncio.timeout(PATIENCE_S):
+                while len(index) != num_blocks:
+                    stored.clear()
+                    await stored.wait()
 
     async def wait_idle(self) -> None:
         """Wait until nothing is in flight."""

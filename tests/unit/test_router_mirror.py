@@ -1,7 +1,7 @@
 """The mirror of the store: records, KV events, gaps, outages. Against the in-memory store, on a real event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -34,14 +34,34 @@ class WatchedStore(MemoryStore):
         return await super().scan(prefix)
 
 
+class WatchedIndex(PrefixIndex):
+    """Tells when it was changed."""
+
+    def __init__(self, news: Broadcast) -> None:
+        super().__init__(2**20)
+        self._news = news
+
+    def store(self, worker_id: WorkerId, hashes: Sequence[bytes]) -> None:
+        super().store(worker_id, hashes)
+        self._news.notify()
+
+    def remove(self, worker_id: WorkerId, hashes: Iterable[bytes]) -> None:
+        super().remove(worker_id, hashes)
+        self._news.notify()
+
+    def forget(self, worker_id: WorkerId) -> None:
+        super().forget(worker_id)
+        self._news.notify()
+
+
 class Bench:
     """A mirror, its store, and a worker that can be asked for snapshots."""
 
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.store = WatchedStore(self.clock)
-        self.index = PrefixIndex(2**20)
         self.news = Broadcast()
+        self.index = WatchedIndex(self.news)
         self.snapshots: list[CacheSnapshot | WorkerLost] = []
         self.num_asked = 0
         self.mirror = StoreMirror(
@@ -52,7 +72,6 @@ class Bench:
             self.index,
             fetch_snapshot=self.fetch,
             on_change=self.news.notify,
-            on_cache_change=self.news.notify,
         )
 
     async def fetch(self, record: WorkerRecord) -> CacheSnapshot:
