@@ -38,3 +38,21 @@ def test_choices_equal_those_of_the_cpu() -> None:
         assert [top.token_id for top in theirs.top_logprobs] == [top.token_id for top in ours.top_logprobs]
         for state, token_id in zip(states, choices["cpu"].token_ids, strict=True):
             state.add(token_id)
+
+
+def test_rows_without_finite_numbers_fail_alone() -> None:
+    generator = torch.Generator().manual_seed(6)
+    sampler = Sampler(VOCAB_SIZE, "cuda")
+    states = [SamplingState(params, range(40), (0,)) for params in PARAMS]
+    logits = torch.randn(len(PARAMS), VOCAB_SIZE, generator=generator) * 3
+    expected = sampler.choose(logits.clone().cuda(), states)
+    assert expected.failed == ()
+    for row in range(len(PARAMS)):
+        for value in (torch.nan, torch.inf):
+            spoiled = logits.clone()
+            spoiled[row, 57] = value
+            choices = sampler.choose(spoiled.cuda(), states)
+            assert choices.failed == (row,)
+            good = [at for at in range(len(PARAMS)) if at != row]
+            assert [choices.token_ids[at] for at in good] == [expected.token_ids[at] for at in good]
+            assert sampler.choose(spoiled[row : row + 1].cuda(), states[row : row + 1]).failed == (0,)
