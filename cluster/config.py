@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # the real classes are made below, of fields that no static c
     DecodePool = PoolConfig
     RouterSection = GatewayConfig
 else:
-    _FILLED = {"model", "transfer", "host", "port", "metrics_port"}
+    _FILLED = {"model", "transfer", "host", "port"}
     PrefillPool = section("PrefillPool", __name__, PoolConfig, PrefillWorkerConfig, filled=_FILLED)
     DecodePool = section("DecodePool", __name__, PoolConfig, DecodeWorkerConfig, filled=_FILLED)
     _OF_MODEL = {"model_path", "served_model_name", "max_model_len"}

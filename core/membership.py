@@ -64,6 +64,7 @@ class WorkerRecord(BaseModel):
     state: WorkerState
     detail: str = Field("", description="one line for people: what is being loaded, why it drains")
     address: str = Field("", description="host:port of the worker's gRPC server; empty until it listens")
+    metrics_port: int = Field(0, ge=0, le=65535, description="of /metrics on the address's host; 0: not served")
     host: str = ""
     pid: int = 0
     model: str = ""

@@ -17,7 +17,9 @@ class DecodeWorkerConfig(ConfigModel):
     registration: RegistrationConfig = RegistrationConfig()
     host: str = Field("127.0.0.1", description="address that the gRPC server binds to, gateways and peers reach")
     port: int = Field(0, ge=0, le=65535, description="of the gRPC server; 0 takes a free one")
-    metrics_port: int | None = Field(None, ge=0, le=65535, description="of /metrics; absent: metrics are not served")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="of /metrics; 0 takes a free one; absent: not served"
+    )
     max_requests: int = Field(256, ge=1, description="requests reserved or running; more are refused")
     landing_timeout_s: float = Field(
         360.0, gt=0, description="acceptance to the last frame: the backstop behind the leases of the transfer"

@@ -178,6 +178,7 @@ class DecodeWorker:
         self._parts = _Parts(engine_loop, receiver, server, desk)
         if config.metrics_port is not None:
             self._metrics_server = MetricsServer(self.metrics.registry, config.host, config.metrics_port)
+            self._life.registration.update(metrics_port=self._metrics_server.port)
         await server.start()
         self._tell_load()
         self._life.move(WorkerState.READY, "", address=server.address, **layout_facts(layout, info.max_model_len))

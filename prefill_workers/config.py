@@ -17,7 +17,9 @@ class PrefillWorkerConfig(ConfigModel):
     registration: RegistrationConfig = RegistrationConfig()
     host: str = Field("127.0.0.1", description="address that the gRPC server binds to and gateways reach")
     port: int = Field(0, ge=0, le=65535, description="of the gRPC server; 0 takes a free one")
-    metrics_port: int | None = Field(None, ge=0, le=65535, description="of /metrics; absent: metrics are not served")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="of /metrics; 0 takes a free one; absent: not served"
+    )
     max_queued_tokens: int = Field(32768, ge=1, description="prompt tokens accepted and not computed; more is refused")
     max_requests: int = Field(256, ge=1, description="requests accepted and not handed over; more are refused")
     compute_timeout_s: float = Field(300.0, gt=0, description="acceptance to first token, else the request fails")

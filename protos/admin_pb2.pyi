@@ -52,6 +52,7 @@ class WorkerStatus(_message.Message):
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     CONNECTED_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    METRICS_PORT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: _builtins.str
     epoch: _builtins.int
@@ -69,6 +70,8 @@ class WorkerStatus(_message.Message):
     """this gateway has a live stream to it"""
     in_flight: _builtins.int
     """this gateway's requests on it"""
+    metrics_port: _builtins.int
+    """of /metrics on the address's host; 0: not served"""
     def __init__(
         self,
         *,
@@ -87,10 +90,11 @@ class WorkerStatus(_message.Message):
         cached_blocks: _builtins.int = ...,
         connected: _builtins.bool = ...,
         in_flight: _builtins.int = ...,
+        metrics_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cached_blocks", b"cached_blocks", "connected", b"connected", "detail", b"detail", "epoch", b"epoch", "free_blocks", b"free_blocks", "in_flight", b"in_flight", "num_running", b"num_running", "num_waiting", b"num_waiting", "pid", b"pid", "queued_prefill_tokens", b"queued_prefill_tokens", "role", b"role", "state", b"state", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cached_blocks", b"cached_blocks", "connected", b"connected", "detail", b"detail", "epoch", b"epoch", "free_blocks", b"free_blocks", "in_flight", b"in_flight", "metrics_port", b"metrics_port", "num_running", b"num_running", "num_waiting", b"num_waiting", "pid", b"pid", "queued_prefill_tokens", b"queued_prefill_tokens", "role", b"role", "state", b"state", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

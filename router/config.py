@@ -70,7 +70,9 @@ class RouterConfig(ConfigModel):
     retry_max_s: float = Field(0.5, gt=0)
     max_unread_tokens: int = Field(4096, ge=1, description="tokens kept for a slow reader before it is cut off")
     write_timeout_s: float = Field(30.0, gt=0, description="a client that takes no message for so long is cut off")
-    metrics_port: int = Field(0, ge=0, le=65535, description="0: no metrics endpoint")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="of /metrics; 0 takes a free one; absent: not served"
+    )
     metrics_host: str = "127.0.0.1"
     routing: RoutingConfig = RoutingConfig()
     mirror: MirrorConfig = MirrorConfig()

@@ -58,6 +58,11 @@ class Gateway:
         return self._metrics
 
     @property
+    def metrics_port(self) -> int:
+        """Where metrics are served; 0: nowhere."""
+        return self._metrics_server.port if self._metrics_server is not None else 0
+
+    @property
     def front(self) -> Front:
         """What every door calls. Only once started."""
         assert self._front is not None, "the gateway has not started"
@@ -83,8 +88,9 @@ class Gateway:
         server = GatewayServer(max_request_bytes=config.max_request_bytes)
         try:
             port = server.bind(config.host, config.port)
-            if config.metrics_port:
+            if config.metrics_port is not None:
                 self._metrics_server = MetricsServer(self._metrics.registry, config.metrics_host, config.metrics_port)
+                _log.info("metrics are served at %s:%d", config.metrics_host, self._metrics_server.port)
         except ConfigError:
             await server.stop()
             raise

@@ -43,6 +43,7 @@ def cluster_status(front: Front) -> admin_pb2.GetClusterStatusResponse:
                 cached_blocks=view.load.cached_blocks,
                 connected=view.connected_epoch == record.epoch,
                 in_flight=front.dispatcher.num_on_worker(record.worker_id),
+                metrics_port=record.metrics_port,
             )
         )
     return admin_pb2.GetClusterStatusResponse(

@@ -137,6 +137,7 @@ class WorkerStatus:
     cached_blocks: int
     connected: bool
     in_flight: int
+    metrics_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -340,6 +340,7 @@ async def worker_pair(
     max_batch_tokens: int = 8,
     max_queued_tokens: int = 1000,
     max_decode_requests: int = 64,
+    metrics_port: int | None = None,
     backend: Any = "memory",
     store: Store | None = None,
     model: Path | None = None,
@@ -360,6 +361,7 @@ async def worker_pair(
         "transfer": KvTransferConfig(backend=backend, slot_bytes=4096, credit_bytes=65536, lease_s=15.0),
         "registration": RegistrationConfig(lease_s=0.6),
         "load_interval_s": 0.001,
+        "metrics_port": metrics_port,
     }
     loaders: tuple[Any, Any] = (None, None) if model else (sides[0].load, sides[1].load)
     prefill = PrefillWorker(

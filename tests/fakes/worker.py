@@ -137,6 +137,7 @@ class _FakeWorker(Generic[Report]):
             epoch=self.epoch,
             state=state,
             address=self._address,
+            metrics_port=9100,
             model="fake",
             layout_fingerprint=self._layout,
             weights_version=WEIGHTS_VERSION,

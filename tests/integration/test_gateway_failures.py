@@ -396,13 +396,10 @@ async def test_a_taken_port_is_one_clear_error(checkpoint: Path) -> None:
 
 
 async def test_metrics_are_served(checkpoint: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    async with fake_cluster(checkpoint, metrics_port=port) as cluster:
+    async with fake_cluster(checkpoint, metrics_port=0) as cluster:
         await collect(cluster.inference.Generate(text_request("four and ", max_tokens=3)))
         await fails(cluster.inference.Generate(text_request(model="other")), grpc.StatusCode.NOT_FOUND)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", cluster.gateway.metrics_port)
         writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
         page = (await reader.read()).decode()
         writer.close()

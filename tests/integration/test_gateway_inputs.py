@@ -212,6 +212,7 @@ async def test_status_shows_load_and_requests_in_flight(checkpoint: Path) -> Non
         assert (reply.active_requests, by_id["p0"].in_flight, by_id["d0"].in_flight) == (1, 1, 1)
         assert by_id["d0"].role == "decode"
         assert by_id["d0"].address == cluster.decodes[0].address
+        assert by_id["d0"].metrics_port == 9100
         cluster.prefills[0].script.go.set()
         await call.read_all()
 

@@ -356,6 +356,32 @@ async def test_a_kv_service_that_does_not_close_does_not_hold_up_the_end(
         assert caplog.text.count("does not close") == 2
 
 
+async def test_the_record_says_where_metrics_are_served() -> None:
+    async with worker_pair(metrics_port=0) as pair:
+        await pair.generate(request("a"))
+        pages = {}
+        for worker_id in (P, D):
+            record = await record_of(pair.store, worker_id)
+            reader, writer = await asyncio.open_connection("127.0.0.1", record.metrics_port)
+            writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+            async with asyncio.timeout(PATIENCE_S):
+                pages[worker_id] = (await reader.read()).decode()
+            writer.close()
+            await writer.wait_closed()
+        for line, worker_id in (
+            ('tandem_prefill_requests_total{outcome="handed_over",reason="TransferAcked"} 1.0', P),
+            ('tandem_decode_requests_total{outcome="finished",reason="StreamFinished"} 1.0', D),
+        ):
+            assert line in pages[worker_id]
+            assert "tandem_kv_transfer_" in pages[worker_id]
+
+
+async def test_metrics_that_nobody_asked_for_are_not_served() -> None:
+    async with worker_pair() as pair:
+        for worker_id in (P, D):
+            assert (await record_of(pair.store, worker_id)).metrics_port == 0
+
+
 async def test_metrics_count_what_happened() -> None:
     async with worker_pair() as pair:
         await pair.generate(request("a", 20))

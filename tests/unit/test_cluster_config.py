@@ -37,6 +37,16 @@ def test_workers_get_the_shared_sections_and_their_own() -> None:
     assert config.decode_worker().engine.block_size == 16
 
 
+def test_metrics_are_off_unless_a_port_is_asked_for_and_0_asks_for_a_free_one() -> None:
+    config = parse()
+    for service in (config.prefill_worker(), config.decode_worker(), config.gateway()):
+        assert service.metrics_port is None
+    asked = {"metrics_port": 0}
+    config = parse(prefill=asked, decode=asked, router=asked)
+    for service in (config.prefill_worker(), config.decode_worker(), config.gateway()):
+        assert service.metrics_port == 0
+
+
 def test_the_gateway_serves_the_model() -> None:
     config = parse(model={"path": "models/tiny", "max_model_len": 512}, router={"routing": {"temperature": 0.5}})
     gateway = config.gateway(port=7)
