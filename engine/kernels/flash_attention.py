@@ -97,6 +97,8 @@ def _flash(data, element, pairs):
     scores = np.zeros(max_rows * KEY_TILE, np.float32)
     total = np.zeros(max_rows * dim, np.float32)
     peaks = np.zeros(max_rows, np.float32)
+    tile_peaks = np.zeros(max_rows, np.float32)
+    corrections = np.zeros(max_rows, np.float32)
     weight_sum = np.zeros(max_rows, np.float32)
     queries_address, weights_address = queries.ctypes.data, weights.ctypes.data
     scores_address, total_address = scores.ctypes.data, total.ctypes.data
@@ -148,16 +150,25 @@ def _flash(data, element, pairs):
                         value = load(scores, base + c)
                         is_seen = (c <= seen_to) & (c >= seen_from)
                         store(scores, base + c, value if is_seen else types.float32(_LOWEST))
+                store(tile_peaks, r, largest(scores_address + 4 * base))
+            # Loops over rows rather than one row after the other: each of these steps is a long chain of dependent
+            # instructions, and only neighbouring rows can fill the waiting.
+            for r in range(num_rows):
                 before = load(peaks, r)
-                peak = max(before, largest(scores_address + 4 * base) * scaling)
+                peak = max(before, load(tile_peaks, r) * scaling)
+                store(peaks, r, peak)
+                store(corrections, r, exp(before - peak))
+            for r in range(num_rows):
+                base = r * KEY_TILE
+                peak = load(peaks, r)
                 added = types.float32(0.0)
                 for c in range(KEY_TILE):
                     weight = exp(load(scores, base + c) * scaling - peak)
                     store(weights, base + c, weight)
                     added += weight
-                correction = exp(before - peak)
-                store(peaks, r, peak)
-                store(weight_sum, r, load(weight_sum, r) * correction + added)
+                store(weight_sum, r, load(weight_sum, r) * load(corrections, r) + added)
+            for r in range(num_rows):
+                correction = load(corrections, r)
                 if correction != types.float32(1.0):
                     for i in range(dim):
                         store(total, r * dim + i, load(total, r * dim + i) * correction)
