@@ -24,5 +24,6 @@ class DecodeWorkerConfig(ConfigModel):
     landing_timeout_s: float = Field(
         360.0, gt=0, description="acceptance to the last frame: the backstop behind the leases of the transfer"
     )
+    hello_timeout_s: float = Field(10.0, gt=0, description="a gateway's stream that says nothing for so long is ended")
     load_interval_s: float = Field(0.05, gt=0, description="load reports to a gateway are at least so far apart")
     max_unread_reports: int = Field(16384, ge=16, description="to one gateway; one that leaves more unread is cut off")

@@ -173,7 +173,7 @@ class DecodeWorker:
         receiver = KvReceiver(config.transfer, self.identity, layout, engine, desk, clock, metrics=transfer_metrics)
         engine_loop = EngineLoop(engine, post_step, post_failure, clock=clock, name=f"engine {self.identity.worker_id}")
         desk.open(engine_loop, receiver)
-        server = DecodeServer(self, config.host, config.port, receiver)
+        server = DecodeServer(self, config.host, config.port, config.hello_timeout_s, receiver)
         engine_loop.start()
         self._parts = _Parts(engine_loop, receiver, server, desk)
         if config.metrics_port is not None:

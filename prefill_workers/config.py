@@ -24,5 +24,6 @@ class PrefillWorkerConfig(ConfigModel):
     max_requests: int = Field(256, ge=1, description="requests accepted and not handed over; more are refused")
     compute_timeout_s: float = Field(300.0, gt=0, description="acceptance to first token, else the request fails")
     send_timeout_s: float = Field(60.0, gt=0, description="first token to the decode worker's ACK: the blocks' lease")
+    hello_timeout_s: float = Field(10.0, gt=0, description="a gateway's stream that says nothing for so long is ended")
     load_interval_s: float = Field(0.05, gt=0, description="load reports to a gateway are at least so far apart")
     max_unread_reports: int = Field(16384, ge=16, description="to one gateway; one that leaves more unread is cut off")

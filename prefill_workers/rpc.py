@@ -1,5 +1,6 @@
 """gRPC to core types and back, for the prefill worker. The only importer of grpc in this package."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol, cast
 
@@ -55,14 +56,14 @@ class Commands(Protocol):
 class PrefillServer:
     """The worker's gRPC server."""
 
-    def __init__(self, worker: Commands, host: str, port: int) -> None:
+    def __init__(self, worker: Commands, host: str, port: int, hello_timeout_s: float) -> None:
         """Bind.
 
         Raises:
             ConfigError: the address is in use or not ours.
         """
         self._server = rpc.create_server()
-        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(_Servicer(worker), self._server)
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(_Servicer(worker, hello_timeout_s), self._server)
         self.address = f"{host}:{rpc.bind(self._server, host, port)}"
 
     async def start(self) -> None:
@@ -74,8 +75,9 @@ class PrefillServer:
 
 
 class _Servicer(worker_pb2_grpc.PrefillWorkerServicer):
-    def __init__(self, worker: Commands) -> None:
+    def __init__(self, worker: Commands, hello_timeout_s: float) -> None:
         self._worker = worker
+        self._hello_timeout_s = hello_timeout_s
 
     # Written as a coroutine that calls `context.write`, which gRPC allows and its stubs do not know: the `finally` of a
     # generator would run only when the collector finds it after a cancelled call.
@@ -83,7 +85,11 @@ class _Servicer(worker_pb2_grpc.PrefillWorkerServicer):
         self, request_iterator: AsyncIterator[worker_pb2.PrefillCommand], context: _Context
     ) -> None:
         identity = self._worker.identity
-        first = await anext(request_iterator, None)
+        try:
+            async with asyncio.timeout(self._hello_timeout_s):
+                first = await anext(request_iterator, None)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {self._hello_timeout_s:g} s")
         if first is None or first.WhichOneof("command") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
         if first.hello.worker_epoch != identity.epoch:

@@ -159,7 +159,7 @@ class PrefillWorker:
         engine = await asyncio.to_thread(self._load_engine, config, progress)
         if self._life.state is WorkerState.STOPPED:
             raise self._life.failure or WorkerLost(f"{self.identity.worker_id} was stopped while it loaded")
-        server = PrefillServer(self, config.host, config.port)
+        server = PrefillServer(self, config.host, config.port, config.hello_timeout_s)
         info, layout, load = engine.model_info, engine.layout, engine.load_report()
         max_requests = min(config.max_requests, config.engine.max_num_waiting)
         limits = PrefillLimits(

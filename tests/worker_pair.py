@@ -341,6 +341,7 @@ async def worker_pair(
     max_queued_tokens: int = 1000,
     max_decode_requests: int = 64,
     metrics_port: int | None = None,
+    hello_timeout_s: float = 10.0,
     backend: Any = "memory",
     store: Store | None = None,
     model: Path | None = None,
@@ -362,6 +363,7 @@ async def worker_pair(
         "registration": RegistrationConfig(lease_s=0.6),
         "load_interval_s": 0.001,
         "metrics_port": metrics_port,
+        "hello_timeout_s": hello_timeout_s,
     }
     loaders: tuple[Any, Any] = (None, None) if model else (sides[0].load, sides[1].load)
     prefill = PrefillWorker(

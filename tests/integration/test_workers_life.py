@@ -20,6 +20,7 @@ from core.membership import (
     kv_event_stream,
     worker_key,
 )
+from core.rpc import connect
 from core.store import STREAM_START, Store
 from core.store_memory import MemoryStore
 from decode_workers import service as decode_service
@@ -30,7 +31,7 @@ from engine.engine import Engine
 from prefill_workers import service as prefill_service
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.service import PrefillWorker
-from protos import codec, worker_pb2
+from protos import codec, worker_pb2, worker_pb2_grpc
 from tests.fake_model import greedy, reference_tokens
 from tests.worker_pair import (
     EPOCH,
@@ -62,6 +63,20 @@ async def test_a_stream_of_another_epoch_is_refused() -> None:
                 error = await stream.until_over()
                 assert error is not None
                 assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_stream_that_never_says_hello_is_ended() -> None:
+    async with worker_pair(hello_timeout_s=0.2) as pair:
+        for address, stub in (
+            (pair.prefill_address, worker_pb2_grpc.PrefillWorkerStub),
+            (pair.decode_address, worker_pb2_grpc.DecodeWorkerStub),
+        ):
+            channel = connect(address)
+            async with channel, asyncio.timeout(PATIENCE_S):
+                call = stub(channel).Connect()
+                assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                assert "hello" in await call.details()
+        assert await pair.generate(request("a")) == reference_tokens(request("a"))  # who said hello is served on
 
 
 async def test_the_first_report_names_the_incarnation_and_the_second_tells_the_load() -> None:
