@@ -33,6 +33,7 @@ from engine.engine import Engine, Reservation
 from engine.loop import EngineLoop, Failure, StepResult
 from kv_transfer.ports import LandedStats
 from kv_transfer.receiver import KvReceiver
+from kv_transfer.session import NackReason
 
 Stream = Outbox[m.Report]
 T = TypeVar("T")
@@ -137,7 +138,8 @@ class RequestDesk:
     def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
         machine = self._table.of_transfer(transfer_id)
         if machine is not None:
-            self._take(machine, m.TransferFailed(reason, detail))
+            failed = m.TransferCancelled if reason == NackReason.CANCELLED else m.TransferFailed
+            self._take(machine, failed(reason, detail))
 
     # The engine's news
 

@@ -42,6 +42,17 @@ class TransferFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferCancelled:
+    """The prefill worker called the transfer off: the first token was the last, or it gave the request up.
+
+    Nothing of it writes our blocks any more, and nothing failed here.
+    """
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class TransferStopped:
     """We stopped the transfer. Nothing of it writes our blocks any more."""
 
@@ -101,6 +112,7 @@ Event = (
     | ReservationRefused
     | KvLanded
     | TransferFailed
+    | TransferCancelled
     | TransferStopped
     | TokensProduced
     | StreamFinished

@@ -11,6 +11,7 @@ _OUTCOMES = {
     m.ReservationRefused.__name__: "rejected",
     m.AbortRequested.__name__: "aborted",
     m.GatewayLost.__name__: "aborted",
+    m.TransferCancelled.__name__: "aborted",
 }
 
 

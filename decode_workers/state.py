@@ -41,6 +41,7 @@ from decode_workers.messages import (
     StopTransfer,
     StreamFinished,
     TokensProduced,
+    TransferCancelled,
     TransferFailed,
     TransferStopped,
     WorkerClosed,
@@ -66,8 +67,9 @@ EDGES: Mapping[DecodeState, Mapping[type[Event], DecodeState]] = {
     },
     DecodeState.RESERVED: {
         KvLanded: DecodeState.RUNNING,  # the receiver verified the last frame
-        TransferFailed: DecodeState.FREEING,  # the prefill worker died or gave up, a frame was bad, no offer came
-        AbortRequested: DecodeState.STOPPING,  # also when the first token was the last
+        TransferFailed: DecodeState.FREEING,  # the prefill worker died, a frame was bad, no offer came
+        TransferCancelled: DecodeState.FREEING,  # the prefill worker gave up, or its first token was the last
+        AbortRequested: DecodeState.STOPPING,  # as well when the first token was the last: the first word counts
         GatewayLost: DecodeState.STOPPING,
         DeadlinePassed: DecodeState.STOPPING,  # the backstop behind the transfer's own leases
         EngineFailed: DecodeState.STOPPING,  # the engine lost its pool
@@ -85,6 +87,7 @@ EDGES: Mapping[DecodeState, Mapping[type[Event], DecodeState]] = {
         TransferStopped: DecodeState.FREEING,
         KvLanded: DecodeState.STOPPING,  # crossed with our stop, whose own answer is on its way
         TransferFailed: DecodeState.STOPPING,
+        TransferCancelled: DecodeState.STOPPING,
         EngineFailed: DecodeState.STOPPING,
         AbortRequested: DecodeState.STOPPING,  # its fate is sealed already
         GatewayLost: DecodeState.STOPPING,
@@ -96,6 +99,7 @@ EDGES: Mapping[DecodeState, Mapping[type[Event], DecodeState]] = {
         ReservationRefused: DecodeState.FREEING,
         KvLanded: DecodeState.FREEING,
         TransferFailed: DecodeState.FREEING,
+        TransferCancelled: DecodeState.FREEING,
         TransferStopped: DecodeState.FREEING,
         TokensProduced: DecodeState.FREEING,  # the step that was running when we gave up
         StreamFinished: DecodeState.FREEING,
@@ -187,7 +191,7 @@ class DecodeRequest:
             case TokensProduced(output) | StreamFinished(output):
                 effects.extend(self._tell_landed(now, cause))
                 effects.append(SendOutput(output, cause))
-            case TransferFailed(reason, detail):
+            case TransferFailed(reason, detail) | TransferCancelled(reason, detail):
                 self._end = SendFailed(self.request_id, TransferError(reason, detail), cause)
             case EngineFailed(error) | WorkerClosed(error):
                 self._end = SendFailed(self.request_id, error, cause)

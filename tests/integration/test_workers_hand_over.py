@@ -75,6 +75,21 @@ async def test_a_first_token_that_is_the_last_is_told_by_the_prefill_worker_alon
         await pair.until_idle()
 
 
+async def test_a_first_token_that_is_the_last_is_no_failure_of_the_decode_worker() -> None:
+    stop_token = reference_tokens(request("stops", 10))[0]
+    async with worker_pair() as pair:
+        await pair.submit(request("stops", 10, greedy(6, stop_token_ids=(stop_token,))))
+        await pair.to_prefill.until_finished("stops")
+        await pair.to_decode.answer("failed", "stops")  # the prefill worker's word is here before any gateway's
+        await pair.until_idle()
+        counted = {
+            (sample.labels["outcome"], sample.labels["reason"]): sample.value
+            for sample in next(iter(pair.decode.metrics.requests.collect())).samples
+            if sample.name.endswith("_total")
+        }
+        assert counted == {("aborted", "TransferCancelled"): 1}
+
+
 async def test_more_than_one_token_without_a_decode_worker_is_refused() -> None:
     async with worker_pair() as pair:
         await pair.submit_prefill(request("a"), hand_off=False)

@@ -28,6 +28,7 @@ from decode_workers.messages import (
     StopTransfer,
     StreamFinished,
     TokensProduced,
+    TransferCancelled,
     TransferFailed,
     TransferStopped,
     WorkerClosed,
@@ -47,6 +48,7 @@ EVENTS: list[Event] = [
     FULL,
     LANDED,
     TransferFailed("peer_lost", "p0"),
+    TransferCancelled("cancelled", "aborted by the sender"),
     TransferStopped(),
     MORE,
     END,
@@ -193,7 +195,7 @@ def test_whatever_happens_blocks_are_freed_once_and_only_when_nothing_writes_the
         except InvalidTransition:
             continue
         it.check()
-        if isinstance(event, TransferFailed | TransferStopped | KvLanded):
+        if isinstance(event, TransferFailed | TransferCancelled | TransferStopped | KvLanded):
             is_written = False
         assert not is_written or not any(isinstance(effect, AbortInEngine | ActivateInEngine) for effect in new)
         is_written = is_written or any(isinstance(effect, ExpectTransfer) for effect in new)
