@@ -26,7 +26,7 @@ class ReservationRefused:
 
 @dataclass(frozen=True, slots=True)
 class KvLanded:
-    """All KV of the prompt is in our blocks. `exposed_s`: prefill end to landed; bytes and tokens that crossed."""
+    """All KV of the prompt is in our blocks. `exposed_s`: prefill end to landed. `kv_bytes`: what crossed."""
 
     first_token_id: int
     exposed_s: float

@@ -1,6 +1,6 @@
 """One request on a prefill worker, from acceptance until nothing of it is left here.
 
-1. COMPUTING: accepted. The engine was given the prompt and the decode worker was offered its KV, at the same time.
+1. COMPUTING: accepted. The decode worker is offered the KV, then the engine is given the prompt.
 2. SENDING: the first token left for the gateway; the blocks are under a lease until the decode worker has their KV.
 3. STOPPING: its fate is sealed; the transfer is being stopped, because blocks that it may still read cannot be freed.
 4. FREEING: nothing reads the blocks; the engine was told to free them. What a running step still says of the request
