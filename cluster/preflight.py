@@ -1,5 +1,6 @@
 """What can be known to be wrong before anything is started. Every problem is one line that names the key."""
 
+import json
 import math
 import os
 import socket
@@ -12,13 +13,16 @@ from core.errors import ConfigError
 
 
 def check(config: ClusterConfig) -> None:
-    """Look at the model path, the cores and the gateway's port.
+    """Look at the model, the log folder, the cores, and where the gateway is to listen.
 
     Raises:
         ConfigError: the first problem.
     """
     if config.ray.address is None:  # elsewhere the nodes' own disks and cores count
         _check_model(config.model.path, dummy=config.model.load_format == "dummy")
+        _check_length(config.model.path, config.model.max_model_len)
+        if config.log_folder is not None:
+            _check_log_folder(config.log_folder)
         # GPUs are counted by Ray, which knows every vendor's.
         shares(demands(config), cpus=len(os.sched_getaffinity(0)), gpus=math.inf, where="this machine")
     _check_port(config.gateway().host, config.gateway().port)
@@ -38,15 +42,45 @@ def _check_model(path: Path, *, dummy: bool) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    if port == 0:
-        return
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are no listener
             probe.bind(address)
     except OSError as error:
-        raise ConfigError(f"router.port: cannot listen on {host}:{port}: {error.strerror or error}") from error
+        key = "router.port" if port and _is_ours(host) else "router.host"
+        raise ConfigError(f"{key}: cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def _is_ours(host: str) -> bool:
+    """Tell whether any port of `host` can be listened on."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
+
+
+def _check_log_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"log_folder: cannot make {folder}: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"log_folder: {folder} is not writable")
+
+
+def _check_length(path: Path, wanted: int | None) -> None:
+    """Compare with what the checkpoint states; what it states in other words the workers find out."""
+    file = path if path.is_file() else path / "config.json"
+    try:
+        limit = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"model.path: {file} is no JSON object that can be read") from error
+    if wanted is not None and isinstance(limit, int) and wanted > limit:
+        raise ConfigError(f"model.max_model_len: {wanted} is more than the model's own {limit}")
 
 
 def packages_folder() -> Path:
