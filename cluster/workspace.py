@@ -83,6 +83,14 @@ def end_marked(mark: str, deadline_s: float, *, spared: int = 0) -> list[psutil.
     return [process for process in alive if process.is_running() and process.status() not in GONE]
 
 
+def end_session(leader: int) -> None:
+    """Kill what is left of the session of a dead launcher, bar ourselves."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and os.getsid(process.pid) == leader:
+                process.kill()
+
+
 def is_alive(pid: int, created_s: float) -> bool:
     """Tell whether the process that had `pid` at its start time still runs; process numbers are used again."""
     try:
