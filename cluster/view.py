@@ -1,37 +1,45 @@
 """Tables for people. Pure."""
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-from tandem_client import ClusterStatus
+from tandem_client import ClusterStatus, WorkerStatus
 
 _STYLES = {"ready": "green", "starting": "yellow", "loading": "yellow", "draining": "cyan", "stopped": "red"}
+_LEFT = ("worker", "role", "state", "epoch", "pid")
+_COUNTS = ("run", "wait", "free", "cached", "blocks")
 
 
-def status_table(status: ClusterStatus, address: str) -> Table:
-    """Show one row per worker."""
+def status_table(status: ClusterStatus, address: str) -> Group:
+    """Show one row per worker, whole on a page of 80 columns, and below them what they say of themselves."""
     title = (
         f"cluster {status.cluster}: {status.model} at {address}, "
         f"{status.active_requests} requests active, {status.queued_requests} queued"
     )
-    table = Table(title=title, title_justify="left")
-    for heading in ("worker", "role", "state", "epoch"):
-        table.add_column(heading)
-    for heading in ("pid", "running", "waiting", "free blocks", "cached", "total"):
-        table.add_column(heading, justify="right")
-    table.add_column("detail", overflow="fold")
-    for worker in sorted(status.workers, key=lambda worker: (worker.role != "prefill", worker.worker_id)):
-        state = worker.state if worker.connected or worker.state != "ready" else "unreachable"
-        table.add_row(
-            worker.worker_id,
-            worker.role,
-            f"[{_STYLES.get(state, 'red')}]{state}[/]",
-            str(worker.epoch),
-            str(worker.pid),
-            str(worker.num_running),
-            str(worker.num_waiting),
-            str(worker.free_blocks),
-            str(worker.cached_blocks),
-            str(worker.total_blocks),
-            worker.detail,
-        )
-    return table
+    workers = sorted(status.workers, key=lambda worker: (worker.role != "prefill", worker.worker_id))
+    rows = [_row(worker) for worker in workers]
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, heading in enumerate((*_LEFT, *_COUNTS)):
+        width = max(len(heading), *(row[index].cell_len for row in rows), 0)
+        table.add_column(heading, justify="right" if heading in _COUNTS else "left", no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*row)
+    return Group(table, *(Text(f"{worker.worker_id}: {worker.detail}") for worker in workers if worker.detail))
+
+
+def _row(worker: WorkerStatus) -> list[Text]:
+    state = worker.state if worker.connected or worker.state != "ready" else "unreachable"
+    return [
+        Text(worker.worker_id),
+        Text(worker.role),
+        Text(state, style=_STYLES.get(state, "red")),
+        Text(str(worker.epoch)),
+        Text(str(worker.pid)),
+        Text(str(worker.num_running)),
+        Text(str(worker.num_waiting)),
+        Text(str(worker.free_blocks)),
+        Text(str(worker.cached_blocks)),
+        Text(str(worker.total_blocks)),
+    ]
