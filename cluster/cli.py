@@ -3,11 +3,13 @@
 import asyncio
 import dataclasses
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,8 +17,9 @@ from rich.console import Console
 from cluster import detach, run_file
 from cluster.config import ClusterConfig, json_schema, load_cluster_config
 from cluster.launcher import Launcher
+from cluster.own_session import enter_own_session
 from cluster.progress import LineProgress, LiveProgress
-from cluster.serve import serve
+from cluster.serve import Interrupted, serve
 from cluster.view import status_table
 from core.errors import ConfigError, ServingError
 from core.telemetry import setup_logging
@@ -55,6 +58,8 @@ def up(
     config = load_cluster_config(file)
     if detach_:
         raise typer.Exit(detach.start_detached(file, lambda line: print(line, flush=True)))
+    if not detached_child:  # which has a session of its own already
+        enter_own_session()
     setup_logging("launcher", level="WARNING" if sys.stdout.isatty() else config.log_level)
     console = Console()
     is_live = console.is_terminal and not detached_child
@@ -65,8 +70,12 @@ def up(
         if detached_child:
             detach.become_detached(config.name)
 
-    with progress if isinstance(progress, LiveProgress) else nullcontext():
-        asyncio.run(serve(config, progress, source=str(file), on_ready=on_ready))
+    async def run() -> int:
+        with progress if isinstance(progress, LiveProgress) else nullcontext():
+            await serve(config, progress, source=str(file), on_ready=on_ready)
+        return 0
+
+    _launch(run())
 
 
 @app.command()
@@ -110,7 +119,10 @@ def status(
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
-        Console().print(status_table(found, gateway))
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=_PAGE_WIDTH)
+        console.print(status_table(found, gateway))
 
 
 @app.command()
@@ -169,7 +181,8 @@ def demo() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PAGE_WIDTH)
-    raise typer.Exit(asyncio.run(run_demo(console)))
+    enter_own_session()
+    _launch(run_demo(console))
 
 
 @config_app.command("schema")
@@ -195,6 +208,30 @@ def config_check(file: Annotated[Path, typer.Option("--file", "-f", help="The cl
     print(config.model_dump_json(indent=2))
 
 
+def _launch(launching: Coroutine[Any, Any, int]) -> NoReturn:
+    """Run a launcher to its end and leave the process. Everything was taken down by then but, perhaps, a thread.
+
+    Not by way of the interpreter's end: Ray's part of it waits for daemons that may have been killed.
+    """
+    try:
+        code = asyncio.run(launching)
+    except ServingError as error:
+        code = _tell(error)
+    except KeyboardInterrupt:
+        code = _tell(Interrupted("interrupted; nothing is left running"))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _tell(error: ServingError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
 def _gateway(cluster: str | None, address: str | None) -> str:
     if address:
         return address
@@ -217,7 +254,6 @@ def main() -> None:
     try:
         app()
     except ServingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(_tell(error))
     except KeyboardInterrupt:
         sys.exit(130)

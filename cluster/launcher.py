@@ -11,8 +11,9 @@ then the workers, Redis and Ray; whatever is left after the deadlines is killed.
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -26,10 +27,11 @@ from cluster.preflight import check, packages_folder
 from cluster.progress import Progress
 from cluster.ray_backend import RayBackend, reclaim_signals
 from cluster.redis_server import EmbeddedRedis, free_port
+from cluster.side_thread import SideThread
 from cluster.supervisor import ServiceStatus, Supervisor
 from cluster.workspace import end_marked, workspace
 from core.clock import MonotonicClock
-from core.errors import ConfigError, StoreUnavailable
+from core.errors import ConfigError, ServingError, StoreUnavailable
 from core.ids import WorkerId
 from core.membership import WorkerRecord, WorkerState, worker_prefix
 from core.store_redis import RedisStore
@@ -40,6 +42,10 @@ _ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # where to reach one that list
 _DETAIL_PERIOD_S = 0.3
 _SEEN_PERIOD_S = 0.05
 _RAY_DOWN_S = 15.0
+
+
+class RayLost(ServingError):
+    """A daemon of the private Ray cluster died, and the whole launch with it."""
 
 
 class Launcher:
@@ -60,6 +66,8 @@ class Launcher:
         self._progress = progress
         self._folder = folder
         self._is_up = False
+        self._ray_thread = SideThread("ray")
+        self._connecting: asyncio.Future[RayBackend] | None = None
         self._backend: RayBackend | None = None
         self._store: RedisStore | None = None
         self._supervisor: Supervisor | None = None
@@ -84,33 +92,43 @@ class Launcher:
         deadline_s = max(service.policy.start_deadline_s for service in services)
         details = asyncio.create_task(self._show_details())
         try:
-            await self._supervisor.until_ready([service.name for service in services], deadline_s)
-            await self._until_seen()
+            await self._while_ray_lives(self._until_serving([service.name for service in services], deadline_s))
         finally:
             details.cancel()
             await asyncio.wait([details])
         self._is_up = True
 
     async def run(self) -> None:
-        """Wait for a defect of the supervisor; the cluster lives meanwhile. Cancel it to end the wait."""
+        """Wait while the cluster lives. Cancel it to end the wait.
+
+        Raises:
+            RayLost: a daemon of the private Ray cluster died.
+            Exception: a defect of the supervisor.
+        """
         assert self._supervisor is not None, "up first"
-        await asyncio.shield(self._supervisor.broken)
+        await self._while_ray_lives(self._until_broken(self._supervisor))
 
     async def down(self) -> None:
         """Stop everything: by draining what is up, by force what never was. Never raises; bounded by deadlines."""
         force = not self._is_up
-        if self._supervisor is not None:
+        if self._connecting is not None and self._backend is None:
+            # What is being started could not be found to be killed; begun well, it can be ended well.
+            with contextlib.suppress(ServingError, TimeoutError):
+                self._backend = await asyncio.wait_for(asyncio.shield(self._connecting), _RAY_DOWN_S)
+        is_lost = self._backend is not None and self._backend.is_lost
+        if self._supervisor is not None and not is_lost:  # without Ray's daemons nothing can be drained
             names = [status.name for status in self._supervisor.status()]
             first = [name for name in names if name == GATEWAY]
             rest = [name for name in names if name not in (GATEWAY, _REDIS)]
             for group in (first, rest, [name for name in names if name == _REDIS]):
                 await self._supervisor.stop(group, force=force)
+        if self._supervisor is not None:
             await self._supervisor.close()
         if self._store is not None:
             await self._store.close()
         if self._backend is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(self._backend.close), _RAY_DOWN_S)
+                await asyncio.wait_for(self._ray_thread.call(self._backend.close), _RAY_DOWN_S)
         await asyncio.to_thread(end_marked, self.mark, 5.0)
 
     def status(self) -> list[ServiceStatus]:
@@ -147,17 +165,15 @@ class Launcher:
         folder = self._folder / "ray"
         folder.mkdir()
         try:
-            self._backend = await asyncio.wait_for(
-                asyncio.to_thread(
-                    RayBackend.connect,
-                    config.ray,
-                    namespace=f"tandem-{config.name}",
-                    packages=packages_folder(),
-                    names=PACKAGES,
-                    temp=folder,
-                ),
-                config.ray.connect_timeout_s,
+            self._connecting = self._ray_thread.call(
+                RayBackend.connect,
+                config.ray,
+                namespace=f"tandem-{config.name}",
+                packages=packages_folder(),
+                names=PACKAGES,
+                temp=folder,
             )
+            self._backend = await asyncio.wait_for(asyncio.shield(self._connecting), config.ray.connect_timeout_s)
         except TimeoutError:
             raise ConfigError(f"ray: not connected within {config.ray.connect_timeout_s:g} s ({where})") from None
         reclaim_signals()
@@ -169,7 +185,7 @@ class Launcher:
         for role, pool in ((role, getattr(config, role)) for role in wanted):
             bundle = {"CPU": cpus[role], "GPU": wanted[role].num_gpus, **pool.resources.custom}
             bundle = {kind: amount for kind, amount in bundle.items() if amount > 0}
-            await asyncio.to_thread(
+            await self._ray_thread.call(
                 self._backend.reserve,
                 role,
                 [bundle] * pool.replicas,
@@ -177,6 +193,32 @@ class Launcher:
                 config.ray.place_timeout_s,
             )
         return Blueprint(config, self._backend, address, cpus, self._gateway_port)
+
+    async def _until_serving(self, names: Sequence[WorkerId], deadline_s: float) -> None:
+        assert self._supervisor is not None
+        await self._supervisor.until_ready(names, deadline_s)
+        await self._until_seen()
+
+    async def _until_broken(self, supervisor: Supervisor) -> None:
+        await asyncio.shield(supervisor.broken)
+
+    async def _while_ray_lives(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for the end of `work`.
+
+        Raises:
+            RayLost: Ray ended first. Its own end is the cause that is told, of all that follow from it.
+        """
+        assert self._backend is not None
+        lost, working = asyncio.create_task(self._backend.until_lost()), asyncio.create_task(work)
+        try:
+            await asyncio.wait([lost, working], return_when=asyncio.FIRST_COMPLETED)
+            if lost.done() or self._backend.is_lost:
+                raise RayLost(f"ray: its {await lost} died; everything was taken down")
+            working.result()
+        finally:
+            for task in (lost, working):
+                task.cancel()
+            await asyncio.wait([lost, working])
 
     async def _until_seen(self) -> None:
         """Wait until the gateway has a stream to every worker.

@@ -39,6 +39,7 @@ from core.errors import ConfigError
 _log = logging.getLogger(__name__)
 _HELLO_S = 60.0  # a process of Python, on a busy machine
 _GONE_S = 5.0
+_VITAL = ("gcs_server", "raylet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,35 @@ class RayBackend:
         alive = sum(1 for node in ray.nodes() if node["Alive"])
         return cls(RayNodes(alive, resources.get("CPU", 0.0), resources.get("GPU", 0.0)), restore)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a daemon of a private cluster has died: no call of Ray's can be trusted to return any more."""
+        return _is_lost()
+
+    async def until_lost(self) -> str:
+        """Wait for the death of a daemon of a private cluster; return its name. For ever, with an existing cluster."""
+        handles: dict[str, int] = {}
+        gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def on_death(name: str) -> None:
+            if not gone.done():
+                gone.set_result(name)
+
+        try:
+            for name, daemon in _vital().items():
+                try:
+                    handles[name] = os.pidfd_open(daemon.pid)  # not collected yet, if dead: it is our child
+                except OSError:
+                    on_death(name)
+                else:
+                    loop.add_reader(handles[name], on_death, name)
+            return await gone
+        finally:
+            for handle in handles.values():
+                loop.remove_reader(handle)
+                os.close(handle)
+
     def reserve(self, pool: str, bundles: Sequence[Mapping[str, float]], strategy: str, timeout_s: float) -> None:
         """Reserve one bundle per worker of `pool`, all or nothing. Blocking.
 
@@ -122,6 +152,8 @@ class RayBackend:
         Raises:
             SpawnError: no process came up; nothing is left behind.
         """
+        if _is_lost():
+            raise SpawnError("its Ray cluster died")
         options: dict[str, Any]
         if pool is None:
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -146,7 +178,13 @@ class RayBackend:
         return RayActor(actor, whereabouts, seat_for(whereabouts))
 
     def close(self) -> None:
-        """Remove the reservations, end a private cluster or leave an existing one. Blocking; idempotent."""
+        """Remove the reservations, end a private cluster or leave an existing one. Blocking; idempotent.
+
+        Of a cluster that `is_lost` nothing is asked: its processes are the caller's to kill.
+        """
+        if self.is_lost:
+            _restore_environment(self._restore)
+            return
         with contextlib.suppress(ray.exceptions.RayError):
             for group in self._groups.values():
                 remove_placement_group(group)
@@ -200,8 +238,9 @@ class RayActor:
         self._actor.stop.remote(deadline_s)  # its outcome shows as the end of `run`
 
     async def kill(self) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # the Ray cluster itself may be gone
-            ray.kill(self._actor, no_restart=True)
+        if not _is_lost():  # else it would wait for a minute, and the event loop with it
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(self._actor, no_restart=True)
         if self._handle is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)
@@ -308,9 +347,23 @@ def reclaim_signals() -> None:
 
 def _daemons() -> list["subprocess.Popen[bytes]"]:
     """Return the processes of a private cluster that are our own children."""
+    return [process for group in _daemon_groups().values() for process in group]
+
+
+def _vital() -> dict[str, "subprocess.Popen[bytes]"]:
+    """Return those of them that a private cluster cannot do without."""
+    groups = _daemon_groups()
+    return {name: groups[name][0] for name in _VITAL if groups.get(name)}
+
+
+def _is_lost() -> bool:
+    return any(daemon.poll() is not None for daemon in _vital().values())
+
+
+def _daemon_groups() -> dict[str, list["subprocess.Popen[bytes]"]]:
     node = getattr(sys.modules["ray._private.worker"], "_global_node", None)
-    groups = getattr(node, "all_processes", {}).values()
-    return [info.process for group in groups for info in group]
+    groups = getattr(node, "all_processes", {})
+    return {name: [info.process for info in group] for name, group in groups.items()}
 
 
 def _silence_raylet() -> None:

@@ -5,17 +5,15 @@ The first SIGINT, SIGTERM or SIGHUP drains and stops (while coming up: gives up 
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import Callable, Iterator
 
 from cluster.config import ClusterConfig
 from cluster.launcher import Launcher, launcher_of
+from cluster.own_session import SIGNALS
 from cluster.progress import Progress
 from cluster.run_file import RunRecord, claim
 from cluster.workspace import end_marked
 from core.errors import ServingError
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(ServingError):
@@ -74,10 +72,10 @@ def _signals_set(stop: asyncio.Event, mark: str) -> Iterator[None]:
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in _SIGNALS:
+    for number in SIGNALS:
         loop.add_signal_handler(number, on_signal)
     try:
         yield
     finally:
-        for number in _SIGNALS:
+        for number in SIGNALS:
             loop.remove_signal_handler(number)

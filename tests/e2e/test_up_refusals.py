@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.workspace import MARK
@@ -113,4 +115,43 @@ async def test_a_signal_while_starting(tmp_path: Path) -> None:
         _, err = await process.communicate()
     assert process.returncode == 1
     assert err.decode() == "error: interrupted while starting; nothing is left running\n"
+    assert _left_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["connecting to Ray", "decode-1: starting"])
+async def test_ctrl_c_of_the_terminal_while_starting(tmp_path: Path, moment: str) -> None:
+    """It goes to the whole process group, which Ray's daemons must not be in."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cluster", "up", "-f", str(write_config(tmp_path, tiny_config("bad"))),
+        env=environment(tmp_path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    async with asyncio.timeout(30.0):  # Ray's own patience with dead daemons is a minute
+        while moment.encode() not in await process.stdout.readline():
+            assert process.returncode is None
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.decode() == "error: interrupted while starting; nothing is left running\n"
+    assert _left_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
+async def test_the_death_of_ray_ends_the_launch(tmp_path: Path, daemon: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cluster", "up", "-f", str(write_config(tmp_path, tiny_config("lost", replicas=1))),
+        env=environment(tmp_path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    async with asyncio.timeout(PATIENCE_S):
+        while b" is ready at " not in await process.stdout.readline():
+            assert process.returncode is None
+    children = psutil.Process(process.pid).children(recursive=True)
+    [victim] = [child for child in children if child.name() == daemon]
+    victim.kill()
+    async with asyncio.timeout(30.0):
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.decode() == f"error: ray: its {daemon} died; everything was taken down\n"
     assert _left_of(tmp_path) == []
