@@ -24,8 +24,9 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/python -m tools.check
 
+# VLLM=1 also measures vLLM's CPU build, in an environment made for it below build/
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.engine $(if $(VLLM),--with-vllm)
 	$(BIN)/python -m benchmarks.link
 
 protos: $(STAMP)
