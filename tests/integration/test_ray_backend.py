@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def backend() -> AsyncIterator[RayBackend]:
+    before = {one.pid for one in psutil.Process().children(recursive=True)}  # of other tests: a fork server
     with workspace() as (folder, mark):
         temp = folder / "ray"
         temp.mkdir()
@@ -32,11 +33,11 @@ async def backend() -> AsyncIterator[RayBackend]:
         )
         await asyncio.to_thread(backend.reserve, "echo", [{"CPU": 0.5}, {"CPU": 0.5}], "PACK", 30.0)
         yield backend
-        ours = {one.pid for one in psutil.Process().children(recursive=True)}
+        ours = {one.pid for one in psutil.Process().children(recursive=True)} - before
         marked = {one.pid for one in marked_processes(mark)}
+        await asyncio.to_thread(backend.close)  # before any assertion: Ray ends a process that has lost its cluster
         assert len(marked) > 5
         assert len(ours - marked) == 1, "a process of Ray's is not known to be ours (one is: the reaper)"
-        await asyncio.to_thread(backend.close)
     assert marked_processes(mark) == []
 
 
