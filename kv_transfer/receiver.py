@@ -196,11 +196,13 @@ class KvReceiver:
         finally:
             reader.cancel()
             self._detach(pair, f"{pair.sender_id} ended the control stream")
-            try:
-                await pair.close()
-            finally:
-                self._streams.discard(ended)
-                ended.set_result(None)
+            closing = asyncio.ensure_future(pair.close())
+            closing.add_done_callback(lambda _: self._forget_stream(ended))
+            await asyncio.shield(closing)  # gRPC cancels us when the peer dies; the pair's threads are still waited for
+
+    def _forget_stream(self, ended: "asyncio.Future[None]") -> None:
+        self._streams.discard(ended)
+        ended.set_result(None)
 
     async def _read(self, pair: ReceiverPair, messages: AsyncIterator[pb.SenderMessage]) -> None:
         async for message in messages:
