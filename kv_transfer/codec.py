@@ -1,8 +1,8 @@
 """Codecs: how the KV of a box becomes the sections of a frame, and back.
 
-A profile (a named, measured pipeline) is a codec with parameters; adding one is adding a file with a class that
-implements `Codec`, and one line where the table of codecs is composed. A decoder gets everything from the frame: the
-parameters blob, the sections, the shape. It runs on bytes from another process: it must refuse, not crash.
+An `Encoder` is one profile's pipeline with its parameters; a `Decoder` is everything of one codec id, and gets all it
+needs from the frame: the parameters blob, the sections, the shape. It runs on bytes from another process: it must
+refuse, not crash. Adding a codec is adding a file and one line where the table of decoders is composed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from core.layout import DTYPE_BYTES
+from kv_transfer.box import Box
 from kv_transfer.frame import FrameRefused
 from kv_transfer.session import NackReason
 
@@ -28,24 +29,40 @@ class Encoded:
     section_bytes: tuple[int, ...]
 
 
-class Codec(Protocol):
-    """One way to code KV. Stateless; called from several threads at once.
+@dataclass(frozen=True, slots=True)
+class FramePlace:
+    """Where a frame lies in its transfer and its model: what stages that depend on positions go by.
+
+    Attributes:
+        box: global ranges of the frame.
+        num_tokens: of the whole prompt.
+        num_layers, num_heads: of the model.
+    """
+
+    box: Box
+    num_tokens: int
+    num_layers: int
+    num_heads: int
+
+
+class Encoder(Protocol):
+    """One way to code KV, with its parameters. Stateless; called from several threads at once, without the GIL's help.
 
     Attributes:
         codec_id: on the wire, 0 to 255, never reused.
-        name: for people and metrics.
         is_identity: the payload is the canonical tensor itself, so it may be gathered right into the payload.
+        is_lossless: what the decoder returns is equal bit for bit.
     """
 
     codec_id: int
-    name: str
     is_identity: bool
+    is_lossless: bool
 
     def max_payload_bytes(self, raw_bytes: int) -> int:
         """Return a bound on the payload of a tensor of `raw_bytes`; non-decreasing. Pure."""
         ...
 
-    def encode(self, kv: Tensor, payload: Tensor) -> Encoded:
+    def encode(self, kv: Tensor, payload: Tensor, place: FramePlace) -> Encoded:
         """Write the sections of `kv` where `frame.section_spans` will look for them.
 
         Args:
@@ -53,6 +70,17 @@ class Codec(Protocol):
             payload: uint8, at least `max_payload_bytes` long, 64-byte aligned. May be the memory of `kv` itself when
                 `is_identity`.
         """
+        ...
+
+
+class Decoder(Protocol):
+    """Reads every frame of one codec id. Stateless; called from several threads at once."""
+
+    codec_id: int
+    name: str
+
+    def is_exact(self, params: bytes) -> bool:
+        """Tell whether what these parameters describe is equal bit for bit. Pure; garbage is not lossless."""
         ...
 
     def decode(self, params: bytes, sections: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -70,16 +98,20 @@ class Codec(Protocol):
 
 
 class RawCodec:
-    """The tensor's own bytes in one section."""
+    """The tensor's own bytes in one section: encoder and decoder."""
 
     codec_id = 0
     name = "raw"
     is_identity = True
+    is_lossless = True
+
+    def is_exact(self, params: bytes) -> bool:
+        return not params
 
     def max_payload_bytes(self, raw_bytes: int) -> int:
         return raw_bytes
 
-    def encode(self, kv: Tensor, payload: Tensor) -> Encoded:
+    def encode(self, kv: Tensor, payload: Tensor, place: FramePlace) -> Encoded:
         num_bytes = kv.numel() * kv.element_size()
         if kv.data_ptr() != payload.data_ptr():
             payload[:num_bytes].copy_(kv.reshape(-1).view(torch.uint8))
@@ -99,7 +131,7 @@ class RawCodec:
 RAW = RawCodec()
 
 
-def default_codecs() -> Mapping[int, Codec]:
-    """Return the codecs of this build by id. Pure."""
-    codecs: tuple[Codec, ...] = (RAW,)
-    return {codec.codec_id: codec for codec in codecs}
+def default_decoders() -> Mapping[int, Decoder]:
+    """Return the decoders of this build by codec id. Pure."""
+    decoders: tuple[Decoder, ...] = (RAW,)
+    return {decoder.codec_id: decoder for decoder in decoders}

@@ -14,7 +14,7 @@ from core.errors import ServingError
 from core.ids import RequestId, TransferId
 from core.layout import KvLayout
 from kv_transfer.box import Box
-from kv_transfer.codec import TORCH_DTYPES, Codec
+from kv_transfer.codec import TORCH_DTYPES, Decoder
 from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, decode, section_spans
 from kv_transfer.gate import Gate
@@ -63,13 +63,13 @@ class LandingZone:
         stamp: FrameStamp,
         layout: KvLayout,
         writer: KvWriter,
-        codecs: Mapping[int, Codec],
+        decoders: Mapping[int, Decoder],
         landings: Mapping[TransferId, Landing],
     ) -> None:
         self._stamp = stamp
         self._layout = layout
         self._writer = writer
-        self._codecs = codecs
+        self._decoders = decoders
         self._landings = landings
 
     def land(self, slot: Slot) -> tuple[FrameHeader, Landing | None]:
@@ -94,8 +94,8 @@ class LandingZone:
         if landing is None or landing.gate.is_closed:
             return None
         self._check_shape(header)
-        codec = self._codecs.get(header.codec_id)
-        if codec is None:
+        decoder = self._decoders.get(header.codec_id)
+        if decoder is None:
             raise FrameRefused(NackReason.CODEC, f"codec {header.codec_id} is not known here")
         if not landing.coverage.is_inside(header.box):
             raise FrameRefused(NackReason.RANGE, f"{_words(header.box)} is not in the reservation")
@@ -104,7 +104,7 @@ class LandingZone:
         payload = slot.memory[HEADER_BYTES:]
         sections = [payload[span.start : span.stop] for span in section_spans(header.section_bytes)]
         dtype = TORCH_DTYPES[header.dtype]
-        kv = codec.decode(header.codec_params, sections, header.shape, dtype)
+        kv = decoder.decode(header.codec_params, sections, header.shape, dtype)
         if not landing.gate.enter():
             return None
         try:

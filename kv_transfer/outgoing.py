@@ -22,6 +22,7 @@ class Outgoing:
 
     transfer_id: TransferId
     request_id: RequestId
+    num_tokens: int
     gate: Gate = field(default_factory=Gate)
     held_tokens: int | None = None  # None: not reserved yet
     waiting: list[Box | Commit] = field(default_factory=list)

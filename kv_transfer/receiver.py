@@ -32,7 +32,7 @@ from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import receiver_events as session
 from kv_transfer.box import Box
-from kv_transfer.codec import Codec, default_codecs
+from kv_transfer.codec import Decoder, default_decoders
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack
 from kv_transfer.coverage import Coverage
@@ -79,7 +79,7 @@ class KvReceiver:
         clock: Clock,
         *,
         links: Links | None = None,
-        codecs: Mapping[int, Codec] | None = None,
+        decoders: Mapping[int, Decoder] | None = None,
         metrics: KvTransferMetrics | None = None,
     ) -> None:
         """Nothing is hosted before a sender comes. `rpc.add_kv_transfer` puts it on a server."""
@@ -90,7 +90,7 @@ class KvReceiver:
         self._outcomes = outcomes
         self._clock = clock
         self._links = links or open_links(config)
-        self._codecs = codecs or default_codecs()
+        self._decoders = decoders or default_decoders()
         self._metrics = metrics or process_metrics()
         self._transfers: dict[TransferId, _Transfer] = {}
         self._ended: OrderedDict[TransferId, ReceiverSession] = OrderedDict()
@@ -236,7 +236,7 @@ class KvReceiver:
             self._layout,
             self._links,
             self._writer,
-            self._codecs,
+            self._decoders,
             reply,
             self._metrics,
             owner=self,

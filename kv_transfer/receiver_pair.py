@@ -10,7 +10,7 @@ from core.ids import TransferId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import receiver_events as session
-from kv_transfer.codec import Codec
+from kv_transfer.codec import Decoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack_reason
 from kv_transfer.landing import FrameStamp, Landing, LandingZone
@@ -47,7 +47,7 @@ class ReceiverPair:
         layout: KvLayout,
         links: Links,
         writer: KvWriter,
-        codecs: Mapping[int, Codec],
+        decoders: Mapping[int, Decoder],
         reply: ControlReply,
         metrics: KvTransferMetrics,
         owner: ReceiverPairOwner,
@@ -61,7 +61,7 @@ class ReceiverPair:
         self._layout = layout
         self._links = links
         self._writer = writer
-        self._codecs = codecs
+        self._decoders = decoders
         self._metrics = metrics
         self._owner = owner
         self._loop = asyncio.get_running_loop()
@@ -124,7 +124,7 @@ class ReceiverPair:
         config = self._config
         self._link_epoch = link_epoch
         stamp = FrameStamp(self.sender_epoch, self._names.receiver_epoch, link_epoch)
-        zone = LandingZone(stamp, self._layout, self._writer, self._codecs, self.landings)
+        zone = LandingZone(stamp, self._layout, self._writer, self._decoders, self.landings)
         plan = LinkPlan(self._names.link_name(link_epoch), config.slot_bytes, config.num_slots, config.open_timeout_s)
         opened = pb.LinkOpened(
             link_epoch=link_epoch,

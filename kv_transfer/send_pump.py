@@ -12,13 +12,12 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import Future
 
 from core.errors import ConfigError, ServingError, TransferError
 from core.layout import DTYPE_BYTES, KvLayout
 from kv_transfer.box import Box, cut
-from kv_transfer.codec import TORCH_DTYPES, Codec
+from kv_transfer.codec import RAW, TORCH_DTYPES, FramePlace
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, seal
 from kv_transfer.link import LinkError, LinkPlan, Links, PairIdentity, SendEnd, Slot
@@ -42,7 +41,6 @@ class SendPump:
         layout: KvLayout,
         links: Links,
         reader: KvReader,
-        codecs: Mapping[int, Codec],
         hooks: PumpHooks,
         metrics: KvTransferMetrics,
     ) -> None:
@@ -51,7 +49,7 @@ class SendPump:
         self._layout = layout
         self._links = links
         self._reader = reader
-        self._codec = codecs[0]  # every transfer is raw until a controller chooses profiles
+        self._codec = RAW  # every transfer is raw until a controller chooses profiles
         self._hooks = hooks
         self._metrics = metrics
         self._dtype = TORCH_DTYPES[layout.dtype]
@@ -220,6 +218,7 @@ class SendPump:
         self._spare = slot
         shape = (len(box.layers), 2, len(box.heads), len(box.tokens), self._layout.head_dim)
         payload = slot.memory[HEADER_BYTES:]
+        place = FramePlace(box, outgoing.num_tokens, self._layout.num_layers, self._layout.num_kv_heads)
         if not outgoing.gate.enter():
             self.grant(bound)
             return False
@@ -230,7 +229,7 @@ class SendPump:
                 raise TransferError(
                     NackReason.POOL, f"the pool gave {tuple(kv.shape)} {kv.dtype}, not {shape} {self._dtype}"
                 )
-            encoded = self._codec.encode(kv, payload)
+            encoded = self._codec.encode(kv, payload, place)
         except ServingError as error:
             self.grant(bound)
             self._fail(outgoing, NackReason.POOL, str(error))

@@ -14,7 +14,7 @@ A pair lives as long as its control stream. When that ends, everything of the pa
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from core.clock import Clock
@@ -24,7 +24,6 @@ from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import sender_session as session
 from kv_transfer.box import Box
-from kv_transfer.codec import Codec, default_codecs
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import Dialer
 from kv_transfer.deadline_timer import DeadlineTimer
@@ -66,7 +65,6 @@ class KvSender:
         *,
         links: Links | None = None,
         dialer: Dialer | None = None,
-        codecs: Mapping[int, Codec] | None = None,
         metrics: KvTransferMetrics | None = None,
     ) -> None:
         """Nothing is opened before the first offer. The keyword arguments replace parts, mostly for tests."""
@@ -78,7 +76,6 @@ class KvSender:
         self._clock = clock
         self._links = links or open_links(config)
         self._dialer = dialer or GrpcDialer()
-        self._codecs = codecs or default_codecs()
         self._metrics = metrics or process_metrics()
         self._transfers: dict[TransferId, _Transfer] = {}
         self._pairs: dict[WorkerId, SenderPair] = {}
@@ -105,7 +102,7 @@ class KvSender:
         machine = SenderSession(
             transfer_id, offer_timeout_s=self._config.offer_timeout_s, lease_s=self._config.lease_s, now=now
         )
-        self._transfers[transfer_id] = _Transfer(machine, Outgoing(transfer_id, request_id), pair)
+        self._transfers[transfer_id] = _Transfer(machine, Outgoing(transfer_id, request_id, num_tokens), pair)
         pair.say(
             pb.SenderMessage(
                 offer=pb.Offer(
@@ -180,7 +177,6 @@ class KvSender:
                 self._layout,
                 self._links,
                 self._reader,
-                self._codecs,
                 self._dialer.dial(peer),
                 self._metrics,
                 owner=self,

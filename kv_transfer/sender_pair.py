@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from core.errors import ProtocolError, ServingError, WorkerLost
@@ -11,7 +11,6 @@ from core.ids import TransferId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import sender_session as session
-from kv_transfer.codec import Codec
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlStream, nack_reason
 from kv_transfer.frame import FRAME_VERSION
@@ -51,7 +50,6 @@ class SenderPair:
         layout: KvLayout,
         links: Links,
         reader: KvReader,
-        codecs: Mapping[int, Codec],
         stream: ControlStream,
         metrics: KvTransferMetrics,
         owner: PairOwner,
@@ -65,7 +63,7 @@ class SenderPair:
         self._unsaid: list[pb.SenderMessage] = []
         self._loop = asyncio.get_running_loop()
         pair = PairIdentity(identity.worker_id, identity.epoch, peer.worker_id, peer.epoch)
-        self.pump = SendPump(config, pair, layout, links, reader, codecs, self, metrics)
+        self.pump = SendPump(config, pair, layout, links, reader, self, metrics)
         self.pump.start()
         hello = pb.SenderHello(
             worker_id=identity.worker_id,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from core.errors import ConfigError
 from kv_transfer.box import Box, cut
-from kv_transfer.codec import RAW, TORCH_DTYPES, default_codecs
+from kv_transfer.codec import RAW, TORCH_DTYPES, FramePlace, default_decoders
 from kv_transfer.coverage import Coverage
 from kv_transfer.frame import FrameRefused
 from kv_transfer.session import NackReason
@@ -107,7 +107,7 @@ def test_nothing_to_cover_is_complete_and_takes_nothing() -> None:
 def test_raw_gives_back_the_same_bits(dtype: str) -> None:
     kv = torch.randn(2, 2, 3, 5, 8).to(TORCH_DTYPES[dtype])
     payload = torch.zeros(RAW.max_payload_bytes(kv.nbytes), dtype=torch.uint8)
-    encoded = RAW.encode(kv, payload)
+    encoded = RAW.encode(kv, payload, FramePlace(Box(range(2), range(3), range(5)), 5, 2, 3))
     assert encoded.section_bytes == (kv.nbytes,)
     assert torch.equal(RAW.decode(encoded.params, [payload], kv.shape, kv.dtype), kv)
 
@@ -116,7 +116,7 @@ def test_raw_gathered_in_place_is_not_copied() -> None:
     payload = torch.zeros(64, dtype=torch.uint8)
     kv = payload.view(torch.float32).view(1, 2, 1, 1, 8)
     kv.fill_(3)
-    RAW.encode(kv, payload)
+    RAW.encode(kv, payload, FramePlace(Box(range(1), range(1), range(1)), 1, 1, 1))
     assert RAW.decode(b"", [payload], kv.shape, kv.dtype).data_ptr() == payload.data_ptr()
 
 
@@ -137,4 +137,4 @@ def test_raw_refuses_what_it_cannot_have_written(params: bytes, lengths: list[in
 
 
 def test_codecs_are_found_by_their_id() -> None:
-    assert all(codec_id == codec.codec_id for codec_id, codec in default_codecs().items())
+    assert all(codec_id == codec.codec_id for codec_id, codec in default_decoders().items())

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.membership import WorkerIdentity
 from kv_transfer.box import Box
-from kv_transfer.codec import default_codecs
+from kv_transfer.codec import default_decoders
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, seal
@@ -40,7 +40,7 @@ class Site:
         self.array = self.pool.clear(R, 20)
         self.landing = Landing(T, R, Coverage(TARGET))
         stamp = FrameStamp(sender_epoch=3, receiver_epoch=7, link_epoch=1)
-        self.zone = LandingZone(stamp, LAYOUT, self.pool, default_codecs(), {T: self.landing})
+        self.zone = LandingZone(stamp, LAYOUT, self.pool, default_decoders(), {T: self.landing})
 
     def land(self, header: FrameHeader, spoil: Callable[[memoryview], None] = lambda message: None) -> Landing | None:
         slot = Slot(0, torch.zeros(HEADER_BYTES + 4096, dtype=torch.uint8))
@@ -147,7 +147,7 @@ async def test_the_event_loop_never_sees_half_of_a_frame(monkeypatch: pytest.Mon
         LAYOUT,
         MemoryLinks(),
         site.pool,
-        default_codecs(),
+        default_decoders(),
         lambda message: None,
         KvTransferMetrics(CollectorRegistry()),
         owner,
