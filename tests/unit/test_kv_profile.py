@@ -1,0 +1,130 @@
+"""The profile library: what a file must hold, and for whom it is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from core.errors import ConfigError
+from core.layout import KvLayout
+from kv_transfer.codecs.spec import CODEC_VERSION, PipelineSpec, Quantiser
+from kv_transfer.machine import fingerprint_of, machine_fingerprint
+from kv_transfer.profile import (
+    CodecTime,
+    Profile,
+    ProfileLibrary,
+    ProfileRefused,
+    Quality,
+    find_library,
+    load_library,
+    save_library,
+)
+
+LAYOUT = KvLayout("w1", 4, 2, 64, "bfloat16", 16)
+FAST = CodecTime(fixed_s=1e-5, s_per_byte=1e-9)
+GOOD = Quality(
+    agreement=0.98,
+    agreement_low=0.97,
+    agreement_high=0.99,
+    kl=0.01,
+    kl_low=0.0,
+    kl_high=0.02,
+    num_prompts=64,
+    num_positions=3000,
+    confidence=0.95,
+)
+NONE = Profile(name="none", pipeline=PipelineSpec(kind="none"), ratio=1.0, encode=FAST, decode=FAST)
+LOSSY = Profile(
+    name="x8",
+    pipeline=PipelineSpec(k=Quantiser(levels=7, axis="tensor", step_rms=0.7), low_heads=((0, 1),)),
+    ratio=8.2,
+    encode=FAST,
+    decode=FAST,
+    quality=GOOD,
+)
+
+
+def library(**changes: Any) -> ProfileLibrary:
+    facts: dict[str, Any] = {
+        "model": "tiny",
+        "weights_version": "w1",
+        "codec_version": CODEC_VERSION,
+        "machine": "cpu/2/0",
+        "profiles": (NONE, LOSSY),
+    }
+    return ProfileLibrary(**(facts | changes))
+
+
+def test_a_library_survives_its_file(tmp_path: Path) -> None:
+    save_library(library(), tmp_path / "kv_profiles.yaml")
+    assert load_library(tmp_path / "kv_profiles.yaml") == library()
+    assert [path.name for path in tmp_path.iterdir()] == ["kv_profiles.yaml"]
+
+
+def test_a_profile_that_was_not_validated_for_the_model_is_refused() -> None:
+    with pytest.raises(ProfileRefused, match=r"not validated for this model.* w0, the model has w1"):
+        library(weights_version="w0").validated(LAYOUT)
+    with pytest.raises(ProfileRefused, match=rf"not validated for these codecs.* 0, this build has {CODEC_VERSION}"):
+        library(codec_version=0).validated(LAYOUT)
+
+
+def test_times_of_another_machine_are_a_first_guess() -> None:
+    here = library().validated(LAYOUT, machine="cpu/2/0")
+    there = library().validated(LAYOUT, machine="other/8/1")
+    assert {profile.origin for profile in here} == {"measured on this machine"}
+    assert {profile.origin for profile in there} == {"first guess: measured on cpu/2/0"}
+    assert [profile.ratio for profile in here] == [profile.ratio for profile in there] == [1.0, 8.2]
+
+
+@pytest.mark.parametrize(
+    ("profile", "floor", "meets"),
+    [(NONE, 1.0, True), (LOSSY, 1.0, False), (LOSSY, 0.97, True), (LOSSY, 0.975, False), (LOSSY, 0.0, True)],
+)
+def test_the_lower_bound_is_held_against_the_floor(profile: Profile, floor: float, meets: bool) -> None:
+    assert profile.meets(floor) is meets
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (("profiles", 1, "quality"), None, r"profiles\.1: .*x8 is lossy and states no quality"),
+        (("profiles", 1, "name"), "none", "two profiles are named none"),
+        (("profiles", 0, "name"), "raw", "no profile 'none'"),
+        (("profiles", 1, "pipeline", "k", "levels"), 1, r"profiles\.1\.pipeline\.k\.levels: "),
+        (("profiles", 1, "ratio"), 0, r"profiles\.1\.ratio: "),
+        (("version",), 2, "version: "),
+        (("weights",), "w1", "weights: unknown key"),
+    ],
+)
+def test_what_a_file_must_hold(path: tuple[Any, ...], value: object, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "kv_profiles.yaml"
+    save_library(library(), file)
+    data = yaml.safe_load(file.read_text())
+    at = data
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=problem):
+        load_library(file)
+
+
+def test_which_library_a_configuration_means(tmp_path: Path) -> None:
+    assert find_library("auto", tmp_path) is None
+    save_library(library(), tmp_path / "kv_profiles.yaml")
+    assert find_library("auto", tmp_path) == library()
+    assert find_library("auto", tmp_path / "config.json") == library()
+    assert find_library("none", tmp_path) is None
+    assert find_library(str(tmp_path / "kv_profiles.yaml"), Path("elsewhere")) == library()
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot read"):
+        find_library(str(tmp_path / "absent.yaml"), tmp_path)
+
+
+def test_a_machine_is_its_processor_and_how_many_of_it() -> None:
+    epyc = "vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\nflags\t\t: avx2 avx512\nMHz : 1\n\nprocessor: 1\n"
+    assert fingerprint_of(epyc, 2).startswith("AMD EPYC/2/")
+    assert fingerprint_of(epyc, 2) == fingerprint_of(epyc.replace("MHz : 1", "MHz : 2"), 2)
+    assert fingerprint_of(epyc, 2) != fingerprint_of(epyc, 4)
+    assert fingerprint_of(epyc, 2) != fingerprint_of(epyc.replace(" avx512", ""), 2)
+    assert machine_fingerprint() == machine_fingerprint()
