@@ -101,7 +101,8 @@ def test_a_step_is_tracked_within_a_few_acknowledgements(factor: float, num_byte
     wire.rate *= factor
     for _ in range(5):
         wire.transfer(num_bytes)
-    assert wire.error < 1.5
+    assert wire.error < 1.6  # the round trip that is known is that of the slow wire
+    wire.transfer(1000)
     for _ in range(10):
         wire.transfer(num_bytes)
     assert wire.error < 1.25
