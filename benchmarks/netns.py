@@ -75,7 +75,8 @@ class ShapedPair:
         tag = f"{_PREFIX}{os.getpid()}"
         self.near = End(f"{tag}-near", "10.77.0.1", "near0")
         self.far = End(f"{tag}-far", "10.77.0.2", "far0")
-        self.shaper = self.congestion_control = ""
+        self.shaper = "tbf"
+        self.congestion_control = ""
 
     def __enter__(self) -> Self:
         """Build it.
@@ -108,11 +109,10 @@ class ShapedPair:
         queue = str(max(_LEAST_QUEUE_BYTES, round(bits_per_s / 8 * _QUEUE_S)))
         for end in (self.near, self.far):
             tc = ("tc", "-n", end.namespace)
-            root = ("dev", end.device, "root", "handle", "1:", self.shaper)
             if self.shaper == "tbf":
-                _run(*tc, "qdisc", "replace", *root, "rate", rate, "burst", burst, "limit", queue)
+                limits = ("rate", rate, "burst", burst, "limit", queue)
+                _run(*tc, "qdisc", "replace", "dev", end.device, "root", "handle", "1:", "tbf", *limits)
             else:
-                _run(*tc, "qdisc", "replace", *root, "default", "1")
                 limits = ("rate", rate, "burst", burst, "cburst", burst)
                 _run(*tc, "class", "replace", "dev", end.device, "parent", "1:", "classid", "1:1", "htb", *limits)
 
@@ -146,15 +146,14 @@ class ShapedPair:
             # The kernel's own file: sysctl may be missing where ip and tc are not. Some kernels refuse cubic.
             choose = f"echo cubic > {_CONGESTION} || echo reno > {_CONGESTION}; cat {_CONGESTION}"
             self.congestion_control = _run(*end.command("sh", "-c", choose)).strip()
-        reasons = []
-        for self.shaper in ("tbf", "htb"):
-            try:
-                self.shape(1e9)
-            except NetnsUnavailable as error:
-                reasons.append(str(error))
-                continue
-            return
-        raise NetnsUnavailable("; ".join(reasons))
+        try:
+            self.shape(1e9)
+        except NetnsUnavailable:
+            self.shaper = "htb"  # this kernel has no tbf
+            for end in (self.near, self.far):
+                root = ("dev", end.device, "root", "handle", "1:")
+                _run("tc", "-n", end.namespace, "qdisc", "add", *root, "htb", "default", "1")
+            self.shape(1e9)
 
     def _remove(self) -> None:
         for end in (self.near, self.far):
