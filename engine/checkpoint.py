@@ -31,6 +31,7 @@ class ModelInfo:
         eos_token_ids: what ends a generation; may be empty.
         weights_version: fingerprint of configuration and weights; equal on every worker that may share KV.
         dtype: a key of `core.layout.DTYPE_BYTES`.
+        has_sliding_window: some layer sees only the last tokens: a place in the pool must then be a position.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ModelInfo:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    has_sliding_window: bool = False
 
     def kv_layout(self, block_size: int) -> KvLayout:
         return KvLayout(self.weights_version, self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, block_size)
@@ -75,6 +77,7 @@ def read_checkpoint(model: ModelConfig) -> tuple[PreTrainedConfig, ModelInfo]:
         num_heads=num_heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
+        has_sliding_window=_has_sliding_window(config),
     )
     return config, info
 
@@ -119,6 +122,13 @@ def _refuse_unsupported(config: PreTrainedConfig, model: ModelConfig) -> None:
     rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
     if rope_type in ("dynamic", "longrope"):
         refuse(f"rope type {rope_type} makes a token's rotation depend on how long the sequence will be")
+
+
+def _has_sliding_window(config: PreTrainedConfig) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return "sliding_attention" in kinds
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 
 def _dtype_name(config: PreTrainedConfig, model: ModelConfig) -> str:

@@ -52,6 +52,12 @@ class EngineConfig(ConfigModel):
     prefix_cache_bytes: int | None = Field(None, gt=0, description="cap of the prefix cache; default: the whole pool")
     attention_backend: AttentionName = Field("auto", description="auto: the fastest that this machine can run")
     fuse_modules: bool = Field(True, description="CPU: run known decoder layers through fused kernels")
+    score_window: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="prefill: so many last prompt tokens (fewer after a prefix hit) score the others; 0: no scores",
+    )
     layer_group_size: int = Field(4, ge=1, description="layers per KV frame of a hand-off")
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.contract import PrefillObserver, Reservation, Runner, StepFailed
 from engine.detokenize import load_decode
 from engine.execution import Executor
-from engine.handoff import HandoffTable
+from engine.handoff import HandoffTable, NoSuchHandoff
 from engine.intake import Intake
 from engine.ledger import KvLedger
 from engine.logprobs import TokenDetail
@@ -36,6 +36,7 @@ from engine.prefix_cache import PrefixCache
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, StepStats
 from engine.sequence import SequenceEvent, SequenceState, TokenSequence
+from engine.token_scores import score_tokens
 
 __all__ = ["Engine", "PrefillObserver", "Reservation", "StepFailed"]
 
@@ -60,7 +61,7 @@ class Engine:
             self._ledger, max_batch_tokens=config.max_batch_tokens, max_num_requests=config.max_num_requests
         )
         self._handoffs = HandoffTable(pool)
-        self._executor = Executor(runner, layer_group_size=config.layer_group_size)
+        self._executor = Executor(runner, layer_group_size=config.layer_group_size, score_window=config.score_window)
         self._intake = Intake(runner.info, block_size=self._block_size, num_blocks=pool.num_blocks, decode=decode)
         self._live: dict[RequestId, TokenSequence] = {}
         self._observers: dict[RequestId, PrefillObserver] = {}
@@ -169,17 +170,52 @@ class Engine:
         return cached_tokens
 
     def read_kv(
-        self, request_id: RequestId, layers: range, tokens: range, out: torch.Tensor | None = None
+        self,
+        request_id: RequestId,
+        layers: range,
+        tokens: range,
+        out: torch.Tensor | None = None,
+        heads: range | None = None,
     ) -> torch.Tensor:
-        """Copy KV of a prefill, announced by its observer, into a canonical frame [layers, 2, K, T, D]. Any thread.
+        """Copy KV of a prefill, announced by its observer, into a canonical frame [layers, 2, heads, T, D]. Any thread.
 
         Args:
             out: frame to fill; made when absent.
+            heads: all by default.
         Raises:
             NoSuchHandoff: the lease has ended, or the request never was here.
             TransferError: the range is outside of the prompt.
         """
-        return self._handoffs.read(request_id, layers, tokens, out)
+        return self._handoffs.read(request_id, layers, tokens, out, heads)
+
+    def score_tokens(self, request_id: RequestId) -> torch.Tensor | None:
+        """Return float32 [T] scores of the prompt tokens of a leased prefill: how much its last tokens attend to each.
+
+        Any thread. None when there are none: `score_window` is 0, or a token's place in the pool has to be its
+        position, so that none may be left out.
+
+        Raises:
+            NoSuchHandoff: the lease has ended, or the request never was here.
+        """
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            raise NoSuchHandoff(request_id)
+        queries = sequence.window_queries
+        if queries is None or self.model_info.has_sliding_window:
+            return None
+        tokens = range(sequence.num_prompt_tokens)
+        layers = (range(at, at + 1) for at in range(self.layout.num_layers))
+        return score_tokens((queries[at.start], self._handoffs.read(request_id, at, tokens)[0, 0]) for at in layers)
+
+    def read_tokens(self, request_id: RequestId, layers: range, tokens: torch.Tensor, heads: range) -> torch.Tensor:
+        """Copy KV of some tokens of a prefill into a frame [layers, 2, heads, T, D]. Any thread.
+
+        Args:
+            tokens: int64 [T], positions in the prompt, ascending.
+        Raises:
+            NoSuchHandoff, TransferError: as `read_kv`.
+        """
+        return self._handoffs.read_some(request_id, layers, tokens, heads)
 
     def release(self, request_id: RequestId) -> None:
         """End the lease, if it is there: full prompt blocks stay in the prefix cache, the rest becomes free."""
@@ -217,16 +253,20 @@ class Engine:
         self._handoffs.open_writing(sequence.request_id, sequence.block_table[: sequence.num_blocks], tokens)
         return Reservation(sequence.cached_tokens)
 
-    def write_kv(self, request_id: RequestId, layers: range, tokens: range, kv: torch.Tensor) -> None:
+    def write_kv(
+        self, request_id: RequestId, layers: range, tokens: range, kv: torch.Tensor, heads: range | None = None
+    ) -> None:
         """Copy a canonical frame into a reservation. Any thread; a part may come again, as long as it is the same.
 
         Raises:
             NoSuchHandoff: the reservation has ended, or never was here.
             TransferError: wrong shape or dtype, or a range outside of what was reserved to be written.
         """
-        self._handoffs.write(request_id, layers, tokens, kv)
+        self._handoffs.write(request_id, layers, tokens, kv, heads)
 
-    def activate(self, request_id: RequestId, first_tokens: Sequence[int], *, exact: bool = True) -> None:
+    def activate(
+        self, request_id: RequestId, first_tokens: Sequence[int], *, exact: bool = True, num_dropped: int = 0
+    ) -> None:
         """Let a reserved request, whose KV has been written whole, go on after the tokens generated elsewhere.
 
         If these end the request already, the next `step` says so.
@@ -234,11 +274,13 @@ class Engine:
         Args:
             first_tokens: everything generated so far; at least one.
             exact: the KV is what the model computes here; if not, it is never shared with other requests.
+            num_dropped: prompt tokens whose KV was left out; that of the others was written to the first places.
         Raises:
             NoSuchHandoff: there is no such reservation.
             TransferError: KV is missing or being written; the reservation stays.
         """
-        self._handoffs.check_complete(request_id)
+        assert not (num_dropped and (exact or self.model_info.has_sliding_window)), "these need every token"
+        self._handoffs.check_complete(request_id, num_dropped)
         assert first_tokens, "the first token comes from the prefill side"
         self._handoffs.close(request_id)
         sequence = self._live[request_id]
@@ -248,6 +290,7 @@ class Engine:
         self._scheduler.join(sequence)
         sequence.num_computed = sequence.num_prompt_tokens
         sequence.is_shareable = exact
+        self._ledger.drop(sequence, num_dropped)
         self._ledger.index(sequence)
         for token_id in first_tokens:
             finish = sequence.push(token_id)
@@ -267,7 +310,7 @@ class Engine:
             num_running=len(running),
             num_waiting=len(waiting) + self._scheduler.num_reserved,
             queued_prefill_tokens=prompts + sum(sequence.num_pending for sequence in waiting),
-            context_tokens=sum(sequence.num_computed for sequence in running),
+            context_tokens=sum(sequence.num_computed - sequence.num_dropped for sequence in running),
             free_blocks=self._ledger.num_available,
             total_blocks=self._ledger.blocks.num_blocks,
             cached_blocks=len(self._ledger.cache),

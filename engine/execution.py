@@ -9,7 +9,7 @@ import torch
 
 from core.ids import RequestId
 from engine.contract import PrefillObserver, Runner
-from engine.forward import SequenceChunk, build_batch
+from engine.forward import ForwardBatch, SequenceChunk, build_batch
 from engine.sampler import Choices, Sampler
 from engine.sequence import TokenSequence
 
@@ -20,11 +20,16 @@ Observers = Mapping[RequestId, PrefillObserver]
 class Executor:
     """One forward pass and one sampling per call."""
 
-    def __init__(self, runner: Runner, *, layer_group_size: int) -> None:
+    def __init__(self, runner: Runner, *, layer_group_size: int, score_window: int = 0) -> None:
+        """
+        Args:
+            score_window: keep the queries of this many last prompt tokens of every prefill for a hand-off.
+        """
         self._runner = runner
         self._layout = runner.pool.layout
         self._device = runner.pool.kv.device
         self._layer_group_size = layer_group_size
+        self._score_window = score_window
         self._sampler = Sampler(runner.info.vocab_size, self._device)
 
     def compute(self, shares: Shares, observers: Observers) -> Choices:
@@ -35,17 +40,40 @@ class Executor:
         """
         chunks = []
         complete = []
+        windows: list[tuple[TokenSequence, int]] = []
         for sequence, share in shares:
             start = sequence.num_computed
             end = start + share
             is_complete = end == len(sequence.tokens)
-            chunks.append(SequenceChunk(sequence.tokens[start:end], start, sequence.block_table, is_complete))
+            wants_window = is_complete and self._score_window if sequence.is_prefill else 0
+            chunks.append(
+                SequenceChunk(
+                    sequence.tokens[start:end],
+                    start - sequence.num_dropped,
+                    sequence.block_table,
+                    is_complete,
+                    sequence.num_dropped,
+                    wants_window,
+                )
+            )
             if is_complete:
                 complete.append(sequence.sampling)
+            if wants_window:
+                windows.append((sequence, min(share, wants_window)))
         batch = build_batch(chunks, self._layout.block_size, self._device)
         with torch.inference_mode():
             logits = self._runner.forward(batch, self._layer_hook(shares, observers))
+            self._keep_windows(batch, windows)
             return self._sampler.choose(logits, complete) if complete else Choices([], {})
+
+    def _keep_windows(self, batch: ForwardBatch, windows: Sequence[tuple[TokenSequence, int]]) -> None:
+        if not batch.window_queries:
+            return
+        queries = torch.stack(batch.window_queries)  # [L, W of all, H, D]
+        at = 0
+        for sequence, width in windows:
+            sequence.window_queries = queries[:, at : at + width]
+            at += width
 
     def _layer_hook(self, shares: Shares, observers: Observers) -> Callable[[int], None] | None:
         """Return what tells the observers of this step's prefills; None when there are none."""

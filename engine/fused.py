@@ -112,6 +112,8 @@ class FusedDecoder:
             query = self._keys_to_pool(layer, normed, batch)
             if on_layer is not None:
                 on_layer(layer.layer_idx)
+            if batch.window_rows.shape[0]:
+                batch.window_queries.append(query[batch.window_rows])
             if layer.layer_idx == last and batch.logits_rows.shape[0] < batch.num_tokens:
                 # From here on only rows whose logits are wanted matter.
                 if not batch.logits_rows.shape[0]:

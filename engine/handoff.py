@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from core.errors import ServingError, TransferError
 from core.ids import RequestId
+from core.layout import KvLayout
 from engine.pool import KvPool
 
 
@@ -37,13 +38,15 @@ class _Hold:
 
     __slots__ = ("block_ids", "is_closed", "missing", "num_tokens", "pins", "written_from")
 
-    def __init__(self, block_ids: torch.Tensor, num_tokens: int, written_from: int, num_layers: int | None) -> None:
+    def __init__(
+        self, block_ids: torch.Tensor, num_tokens: int, written_from: int, layout: KvLayout | None = None
+    ) -> None:
         self.block_ids = block_ids
         self.num_tokens = num_tokens
         self.written_from = written_from
         self.missing: NDArray[np.bool_] | None = None
-        if num_layers is not None:
-            self.missing = np.ones((num_layers, num_tokens - written_from), np.bool_)
+        if layout is not None:
+            self.missing = np.ones((layout.num_layers, layout.num_kv_heads, num_tokens - written_from), np.bool_)
         self.pins = 0
         self.is_closed = False
 
@@ -57,6 +60,7 @@ class HandoffTable:
             on_drained: called, from the copying thread, when a closed hold lost its last pin; must not block.
         """
         self._pool = pool
+        self._all_heads = range(pool.layout.num_kv_heads)
         self._lock = Lock()
         self._holds: dict[RequestId, _Hold] = {}
         self._drained: list[_Hold] = []
@@ -64,43 +68,60 @@ class HandoffTable:
 
     def open_reading(self, request_id: RequestId, block_ids: NDArray[np.int32], num_tokens: int) -> None:
         """Let `read` copy positions 0..num_tokens of these blocks. What is computed so far the caller must know."""
-        self._open(request_id, _Hold(self._on_device(block_ids), num_tokens, 0, None))
+        self._open(request_id, _Hold(self._on_device(block_ids), num_tokens, 0))
 
     def open_writing(self, request_id: RequestId, block_ids: NDArray[np.int32], tokens: range) -> None:
         """Let `write` fill positions `tokens` of these blocks, in all layers."""
-        num_layers = self._pool.layout.num_layers
-        self._open(request_id, _Hold(self._on_device(block_ids), tokens.stop, tokens.start, num_layers))
+        self._open(request_id, _Hold(self._on_device(block_ids), tokens.stop, tokens.start, self._pool.layout))
 
     def read(
-        self, request_id: RequestId, layers: range, tokens: range, out: torch.Tensor | None = None
+        self,
+        request_id: RequestId,
+        layers: range,
+        tokens: range,
+        out: torch.Tensor | None = None,
+        heads: range | None = None,
     ) -> torch.Tensor:
         """Copy a frame out; any thread. Raises as `Engine.read_kv`."""
-        with self._pinned(request_id, layers, tokens, is_write=False) as hold:
-            return self._pool.read(hold.block_ids, layers, tokens, out)
+        heads = self._all_heads if heads is None else heads
+        with self._pinned(request_id, layers, tokens, heads, is_write=False) as hold:
+            return self._pool.read(hold.block_ids, layers, tokens, out, heads)
 
-    def write(self, request_id: RequestId, layers: range, tokens: range, kv: torch.Tensor) -> None:
+    def read_some(self, request_id: RequestId, layers: range, tokens: torch.Tensor, heads: range) -> torch.Tensor:
+        """Copy a frame of some tokens out; any thread. Raises as `Engine.read_tokens`."""
+        hull = range(int(tokens.min()), int(tokens.max()) + 1)
+        with self._pinned(request_id, layers, hull, heads, is_write=False) as hold:
+            return self._pool.read_some(hold.block_ids, layers, tokens, heads)
+
+    def write(
+        self, request_id: RequestId, layers: range, tokens: range, kv: torch.Tensor, heads: range | None = None
+    ) -> None:
         """Copy a frame in; any thread. Raises as `Engine.write_kv`."""
-        expected = self._pool.frame_shape(layers, tokens)
+        heads = self._all_heads if heads is None else heads
+        expected = self._pool.frame_shape(layers, tokens, heads)
         if tuple(kv.shape) != expected or kv.dtype != self._pool.kv.dtype:
             raise TransferError("shape", f"frame is {kv.dtype} {list(kv.shape)}, expected {list(expected)}")
-        with self._pinned(request_id, layers, tokens, is_write=True) as hold:
-            self._pool.write(hold.block_ids, layers, tokens, kv)
+        with self._pinned(request_id, layers, tokens, heads, is_write=True) as hold:
+            self._pool.write(hold.block_ids, layers, tokens, kv, heads)
             with self._lock:
                 assert hold.missing is not None
-                first = hold.written_from
-                hold.missing[layers.start : layers.stop, tokens.start - first : tokens.stop - first] = False
+                part = range(tokens.start - hold.written_from, tokens.stop - hold.written_from)
+                hold.missing[layers.start : layers.stop, heads.start : heads.stop, part.start : part.stop] = False
 
-    def check_complete(self, request_id: RequestId) -> None:
+    def check_complete(self, request_id: RequestId, num_dropped: int = 0) -> None:
         """Engine thread: make sure that everything has been written and nobody is writing.
 
+        Args:
+            num_dropped: so many of the last places need not be written.
         Raises:
             NoSuchHandoff: nothing is held.
             TransferError: a part is missing or being written.
         """
         with self._lock:
             hold = self._hold(request_id)
-            if hold.pins or hold.missing is None or hold.missing.any():
-                left = 0 if hold.missing is None else int(hold.missing.any(axis=0).sum())
+            missing = None if hold.missing is None else hold.missing[:, :, : hold.missing.shape[2] - num_dropped]
+            if hold.pins or missing is None or missing.any():
+                left = 0 if missing is None else int(missing.any(axis=(0, 1)).sum())
                 raise TransferError("incomplete", f"KV of {left} tokens has not landed, {hold.pins} writes in progress")
 
     def close(self, request_id: RequestId) -> object | None:
@@ -137,7 +158,9 @@ class HandoffTable:
         return hold
 
     @contextmanager
-    def _pinned(self, request_id: RequestId, layers: range, tokens: range, *, is_write: bool) -> Iterator[_Hold]:
+    def _pinned(
+        self, request_id: RequestId, layers: range, tokens: range, heads: range, *, is_write: bool
+    ) -> Iterator[_Hold]:
         with self._lock:
             hold = self._hold(request_id)
             if is_write is (hold.missing is None):
@@ -145,12 +168,14 @@ class HandoffTable:
             is_inside = (
                 0 <= layers.start < layers.stop <= self._pool.layout.num_layers
                 and hold.written_from <= tokens.start < tokens.stop <= hold.num_tokens
-                and layers.step == tokens.step == 1
+                and 0 <= heads.start < heads.stop <= self._pool.layout.num_kv_heads
+                and layers.step == tokens.step == heads.step == 1
             )
             if not is_inside:
                 raise TransferError(
                     "range",
-                    f"layers {layers}, tokens {tokens} are outside of layers 0..{self._pool.layout.num_layers}, "
+                    f"layers {layers}, heads {heads}, tokens {tokens} are outside of layers "
+                    f"0..{self._pool.layout.num_layers}, heads 0..{self._pool.layout.num_kv_heads}, "
                     f"tokens {hold.written_from}..{hold.num_tokens}",
                 )
             hold.pins += 1

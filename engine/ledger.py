@@ -37,7 +37,7 @@ class KvLedger:
 
     def missing_blocks(self, sequence: TokenSequence) -> int:
         """Return how many blocks more its known tokens need."""
-        return max(0, num_blocks(len(sequence.tokens), self.block_size) - sequence.num_blocks)
+        return max(0, num_blocks(sequence.num_places, self.block_size) - sequence.num_blocks)
 
     def admit(
         self, sequence: TokenSequence, *, num_tokens: int, max_cached_tokens: int, headroom: int, owner: Owner
@@ -80,6 +80,15 @@ class KvLedger:
                 return  # the cache is full of lent blocks: this and the following ones stay private
             sequence.chain.append(entry)
 
+    def drop(self, sequence: TokenSequence, num_tokens: int) -> None:
+        """Take note that so many prompt tokens of a running sequence have no KV, and free the blocks that it spares."""
+        sequence.num_dropped = num_tokens
+        needed = num_blocks(sequence.num_places, self.block_size)
+        assert needed >= len(sequence.chain), "held prefixes are whole"
+        spared = sequence.block_table[needed : sequence.num_blocks].tolist()
+        self.blocks.free(spared, _OWNER[sequence.state])
+        sequence.num_blocks = min(sequence.num_blocks, needed)
+
     def change_owner(self, sequence: TokenSequence, after: Owner) -> None:
         """Tell the owner of the private blocks that the sequence's state is about to change (or has been left)."""
         self.blocks.transfer(sequence.private_blocks(), _OWNER[sequence.state], after)
@@ -96,6 +105,7 @@ class KvLedger:
         sequence.chain = []
         sequence.num_blocks = 0
         sequence.num_computed = 0
+        sequence.num_dropped = 0
 
     def reclaimable(self, sequence: TokenSequence) -> int:
         """Return at least how many blocks become available when this sequence is released."""

@@ -50,24 +50,30 @@ class KvPool:
         layer = self.kv[:, layer_idx]
         return layer[:, 0], layer[:, 1]
 
-    def frame_shape(self, layers: range, tokens: range) -> tuple[int, int, int, int, int]:
-        """Return [layers, 2, K, T, D] of a canonical frame."""
-        return (len(layers), 2, self.layout.num_kv_heads, len(tokens), self.layout.head_dim)
+    def frame_shape(self, layers: range, tokens: range, heads: range | None = None) -> tuple[int, int, int, int, int]:
+        """Return [layers, 2, heads, T, D] of a canonical frame; all heads by default."""
+        num_heads = self.layout.num_kv_heads if heads is None else len(heads)
+        return (len(layers), 2, num_heads, len(tokens), self.layout.head_dim)
 
     def read(
-        self, block_ids: torch.Tensor, layers: range, tokens: range, out: torch.Tensor | None = None
+        self,
+        block_ids: torch.Tensor,
+        layers: range,
+        tokens: range,
+        out: torch.Tensor | None = None,
+        heads: range | None = None,
     ) -> torch.Tensor:
         """Gather a canonical frame.
 
         Args:
             block_ids: int64 [blocks] on the pool's device; the sequence's block table from position 0.
-            layers, tokens: contiguous, non-empty; tokens are positions in the sequence.
+            layers, tokens, heads: contiguous, non-empty; tokens are places in the sequence; all heads by default.
             out: frame to fill, of `frame_shape`; made when absent.
         Returns:
             `out`, or a new contiguous tensor that the caller owns.
         """
-        frame = self._frame_like(layers, tokens) if out is None else self._checked(out, layers, tokens)
-        source, target = self._as_words(layers, frame)
+        frame = self._frame_like(layers, tokens, heads) if out is None else self._checked(out, layers, tokens, heads)
+        source, target = self._as_words(layers, heads, frame)
         for blocks, offsets, part in self._pieces(tokens):
             torch.index_select(
                 source[:, :, :, :, offsets.start : offsets.stop],
@@ -77,17 +83,31 @@ class KvPool:
             )
         return frame
 
-    def write(self, block_ids: torch.Tensor, layers: range, tokens: range, frame: torch.Tensor) -> None:
+    def read_some(self, block_ids: torch.Tensor, layers: range, tokens: torch.Tensor, heads: range) -> torch.Tensor:
+        """Gather a frame of tokens that do not follow each other: `tokens` int64 [T], places in the sequence."""
+        size = self.layout.block_size
+        blocks = self.kv[:, layers.start : layers.stop, :, heads.start : heads.stop]
+        chosen = blocks[block_ids[tokens // size], :, :, :, tokens % size]  # [T, layers, 2, heads, D]
+        return chosen.permute(1, 2, 3, 0, 4).contiguous()
+
+    def write(
+        self,
+        block_ids: torch.Tensor,
+        layers: range,
+        tokens: range,
+        frame: torch.Tensor,
+        heads: range | None = None,
+    ) -> None:
         """Scatter a canonical frame into the blocks; arguments as for `read`."""
-        target, source = self._as_words(layers, self._checked(frame, layers, tokens))
+        target, source = self._as_words(layers, heads, self._checked(frame, layers, tokens, heads))
         for blocks, offsets, part in self._pieces(tokens):
             values = _split(source[:, :, :, part.start : part.stop], len(blocks))
             target[:, :, :, :, offsets.start : offsets.stop].index_copy_(
                 3, block_ids[blocks.start : blocks.stop], values
             )
 
-    def _as_words(self, layers: range, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (blocks [layers, 2, K, N, S, W], frame [layers, 2, K, T, W]) as views of the widest integers that fit.
+    def _as_words(self, layers: range, heads: range | None, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (blocks [layers, 2, heads, N, S, W], frame [layers, 2, heads, T, W]), views of the widest integers.
 
         Bytes are bytes to a copy, but PyTorch copies 16-bit elements at a fraction of the speed of 64-bit ones.
         """
@@ -98,13 +118,16 @@ class KvPool:
             if row_bytes % word_bytes == 0 and offset_bytes % word_bytes == 0 and frame.is_contiguous():
                 blocks, frame = blocks.view(dtype), frame.view(dtype)
                 break
-        return blocks[:, layers.start : layers.stop].permute(1, 2, 3, 0, 4, 5), frame
+        blocks = blocks[:, layers.start : layers.stop]
+        if heads is not None:
+            blocks = blocks[:, :, :, heads.start : heads.stop]
+        return blocks.permute(1, 2, 3, 0, 4, 5), frame
 
-    def _frame_like(self, layers: range, tokens: range) -> torch.Tensor:
-        return torch.empty(self.frame_shape(layers, tokens), dtype=self.kv.dtype, device=self.kv.device)
+    def _frame_like(self, layers: range, tokens: range, heads: range | None) -> torch.Tensor:
+        return torch.empty(self.frame_shape(layers, tokens, heads), dtype=self.kv.dtype, device=self.kv.device)
 
-    def _checked(self, frame: torch.Tensor, layers: range, tokens: range) -> torch.Tensor:
-        expected = self.frame_shape(layers, tokens)
+    def _checked(self, frame: torch.Tensor, layers: range, tokens: range, heads: range | None) -> torch.Tensor:
+        expected = self.frame_shape(layers, tokens, heads)
         if tuple(frame.shape) != expected or frame.dtype != self.kv.dtype:
             raise ValueError(f"frame is {frame.dtype} {list(frame.shape)}, expected {self.kv.dtype} {list(expected)}")
         return frame

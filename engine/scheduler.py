@@ -122,7 +122,7 @@ class Scheduler:
 
     def _make_room(self) -> list[TokenSequence]:
         ledger, size = self._ledger, self._ledger.block_size
-        growing = [sequence for sequence in self.running if len(sequence.tokens) > sequence.num_blocks * size]
+        growing = [sequence for sequence in self.running if sequence.num_places > sequence.num_blocks * size]
         if not growing:
             return []
         preempted: list[TokenSequence] = []

@@ -10,6 +10,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from core.blocks import extend_hash, num_blocks
@@ -64,13 +65,16 @@ class TokenSequence:
     Attributes:
         arrival: order of acceptance; smaller is older and goes first.
         tokens: prompt, then what was generated.
-        num_computed: leading tokens whose KV is in the pool.
+        num_computed: leading tokens that need no computing: their KV is in the pool, or was dropped.
+        num_dropped: prompt tokens whose KV was left out of the hand-off. The KV of the others is moved together, so a
+            generated token's place in the pool is its position less this.
         block_table: int32, the blocks of positions 0.. in order; only the first `num_blocks` are meant.
         chain: cache entries held, one per leading full block. Block i of the table is either lent by entry i or, when
             the same prefix was cached by somebody else meanwhile, a private copy.
         is_prefill: leaves the batch after its first token.
         is_shareable: its KV is exact, so full blocks may enter the prefix cache.
         cached_tokens: prompt tokens found in the cache when it was last admitted or reserved.
+        window_queries: [L, W, H, D] queries of the last prompt tokens, when they are kept for scores.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class TokenSequence:
         self.num_prompt_tokens = request.num_prompt_tokens
         self.tokens = list(request.prompt_token_ids)
         self.num_computed = 0
+        self.num_dropped = 0
         self.block_table: NDArray[np.int32] = np.zeros(num_blocks(max_tokens, block_size), np.int32)
         self.num_blocks = 0
         self.chain: list[CacheEntry] = []
@@ -106,6 +111,7 @@ class TokenSequence:
         self.is_prefill = is_prefill
         self.is_shareable = True
         self.cached_tokens = 0
+        self.window_queries: torch.Tensor | None = None
         self.num_preemptions = 0
         self._block_size = block_size
         self._namespace = namespace
@@ -127,6 +133,11 @@ class TokenSequence:
     def num_pending(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_places(self) -> int:
+        """Places in the pool that its known tokens need."""
+        return len(self.tokens) - self.num_dropped
 
     @property
     def num_generated(self) -> int:

@@ -66,7 +66,7 @@ class NumbaAttention:
             is_chunk = lengths >= _SDPA_TOKENS
         sequences = np.repeat(np.arange(len(lengths)), lengths)
         rows = np.arange(len(sequences))
-        positions = batch.positions
+        positions = batch.places
         chunks: tuple[Chunk, ...] = ()
         blocks: tuple[torch.Tensor, ...] = ()
         if is_chunk.any():

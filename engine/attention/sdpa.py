@@ -139,7 +139,7 @@ def _contexts(layer: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 
 def _plan_bucket(batch: ForwardBatch, bucket: list[tuple[int, int, int]]) -> Bucket:
     width = bucket[0][0]
-    device = batch.positions.device
+    device = batch.places.device
     sequences = torch.tensor([sequence for _, sequence, _ in bucket], device=device)
     rows = torch.tensor([row for _, _, row in bucket], device=device)
-    return Bucket(rows, batch.block_tables[sequences, :width].long(), batch.positions[rows, None])
+    return Bucket(rows, batch.block_tables[sequences, :width].long(), batch.places[rows, None])

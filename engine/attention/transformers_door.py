@@ -59,6 +59,8 @@ def paged_attention(
     if step.on_layer is not None:
         step.on_layer(layer_idx)
     rows = query[0].transpose(0, 1).contiguous()
+    if step.batch.window_rows.shape[0]:
+        step.batch.window_queries.append(rows[step.batch.window_rows])
     attended = step.backend.attend(rows, layer_idx, step.plan, scaling=scaling, window=sliding_window or 0)
     return attended.view(1, *rows.shape), None
 
