@@ -133,5 +133,7 @@ RAW = RawCodec()
 
 def default_decoders() -> Mapping[int, Decoder]:
     """Return the decoders of this build by codec id. Pure."""
-    decoders: tuple[Decoder, ...] = (RAW,)
+    from kv_transfer.codecs.pipeline import CODED_DECODERS  # they build on the ports of this module
+
+    decoders: tuple[Decoder, ...] = (RAW, *CODED_DECODERS)
     return {decoder.codec_id: decoder for decoder in decoders}

@@ -1,0 +1,96 @@
+"""What a codec pipeline is: plain data that a profile library can hold. Nothing here computes.
+
+A pipeline codes every frame on its own, in this order; each stage is optional and K and V have their own parameters:
+the first and last tokens of the prompt stay raw; the mean of each channel is subtracted; a seeded random Hadamard
+transform over head_dim spreads outliers; integer levels; digits packed into bytes; entropy coding.
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from core.config import ConfigModel
+
+CODEC_VERSION = 1  # of the coded bytes: frames of another version are refused, measurements of another are void
+
+Axis = Literal["token", "group", "channel", "tensor"]
+Order = Literal["token", "channel"]
+Levels = Field(ge=2, le=256)
+
+
+class Quantiser(ConfigModel):
+    """Integer levels, evenly spaced, over the values of one (layer, K or V, head).
+
+    Attributes:
+        levels: how many.
+        axis: which values share a scale: one token's; `group_tokens` successive tokens' of one channel; one channel's
+            in the frame; all in the frame.
+        symmetric: levels are centred on zero and only a scale is sent; otherwise the least value is sent too.
+        clip: the part of the largest magnitude that the levels span; values beyond saturate. Symmetric only.
+        step_rms: distance of two levels in units of the root mean square, instead of from the largest magnitude:
+            uniform steps for the entropy coder. Axis tensor and symmetric only.
+        order: successive bytes are successive channels of a token, or successive tokens of a channel.
+    """
+
+    levels: int = Levels
+    axis: Axis = "token"
+    group_tokens: int = Field(default=32, ge=1, le=65535)
+    symmetric: bool = True
+    clip: float = Field(default=1.0, gt=0.0, le=1.0)
+    step_rms: float | None = Field(default=None, gt=0.0, le=16.0)
+    order: Order = "token"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Quantiser":
+        if self.step_rms is not None and (self.axis != "tensor" or not self.symmetric):
+            raise ValueError("step_rms is for the symmetric tensor axis")
+        if self.clip != 1.0 and not self.symmetric:
+            raise ValueError("clip is for symmetric levels")
+        return self
+
+
+class PipelineSpec(ConfigModel):
+    """One pipeline. Everything but `kind` matters to kind `quantised` only; `zstd_level` to lossless too.
+
+    Attributes:
+        kind: raw; byte planes and zstd; 8-bit floats; all stages.
+        sink_tokens, tail_tokens: the first and the last tokens of the prompt that stay raw.
+        center_k, center_v: subtract the mean of each channel over the frame.
+        rotate_k, rotate_v, seed: random Hadamard transform over head_dim.
+        k, v: the levels of most planes; a plane is one (layer, K or V, head).
+        protected_first, protected_last: that many first and last layers of the model use the protected levels.
+        k_protected_levels, v_protected_levels: None: as the others.
+        low_heads: (layer, head) pairs, global numbers, that use the low levels; a protected layer has none.
+        k_low_levels, v_low_levels: None: as the others.
+        entropy, zstd_level: what is done with the packed digits and the scales.
+    """
+
+    kind: Literal["none", "lossless", "fp8", "quantised"] = "quantised"
+    sink_tokens: int = Field(default=0, ge=0, le=4096)
+    tail_tokens: int = Field(default=0, ge=0, le=4096)
+    center_k: bool = True
+    center_v: bool = False
+    rotate_k: bool = True
+    rotate_v: bool = False
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    k: Quantiser = Quantiser(levels=16)
+    v: Quantiser = Quantiser(levels=16)
+    protected_first: int = Field(default=0, ge=0, le=1024)
+    protected_last: int = Field(default=0, ge=0, le=1024)
+    k_protected_levels: int | None = Field(default=None, ge=2, le=256)
+    v_protected_levels: int | None = Field(default=None, ge=2, le=256)
+    low_heads: tuple[tuple[int, int], ...] = ()
+    k_low_levels: int | None = Field(default=None, ge=2, le=256)
+    v_low_levels: int | None = Field(default=None, ge=2, le=256)
+    entropy: Literal["none", "zstd"] = "zstd"
+    zstd_level: int = Field(default=1, ge=1, le=19)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PipelineSpec":
+        if any(layer < 0 or head < 0 for layer, head in self.low_heads):
+            raise ValueError("low_heads are pairs of layer and head, from 0")
+        return self
+
+    @property
+    def is_lossless(self) -> bool:
+        return self.kind in ("none", "lossless")
