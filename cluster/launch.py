@@ -22,7 +22,7 @@ from core.telemetry import setup_logging
 
 GATEWAY = WorkerId("gateway-0")
 PACKAGES = (
-    "cluster", "core", "decode_workers", "engine", "kv_transfer", "prefill_workers", "protos", "router",
+    "cluster", "core", "decode_workers", "engine", "kv_transfer", "prefill_workers", "protos", "router", "workers",
 )  # fmt: skip
 
 
@@ -38,19 +38,19 @@ class StoreAddress:
 
 
 def build_prefill(config: ClusterConfig, identity: WorkerIdentity, store: StoreAddress, seat: Seat) -> Service:
-    from prefill_workers.service import PrefillWorker
+    from prefill_workers.service import prefill_worker
 
     _log_as(identity.worker_id, config)
     settings = _seated(config, seat).prefill_worker(host=seat.host)
-    return PrefillWorker(settings, identity, store.open(), MonotonicClock())
+    return prefill_worker(settings, identity, store.open(), MonotonicClock())
 
 
 def build_decode(config: ClusterConfig, identity: WorkerIdentity, store: StoreAddress, seat: Seat) -> Service:
-    from decode_workers.service import DecodeWorker
+    from decode_workers.service import decode_worker
 
     _log_as(identity.worker_id, config)
     settings = _seated(config, seat).decode_worker(host=seat.host)
-    return DecodeWorker(settings, identity, store.open(), MonotonicClock())
+    return decode_worker(settings, identity, store.open(), MonotonicClock())
 
 
 def build_gateway(config: ClusterConfig, port: int, store: StoreAddress, seat: Seat) -> Service:

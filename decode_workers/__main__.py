@@ -5,7 +5,7 @@ import sys
 from core.membership import Role
 from core.worker_main import main
 from decode_workers.config import DecodeWorkerConfig
-from decode_workers.service import DecodeWorker
+from decode_workers.service import decode_worker
 
 if __name__ == "__main__":
-    sys.exit(main(Role.DECODE, DecodeWorkerConfig, DecodeWorker))
+    sys.exit(main(Role.DECODE, DecodeWorkerConfig, decode_worker))

@@ -1,11 +1,11 @@
-"""What may happen to a request (events, past tense), what its machine asks for (effects, imperative), and reports."""
+"""What only a decode worker's request meets: its events, effects and reports, beside those of `workers.messages`."""
 
 from dataclasses import dataclass
 
-from core.errors import RejectedError, ServingError
+from core.errors import ServingError
 from core.ids import RequestId, TransferId
-from core.membership import LoadReport
 from core.request import RequestOutput
+from workers.messages import SharedEffect, SharedEvent, SharedReport
 
 # Events: what happened.
 
@@ -34,14 +34,6 @@ class KvLanded:
 
 
 @dataclass(frozen=True, slots=True)
-class TransferFailed:
-    """The transfer ended without landing. Nothing of it writes our blocks any more."""
-
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
 class TransferCancelled:
     """The prefill worker called the transfer off: the first token was the last, or it gave the request up.
 
@@ -50,11 +42,6 @@ class TransferCancelled:
 
     reason: str
     detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class TransferStopped:
-    """We stopped the transfer. Nothing of it writes our blocks any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,58 +58,8 @@ class StreamFinished:
     output: RequestOutput
 
 
-@dataclass(frozen=True, slots=True)
-class EngineFailed:
-    """The engine refused to activate the request, or lost it in a failed step."""
-
-    error: ServingError
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksFreed:
-    """The engine holds nothing of the request, and all that it ever said of it has come."""
-
-
-@dataclass(frozen=True, slots=True)
-class AbortRequested:
-    """The gateway wants no more of it."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayLost:
-    """The stream over which the request came has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlinePassed:
-    """The reservation is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerClosed:
-    """This worker gives the request up: it stops, or was fenced."""
-
-    error: ServingError
-
-
-Event = (
-    BlocksReserved
-    | ReservationRefused
-    | KvLanded
-    | TransferFailed
-    | TransferCancelled
-    | TransferStopped
-    | TokensProduced
-    | StreamFinished
-    | EngineFailed
-    | BlocksFreed
-    | AbortRequested
-    | GatewayLost
-    | DeadlinePassed
-    | WorkerClosed
-)
+OwnEvent = BlocksReserved | ReservationRefused | KvLanded | TransferCancelled | TokensProduced | StreamFinished
+Event = OwnEvent | SharedEvent
 
 # Effects: what the shell is to do. `cause` names the event that led to it.
 
@@ -140,47 +77,11 @@ class ExpectTransfer:
 
 
 @dataclass(frozen=True, slots=True)
-class SendAccepted:
-    """To the gateway: blocks are reserved, so much of the prompt need not be sent."""
-
-    request_id: RequestId
-    held_tokens: int
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendRejected:
-    """To the gateway: nothing was kept; another worker may take it."""
-
-    request_id: RequestId
-    error: RejectedError
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
 class ActivateInEngine:
     """The request joins the decode batch; it goes on after `first_token_id`."""
 
     request_id: RequestId
     first_token_id: int
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopTransfer:
-    """End the transfer and report `TransferStopped` when nothing of it writes our blocks."""
-
-    request_id: RequestId
-    transfer_id: TransferId
-    reason: str
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class AbortInEngine:
-    """The engine drops the request, whatever its state there; report `BlocksFreed`."""
-
-    request_id: RequestId
     cause: str
 
 
@@ -197,49 +98,6 @@ class SendLanded:
     cause: str
 
 
-@dataclass(frozen=True, slots=True)
-class SendOutput:
-    """To the gateway: tokens, and the end if it came."""
-
-    output: RequestOutput
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendFailed:
-    """To the gateway: lost here."""
-
-    request_id: RequestId
-    error: ServingError
-    cause: str
-
-
-Effect = (
-    ExpectTransfer
-    | ActivateInEngine
-    | StopTransfer
-    | AbortInEngine
-    | SendAccepted
-    | SendRejected
-    | SendLanded
-    | SendOutput
-    | SendFailed
-)
-
-
-# Beside the machine: what the shell itself tells a gateway.
-
-
-@dataclass(frozen=True, slots=True)
-class SendOutputs:
-    """All that one engine step produced for this gateway."""
-
-    outputs: tuple[RequestOutput, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SendLoad:
-    load: LoadReport
-
-
-Report = SendAccepted | SendRejected | SendOutputs | SendLoad | SendLanded | SendFailed
+OwnEffect = ExpectTransfer | ActivateInEngine | SendLanded
+Effect = OwnEffect | SharedEffect
+Report = SharedReport | SendLanded

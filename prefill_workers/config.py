@@ -2,28 +2,12 @@
 
 from pydantic import Field
 
-from core.config import ConfigModel
-from core.registration import RegistrationConfig
-from engine.config import EngineConfig, ModelConfig
-from kv_transfer.config import KvTransferConfig
+from workers.config import WorkerConfig
 
 
-class PrefillWorkerConfig(ConfigModel):
-    """The model, how it runs, and what the worker takes on."""
+class PrefillWorkerConfig(WorkerConfig):
+    """What every worker has, and what this one takes on."""
 
-    model: ModelConfig
-    engine: EngineConfig = EngineConfig()
-    transfer: KvTransferConfig = KvTransferConfig()
-    registration: RegistrationConfig = RegistrationConfig()
-    host: str = Field("127.0.0.1", description="address that the gRPC server binds to and gateways reach")
-    port: int = Field(0, ge=0, le=65535, description="of the gRPC server; 0 takes a free one")
-    metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="of /metrics; 0 takes a free one; absent: not served"
-    )
     max_queued_tokens: int = Field(32768, ge=1, description="prompt tokens accepted and not computed; more is refused")
-    max_requests: int = Field(256, ge=1, description="requests accepted and not handed over; more are refused")
     compute_timeout_s: float = Field(300.0, gt=0, description="acceptance to first token, else the request fails")
     send_timeout_s: float = Field(60.0, gt=0, description="first token to the decode worker's ACK: the blocks' lease")
-    hello_timeout_s: float = Field(10.0, gt=0, description="a gateway's stream that says nothing for so long is ended")
-    load_interval_s: float = Field(0.05, gt=0, description="load reports to a gateway are at least so far apart")
-    max_unread_reports: int = Field(16384, ge=16, description="to one gateway; one that leaves more unread is cut off")

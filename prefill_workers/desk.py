@@ -1,32 +1,23 @@
-"""The shell around the request machines: feeds them events, performs their effects, arms their one timer.
+"""What a prefill worker makes of requests: judges and begins them, hands their KV to the sender, tells of both.
 
-Events come from gateways (`submit`, `abort`, `disconnect`), from the engine's thread by way of the event loop
-(`on_step`, `on_engine_failure`) and from the sender (`on_acked`, `on_failed`). A submission is answered at once, from
-the desk's own accounts, without waiting for the engine's running step; what the engine refuses after all is reported as
-a failure. KV that is ready goes from the engine's thread straight to the sender: sending overlaps with computing.
+Events come from gateways (`submit`), from the engine's thread by way of the event loop (`on_step`) and from the sender
+(`on_acked`, `on_failed`); the rest is the spine's (`workers.desk`). A submission is answered at once, from the desk's
+own accounts, without waiting for the engine's running step; what the engine refuses after all is reported as a failure.
+KV that is ready goes from the engine's thread straight to the sender: sending overlaps with computing.
 
 Concurrency: the event loop's thread only, but for `_Pusher`.
 """
 
-import asyncio
-from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
 
-from core.alarm import Alarm
-from core.clock import Clock
-from core.errors import InvalidRequest, InvalidTransition, RejectedError, ServingError, WorkerLost
-from core.gateway_streams import GatewayStreams
+from core.errors import InvalidRequest, RejectedError, ServingError
 from core.ids import RequestId, TransferId
 from core.membership import LoadReport
 from core.request import GenerateRequest
-from core.request_table import RequestTable
-from core.streams import Outbox
-from core.task_set import TaskSet
-from core.worker_life import WorkerLife
 from engine.contract import PrefillObserver
 from engine.engine import Engine
-from engine.loop import EngineLoop, Failure, StepResult
+from engine.loop import StepResult
+from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer
 from kv_transfer.sender import KvSender
 from prefill_workers import messages as m
@@ -34,276 +25,161 @@ from prefill_workers import policy
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.metrics import PrefillMetrics
 from prefill_workers.state import PrefillRequest, PrefillState
+from workers.desk import RequestDesk, Stream
+from workers.messages import EngineFailed, SendAccepted, SendFailed, TransferFailed
+from workers.service import Opening
 
-Stream = Outbox[m.Report]
-T = TypeVar("T")
 
+class PrefillDesk:
+    """Implements `workers.service.Desk`, and the outcomes of the sender."""
 
-class RequestDesk:
-    """All requests of one worker, from the model being loaded until the end.
-
-    Args:
-        streams: reports go there; the desk flushes it at the end of each turn.
-        engine_load: before the first step.
-        on_turn: called at the end of each turn; the load may have changed.
-    """
-
-    def __init__(
-        self,
-        config: PrefillWorkerConfig,
-        limits: policy.PrefillLimits,
-        life: WorkerLife,
-        streams: GatewayStreams[m.Report],
-        metrics: PrefillMetrics,
-        clock: Clock,
-        engine_load: LoadReport,
-        on_turn: Callable[[], None],
-    ) -> None:
+    def __init__(self, config: PrefillWorkerConfig, opening: Opening, metrics: PrefillMetrics) -> None:
+        engine, around = opening.engine, opening.around
         self._config = config
-        self._limits = limits
-        self._life = life
-        self._streams = streams
+        self._around = around
         self._metrics = metrics
-        self._clock = clock
-        self._table = RequestTable[PrefillRequest, Stream]()
-        self._alarm = Alarm(clock, self._on_deadline)
-        self._tasks = TaskSet(self._on_defect)
-        self._unqueued_tokens: dict[RequestId, int] = {}  # accepted here, not yet in the engine's own count
-        self._engine_load = engine_load
-        self._on_turn = on_turn
-        self._emptied = asyncio.Event()
-        self._emptied.set()
-        self._engine: EngineLoop
-        self._sender: KvSender
-
-    def open(self, engine: EngineLoop, sender: KvSender) -> None:
-        """Set to work; both report to this desk. Called once, before the first submission."""
-        self._engine = engine
-        self._sender = sender
+        self._engine_load = engine.load_report()
+        self._unqueued: set[PrefillRequest] = set()  # accepted here, not yet in the engine's own count
+        self._limits = policy.PrefillLimits(
+            config.max_queued_tokens,
+            min(config.max_requests, config.engine.max_num_waiting),
+            engine.model_info.max_model_len,
+            self._engine_load.total_blocks,
+            engine.layout.block_size,
+        )
+        self.transfers = KvSender(
+            config.transfer,
+            opening.identity,
+            engine.layout,
+            engine,
+            self,
+            around.clock,
+            metrics=KvTransferMetrics(around.metrics.registry),
+        )
+        self.requests = RequestDesk[PrefillRequest, m.OwnEvent, m.OwnEffect](
+            around, self._perform, self.transfers.abort
+        )
 
     @property
     def load(self) -> LoadReport:
         """The engine's load, and what was accepted since."""
         load = self._engine_load
+        unqueued_tokens = sum(machine.request.num_prompt_tokens for machine in self._unqueued)
         return load.model_copy(
             update={
-                "num_waiting": load.num_waiting + len(self._unqueued_tokens),
-                "queued_prefill_tokens": load.queued_prefill_tokens + sum(self._unqueued_tokens.values()),
+                "num_waiting": load.num_waiting + len(self._unqueued),
+                "queued_prefill_tokens": load.queued_prefill_tokens + unqueued_tokens,
             }
         )
 
-    def __len__(self) -> int:
-        return len(self._table)
-
-    async def until_empty(self) -> None:
-        """Return when nothing is held for anybody."""
-        await self._emptied.wait()
-
-    def abandon(self, error: ServingError) -> None:
-        """Give everything up."""
-        for machine in self._table:
-            self._feed(machine, m.WorkerClosed(error))
-        self._end_turn()
-
-    async def close(self, deadline_s: float) -> None:
-        """End timers and tasks; nothing may come in any more."""
-        self._alarm.disarm()
-        await self._tasks.close(deadline_s)
-
-    # Gateways
-
     def submit(self, stream: Stream, request: GenerateRequest, hand_off: m.HandOff | None) -> None:
+        """Accept or reject at once, by a report."""
         refusal = self._refusal(request, hand_off)
         if refusal is not None:
-            self._streams.follow(stream, m.SendRejected(request.request_id, refusal))
-            self._metrics.requests.labels("rejected", refusal.reason).inc()
+            self.requests.reject(stream, request.request_id, refusal)
         elif hand_off is None and request.sampling.max_tokens > 1:
             error = InvalidRequest("transfer_id", "is needed when more than one token is wanted")
-            self._streams.follow(stream, m.SendFailed(request.request_id, error, "submitted"))
-            self._metrics.requests.labels("rejected", "invalid").inc()
+            self._around.streams.follow(stream, SendFailed(request.request_id, error, "submitted"))
+            self._around.metrics.note_refusal("invalid")
         else:
             machine = PrefillRequest(
                 request,
                 hand_off,
-                now=self._clock.now(),
+                now=self._around.clock.now(),
                 compute_timeout_s=self._config.compute_timeout_s,
                 send_timeout_s=self._config.send_timeout_s,
             )
-            self._table.add(machine, stream)
-            self._unqueued_tokens[request.request_id] = request.num_prompt_tokens
-            self._streams.follow(stream, m.SendAccepted(request.request_id))
-            self._tasks.spawn(self._begin(machine), f"begin {request.request_id}")
-        self._end_turn()
-
-    def abort(self, stream: Stream, request_id: RequestId, reason: str) -> None:
-        machine = self._table.get(request_id)
-        if machine is not None and self._table.stream_of(machine) is stream:
-            self._take(machine, m.AbortRequested(reason))
-
-    def disconnect(self, stream: Stream) -> None:
-        for machine in self._table.of_stream(stream):
-            self._feed(machine, m.GatewayLost())
-        self._end_turn()
+            self.requests.add(machine, stream)
+            self._unqueued.add(machine)
+            self._around.streams.follow(stream, SendAccepted(request.request_id, 0, "submitted"))
+            self.requests.spawn(self._begin(machine), f"begin {request.request_id}")
+        self.requests.end_turn()
 
     # The sender's outcomes
 
     def on_acked(self, transfer_id: TransferId) -> None:
-        machine = self._table.of_transfer(transfer_id)
+        machine = self.requests.of_transfer(transfer_id)
         if machine is not None:
-            self._take(machine, m.TransferAcked())
+            self.requests.take(machine, m.TransferAcked())
 
     def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
-        machine = self._table.of_transfer(transfer_id)
+        machine = self.requests.of_transfer(transfer_id)
         if machine is not None:
-            self._take(machine, m.TransferFailed(reason, detail))
+            self.requests.take(machine, TransferFailed(reason, detail))
 
     # The engine's news
 
     def on_step(self, result: StepResult) -> None:
-        now = self._clock.now()
+        now, requests = self._around.clock.now(), self.requests
         for admission in result.stats.admitted:
-            machine = self._table.get(admission.request_id)
+            machine = requests.get(admission.request_id)
             if machine is not None:
-                self._feed(machine, m.Scheduled(admission.cached_tokens), now - result.step_s)
+                requests.feed(machine, m.Scheduled(admission.cached_tokens), now - result.step_s)
         for output in result.outputs:
-            machine = self._table.get(output.request_id)
+            machine = requests.get(output.request_id)
             if machine is not None:
-                self._feed(machine, m.LastTokenComputed(output) if output.finish else m.FirstTokenComputed(output), now)
+                computed = m.LastTokenComputed if output.finish else m.FirstTokenComputed
+                requests.feed(machine, computed(output), now)
         self._engine_load = result.load
-        self._end_turn()
-
-    def on_engine_failure(self, failure: Failure) -> None:
-        # Retryable, whatever the engine says of it: another worker may succeed, and the gateway bounds the attempts.
-        error = WorkerLost(str(failure.error))
-        for request_id in failure.request_ids:
-            machine = self._table.get(request_id)
-            if machine is not None:
-                self._feed(machine, m.EngineFailed(error))
-        self._end_turn()
+        self._metrics.note_step(result)
+        requests.end_turn()
 
     # Inside
 
     def _refusal(self, request: GenerateRequest, hand_off: m.HandOff | None) -> RejectedError | None:
-        is_known = request.request_id in self._table
-        if hand_off is not None:
-            is_known = is_known or self._table.of_transfer(hand_off.transfer_id) is not None
+        is_known = self.requests.is_known(request.request_id, hand_off.transfer_id if hand_off else None)
         load = self.load
         accounts = policy.PrefillAccounts(
-            self._life.state, len(self._table), load.queued_prefill_tokens, load.prefill_tokens_per_s
+            self._around.life.state, len(self.requests), load.queued_prefill_tokens, load.prefill_tokens_per_s
         )
         return policy.refusal(policy.PrefillDemand(request.num_prompt_tokens, is_known), accounts, self._limits)
 
     async def _begin(self, machine: PrefillRequest) -> None:
         """Offer the KV, then queue the prompt: nothing is computed before the sender knows what to do with it."""
-        hand_off = machine.hand_off
+        hand_off, request = machine.hand_off, machine.request
         observer: PrefillObserver = _Silent()
         if hand_off is not None:
             peer = Peer(hand_off.worker_id, hand_off.epoch, hand_off.address)
-            observer = _Pusher(self._sender, hand_off.transfer_id)
+            observer = _Pusher(self.transfers, hand_off.transfer_id)
             try:
-                await self._sender.offer(
-                    hand_off.transfer_id, machine.request_id, machine.request.num_prompt_tokens, peer
-                )
+                await self.transfers.offer(hand_off.transfer_id, request.request_id, request.num_prompt_tokens, peer)
             except ServingError as error:
-                self._take(machine, m.TransferFailed("not_offered", str(error)))
+                self._unqueued.discard(machine)
+                self.requests.take(machine, TransferFailed("not_offered", str(error)))
                 return
         if machine.state is not PrefillState.COMPUTING:
+            self._unqueued.discard(machine)
             return
 
         def queue(engine: Engine) -> LoadReport:
-            engine.add_prefill(machine.request, observer)
+            engine.add_prefill(request, observer)
             return engine.load_report()  # now, not after the step that follows: until then it would be counted nowhere
 
         def queued(done: Future[LoadReport]) -> None:
-            if self._table.get(machine.request_id) is machine:
-                self._unqueued_tokens.pop(machine.request_id, None)
+            self._unqueued.discard(machine)
             match done.exception():
                 case None:
                     rates = self._engine_load.model_dump(include={"prefill_tokens_per_s", "decode_step_s"})
                     self._engine_load = done.result().model_copy(update=rates)
-                    self._end_turn()
+                    self.requests.end_turn()
                 case ServingError() as error:
-                    self._take(machine, m.EngineFailed(error))
+                    self.requests.take(machine, EngineFailed(error))
                 case error:
-                    self._on_defect(error)
+                    self.requests.on_defect(error)
 
-        self._ask(queue, queued)
+        self.requests.ask_engine(queue, queued)
 
-    async def _stop_transfer(self, machine: PrefillRequest, reason: str) -> None:
-        if machine.transfer_id is not None:
-            await self._sender.abort(machine.transfer_id, reason)
-        self._take(machine, m.TransferStopped())
-
-    def _free(self, machine: PrefillRequest, free: Callable[[Engine], object]) -> None:
-        def freed(done: Future[object]) -> None:
-            error = done.exception()
-            if error is not None and not isinstance(error, ServingError):
-                self._on_defect(error)
-            self._take(machine, m.BlocksFreed())  # an engine that has ended holds nothing either
-
-        self._ask(free, freed)
-
-    def _ask(self, function: Callable[[Engine], T], then: Callable[[Future[T]], None]) -> None:
-        """Have the engine's thread run `function` between steps, and the event loop `then` with what came of it."""
-        loop = asyncio.get_running_loop()
-        self._engine.call(function).add_done_callback(lambda done: loop.call_soon_threadsafe(then, done))
-
-    def _take(self, machine: PrefillRequest, event: m.Event) -> None:
-        """One event as a turn of its own."""
-        self._feed(machine, event)
-        self._end_turn()
-
-    def _feed(self, machine: PrefillRequest, event: m.Event, now: float | None = None) -> None:
-        if self._table.get(machine.request_id) is not machine:
-            return  # a late word about a request that is done with
-        try:
-            effects = machine.handle(event, self._clock.now() if now is None else now)
-        except InvalidTransition as error:
-            self._on_defect(error)
-            return
-        stream = self._table.stream_of(machine)
-        for effect in effects:
-            self._perform(machine, stream, effect)
-        if machine.is_closed:
-            self._unqueued_tokens.pop(machine.request_id, None)
-            self._table.remove(machine)
-            self._metrics.note_end(machine.ended_by)
-
-    def _perform(self, machine: PrefillRequest, stream: Stream, effect: m.Effect) -> None:
+    def _perform(self, machine: PrefillRequest, stream: Stream, effect: m.OwnEffect) -> None:
         match effect:
-            case m.SendOutput(output):
-                self._streams.output(stream, output)
             case m.SendComputed():
-                self._streams.follow(stream, effect)
+                self._around.streams.follow(stream, effect)
                 self._metrics.note_computed(effect, machine.request.num_prompt_tokens)
-            case m.SendHandedOver() | m.SendFailed():
-                self._streams.follow(stream, effect)
+            case m.SendHandedOver():
+                self._around.streams.follow(stream, effect)
             case m.CommitTransfer(transfer_id, first_token_id):
-                self._sender.commit(transfer_id, first_token_id)
-            case m.StopTransfer(reason=reason):
-                self._tasks.spawn(self._stop_transfer(machine, reason), f"stop {machine.request_id}")
+                self.transfers.commit(transfer_id, first_token_id)
             case m.ReleaseBlocks(request_id):
-                self._free(machine, lambda engine: engine.release(request_id))
-            case m.AbortInEngine(request_id):
-                self._free(machine, lambda engine: engine.abort(request_id))
-
-    def _on_deadline(self) -> None:
-        for machine in self._table.due(self._clock.now()):
-            self._feed(machine, m.DeadlinePassed())
-        self._end_turn()
-
-    def _end_turn(self) -> None:
-        self._streams.flush()
-        self._alarm.arm(self._table.next_deadline())
-        if len(self._table):
-            self._emptied.clear()
-        else:
-            self._emptied.set()
-        self._on_turn()
-
-    def _on_defect(self, error: BaseException) -> None:
-        """Something happened that must not: this incarnation is not to be trusted any further."""
-        self._life.fail(error if isinstance(error, ServingError) else WorkerLost(f"internal error: {error!r}"))
+                self.requests.free(machine, lambda engine: engine.release(request_id))
 
 
 class _Pusher:

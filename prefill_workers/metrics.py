@@ -1,16 +1,19 @@
-"""What a prefill worker counts. One registry per worker."""
+"""What a prefill worker counts beside `workers.metrics`."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
+from core.membership import Role
 from core.telemetry import LATENCY_BUCKETS_S
 from engine.loop import StepResult
 from prefill_workers import messages as m
+from workers.messages import AbortRequested, GatewayLost
+from workers.metrics import WorkerMetrics
 
 _OUTCOMES = {
     m.TransferAcked.__name__: "handed_over",
     m.LastTokenComputed.__name__: "finished",
-    m.AbortRequested.__name__: "aborted",
-    m.GatewayLost.__name__: "aborted",
+    AbortRequested.__name__: "aborted",
+    GatewayLost.__name__: "aborted",
 }
 
 
@@ -18,10 +21,8 @@ class PrefillMetrics:
     """Metrics `tandem_prefill_*`."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "tandem_prefill_requests", "Requests by how they ended here.", ["outcome", "reason"], registry=registry
-        )
+        self.worker = WorkerMetrics(Role.PREFILL, _OUTCOMES)
+        registry = self.worker.registry
         self.prompt_tokens = Counter(
             "tandem_prefill_prompt_tokens", "Prompt tokens of requests computed.", registry=registry
         )
@@ -37,21 +38,9 @@ class PrefillMetrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
-        self.step_seconds = Histogram(
-            "tandem_prefill_step_seconds", "One engine step.", buckets=LATENCY_BUCKETS_S, registry=registry
-        )
-        self.blocks = Gauge(
-            "tandem_prefill_blocks", "KV blocks; cached ones may be available too.", ["kind"], registry=registry
-        )
         self.queued_tokens = Gauge(
             "tandem_prefill_queued_tokens", "Prompt tokens in the engine that are not computed.", registry=registry
         )
-        self.gateways = Gauge("tandem_prefill_gateways", "Streams of gateways.", registry=registry)
-        self.store_lost = Gauge("tandem_prefill_store_lost", "1 while the store cannot be reached.", registry=registry)
-
-    def note_end(self, cause: str) -> None:
-        """Count a request that is done with; `cause` names the event that sealed its fate."""
-        self.requests.labels(_OUTCOMES.get(cause, "failed"), cause).inc()
 
     def note_computed(self, computed: m.SendComputed, num_prompt_tokens: int) -> None:
         self.prompt_tokens.inc(num_prompt_tokens)
@@ -60,10 +49,6 @@ class PrefillMetrics:
         self.compute_seconds.observe(computed.compute_s)
 
     def note_step(self, result: StepResult) -> None:
-        load = result.load
         if result.stats.num_prompt_tokens:
-            self.step_seconds.observe(result.step_s)
-        self.blocks.labels("cache").set(load.cached_blocks)
-        self.blocks.labels("available").set(load.free_blocks)
-        self.blocks.labels("total").set(load.total_blocks)
-        self.queued_tokens.set(load.queued_prefill_tokens)
+            self.worker.step_seconds.observe(result.step_s)
+        self.queued_tokens.set(result.load.queued_prefill_tokens)

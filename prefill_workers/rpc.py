@@ -1,133 +1,39 @@
 """gRPC to core types and back, for the prefill worker. The only importer of grpc in this package."""
 
-import asyncio
 from collections.abc import AsyncIterator
-from typing import Protocol, cast
 
-import grpc
-
-from core import rpc
-from core.errors import ProtocolError
-from core.ids import Epoch, RequestId, TransferId, WorkerId
-from core.membership import WorkerIdentity
-from core.request import GenerateRequest
-from core.streams import Outbox, serve_stream
-from prefill_workers.messages import (
-    HandOff,
-    Report,
-    SendAccepted,
-    SendComputed,
-    SendFailed,
-    SendHandedOver,
-    SendLoad,
-    SendOutputs,
-    SendRejected,
-)
+from core.ids import Epoch, TransferId, WorkerId
+from core.streams import Outbox
+from prefill_workers.desk import PrefillDesk
+from prefill_workers.messages import HandOff, Report, SendComputed, SendHandedOver
 from protos import codec, worker_pb2, worker_pb2_grpc
-
-_Context = grpc.aio.ServicerContext[worker_pb2.PrefillCommand, worker_pb2.PrefillReport]
-
-
-class Commands(Protocol):
-    """What the service does for gateways."""
-
-    @property
-    def identity(self) -> WorkerIdentity: ...
-
-    def connect(self) -> Outbox[Report]:
-        """Open a stream; what goes to the gateway comes out of the outbox."""
-        ...
-
-    def submit(self, stream: Outbox[Report], request: GenerateRequest, hand_off: HandOff | None) -> None:
-        """Accept or reject at once, by a report."""
-        ...
-
-    def abort(self, stream: Outbox[Report], request_id: RequestId, reason: str) -> None: ...
-
-    def disconnect(self, stream: Outbox[Report]) -> None:
-        """The stream ended: give up all that came over it."""
-        ...
-
-    async def list_cached_blocks(self) -> tuple[int, list[tuple[bytes, tuple[bytes, ...]]]]:
-        """Return the number of the last event that the snapshot includes, and its chains (parent, hashes)."""
-        ...
+from workers.rpc import Context, GatewayCalls, WorkerServer, shared_report_to_wire
 
 
-class PrefillServer:
-    """The worker's gRPC server."""
-
-    def __init__(self, worker: Commands, host: str, port: int, hello_timeout_s: float) -> None:
-        """Bind.
-
-        Raises:
-            ConfigError: the address is in use or not ours.
-        """
-        self._server = rpc.create_server()
-        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(_Servicer(worker, hello_timeout_s), self._server)
-        self.address = f"{host}:{rpc.bind(self._server, host, port)}"
-
-    async def start(self) -> None:
-        await self._server.start()
-
-    async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, cancel those that are still open after `grace_s`."""
-        await self._server.stop(grace_s)
+def add_prefill_worker(desk: PrefillDesk, calls: GatewayCalls, server: WorkerServer) -> None:
+    worker_pb2_grpc.add_PrefillWorkerServicer_to_server(_Servicer(desk, calls), server.grpc)
 
 
 class _Servicer(worker_pb2_grpc.PrefillWorkerServicer):
-    def __init__(self, worker: Commands, hello_timeout_s: float) -> None:
-        self._worker = worker
-        self._hello_timeout_s = hello_timeout_s
+    def __init__(self, desk: PrefillDesk, calls: GatewayCalls) -> None:
+        self._desk = desk
+        self._calls = calls
 
-    # Written as a coroutine that calls `context.write`, which gRPC allows and its stubs do not know: the `finally` of a
-    # generator would run only when the collector finds it after a cancelled call.
+    # gRPC allows a coroutine here, and its stubs do not know it.
     async def Connect(  # type: ignore[override]  # noqa: N802
-        self, request_iterator: AsyncIterator[worker_pb2.PrefillCommand], context: _Context
+        self, request_iterator: AsyncIterator[worker_pb2.PrefillCommand], context: Context
     ) -> None:
-        identity = self._worker.identity
-        try:
-            async with asyncio.timeout(self._hello_timeout_s):
-                first = await anext(request_iterator, None)
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {self._hello_timeout_s:g} s")
-        if first is None or first.WhichOneof("command") != "hello":
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
-        if first.hello.worker_epoch != identity.epoch:
-            detail = f"{identity.worker_id} is in epoch {identity.epoch}, not {first.hello.worker_epoch}"
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, detail)
-        welcome = worker_pb2.Welcome(worker_id=identity.worker_id, epoch=identity.epoch)
-        await context.write(worker_pb2.PrefillReport(welcome=welcome))
-        stream = self._worker.connect()
+        def on_submit(stream: Outbox[Report], submit: worker_pb2.PrefillSubmit) -> None:
+            self._desk.submit(stream, codec.request_from_wire(submit.request), hand_off_from_wire(submit))
 
-        def on_command(command: worker_pb2.PrefillCommand) -> None:
-            match command.WhichOneof("command"):
-                case "submit":
-                    submit = command.submit
-                    self._worker.submit(stream, codec.request_from_wire(submit.request), hand_off_from_wire(submit))
-                case "abort":
-                    self._worker.abort(stream, RequestId(command.abort.request_id), command.abort.reason)
-                case other:
-                    raise ProtocolError(f"unexpected command {other!r}")
-
-        try:
-            async with rpc.reply_errors(cast("grpc.aio.ServicerContext[object, object]", context)):
-                await serve_stream(
-                    request_iterator, context.write, stream, on_command=on_command, encode=report_to_wire
-                )
-        finally:
-            self._worker.disconnect(stream)
+        await self._calls.connect(
+            request_iterator, context, worker_pb2.PrefillReport, on_submit=on_submit, encode=report_to_wire
+        )
 
     async def ListCachedBlocks(  # noqa: N802
-        self, request: worker_pb2.ListCachedBlocksRequest, context: object
+        self, request: worker_pb2.ListCachedBlocksRequest, context: Context
     ) -> worker_pb2.ListCachedBlocksResponse:
-        async with rpc.reply_errors(cast("grpc.aio.ServicerContext[object, object]", context)):
-            sequence, chains = await self._worker.list_cached_blocks()
-        return worker_pb2.ListCachedBlocksResponse(
-            worker_id=self._worker.identity.worker_id,
-            epoch=self._worker.identity.epoch,
-            sequence=sequence,
-            chains=[worker_pb2.CachedChain(parent=parent, hashes=hashes) for parent, hashes in chains],
-        )
+        return await self._calls.list_cached_blocks(context)
 
 
 def hand_off_from_wire(submit: worker_pb2.PrefillSubmit) -> HandOff | None:
@@ -145,14 +51,6 @@ def hand_off_from_wire(submit: worker_pb2.PrefillSubmit) -> HandOff | None:
 def report_to_wire(report: Report) -> worker_pb2.PrefillReport:
     """Pure."""
     match report:
-        case SendAccepted(request_id):
-            return worker_pb2.PrefillReport(accepted=worker_pb2.Accepted(request_id=request_id))
-        case SendRejected(request_id, error):
-            return worker_pb2.PrefillReport(rejected=codec.rejection_to_wire(request_id, error))
-        case SendOutputs(outputs):
-            return worker_pb2.PrefillReport(outputs=codec.outputs_to_wire(outputs))
-        case SendLoad(load):
-            return worker_pb2.PrefillReport(load=codec.load_to_wire(load))
         case SendComputed(request_id, queue_s, compute_s, cached_tokens):
             computed = worker_pb2.PrefillComputed(
                 request_id=request_id, queue_s=queue_s, compute_s=compute_s, cached_tokens=cached_tokens
@@ -160,5 +58,5 @@ def report_to_wire(report: Report) -> worker_pb2.PrefillReport:
             return worker_pb2.PrefillReport(computed=computed)
         case SendHandedOver(request_id):
             return worker_pb2.PrefillReport(handed_over=worker_pb2.HandedOver(request_id=request_id))
-        case SendFailed(request_id, error):
-            return worker_pb2.PrefillReport(failed=codec.failure_to_wire(request_id, error))
+        case _:
+            return worker_pb2.PrefillReport(**shared_report_to_wire(report))

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Sequence
 from core.membership import Role
 from core.worker_main import main
 from decode_workers.config import DecodeWorkerConfig
-from decode_workers.service import DecodeWorker
+from decode_workers.service import decode_worker
 from prefill_workers.config import PrefillWorkerConfig
-from prefill_workers.service import PrefillWorker
+from prefill_workers.service import prefill_worker
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -19,8 +19,8 @@ _context = multiprocessing.get_context("forkserver")
 def run(role: Role, arguments: Sequence[str]) -> None:
     """In the child: what `python -m <role>_workers` does."""
     if role is Role.PREFILL:
-        sys.exit(main(role, PrefillWorkerConfig, PrefillWorker, arguments))
-    sys.exit(main(role, DecodeWorkerConfig, DecodeWorker, arguments))
+        sys.exit(main(role, PrefillWorkerConfig, prefill_worker, arguments))
+    sys.exit(main(role, DecodeWorkerConfig, decode_worker, arguments))
 
 
 @contextlib.asynccontextmanager

@@ -26,15 +26,16 @@ from core.rpc import connect
 from core.store import Store
 from core.store_memory import MemoryStore
 from decode_workers.config import DecodeWorkerConfig
-from decode_workers.service import DecodeWorker
+from decode_workers.service import decode_worker
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.forward import ForwardBatch
 from kv_transfer.config import KvTransferConfig
 from prefill_workers.config import PrefillWorkerConfig
-from prefill_workers.service import PrefillWorker
+from prefill_workers.service import prefill_worker
 from protos import codec, worker_pb2, worker_pb2_grpc
 from tests.fake_model import FakeRunner, greedy
+from workers.service import Worker
 
 PATIENCE_S = 20.0  # a deadline, not a duration: only a hang uses it up
 EPOCH = Epoch(3)
@@ -80,9 +81,11 @@ class GatedEngine(Engine):
 
     copying: Gate
 
-    def write_kv(self, request_id: RequestId, layers: range, tokens: range, kv: torch.Tensor) -> None:
+    def write_kv(
+        self, request_id: RequestId, layers: range, tokens: range, kv: torch.Tensor, heads: range | None = None
+    ) -> None:
         self.copying.pass_through()
-        super().write_kv(request_id, layers, tokens, kv)
+        super().write_kv(request_id, layers, tokens, kv, heads)
 
 
 @dataclass
@@ -242,8 +245,8 @@ class Pair:
     """Both workers, running, and this test's streams to them."""
 
     store: Store
-    prefill: PrefillWorker
-    decode: DecodeWorker
+    prefill: Worker
+    decode: Worker
     prefill_side: Side
     decode_side: Side
     prefill_address: str
@@ -311,7 +314,7 @@ class Pair:
         async with asyncio.timeout(PATIENCE_S):
             parts = self.prefill._parts
             assert parts is not None
-            await parts.desk.until_empty()
+            await parts.desk.requests.until_empty()
             await asyncio.wrap_future(parts.engine.call(check_empty))
 
     async def decode_is_empty(self) -> None:
@@ -319,7 +322,7 @@ class Pair:
         async with asyncio.timeout(PATIENCE_S):
             parts = self.decode._parts
             assert parts is not None
-            await parts.desk.until_empty()
+            await parts.desk.requests.until_empty()
             await asyncio.wrap_future(parts.engine.call(check_empty))
 
     async def until_idle(self) -> None:
@@ -366,13 +369,13 @@ async def worker_pair(
         "hello_timeout_s": hello_timeout_s,
     }
     loaders: tuple[Any, Any] = (None, None) if model else (sides[0].load, sides[1].load)
-    prefill = PrefillWorker(
+    prefill = prefill_worker(
         PrefillWorkerConfig(**shared, max_queued_tokens=max_queued_tokens),
         WorkerIdentity(P, EPOCH, "test"),
         store,
         load_engine=loaders[0],
     )
-    decode = DecodeWorker(
+    decode = decode_worker(
         DecodeWorkerConfig(**shared, max_requests=max_decode_requests),
         WorkerIdentity(D, EPOCH, "test"),
         store,

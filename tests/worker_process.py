@@ -14,12 +14,13 @@ from core.ids import WorkerId
 from core.membership import WorkerIdentity
 from core.store_memory import MemoryStore
 from decode_workers.config import DecodeWorkerConfig
-from decode_workers.service import DecodeWorker
+from decode_workers.service import decode_worker
 from engine.config import ModelConfig
 from kv_transfer.config import KvTransferConfig
 from prefill_workers.config import PrefillWorkerConfig
-from prefill_workers.service import PrefillWorker
+from prefill_workers.service import prefill_worker
 from tests.worker_pair import EPOCH, PATIENCE_S, Side
+from workers.service import Worker
 
 RoleName = Literal["prefill", "decode"]
 Hold = Literal["", "computing", "copying"]
@@ -38,15 +39,15 @@ async def _serve(role: RoleName, hold: Hold, to_test: Connection) -> None:
     if hold:
         gate.close()
     model, transfer = ModelConfig(path=Path("fake")), KvTransferConfig(backend="gloo", slot_bytes=4096)
-    worker: PrefillWorker | DecodeWorker
+    worker: Worker
     if role == "prefill":
         identity = WorkerIdentity(WorkerId("p0"), EPOCH, "test")
         config = PrefillWorkerConfig(model=model, transfer=transfer)
-        worker = PrefillWorker(config, identity, MemoryStore(), load_engine=side.load)
+        worker = prefill_worker(config, identity, MemoryStore(), load_engine=side.load)
     else:
         identity = WorkerIdentity(WorkerId("d0"), EPOCH, "test")
         decode_config = DecodeWorkerConfig(model=model, transfer=transfer)
-        worker = DecodeWorker(decode_config, identity, MemoryStore(), load_engine=side.load)
+        worker = decode_worker(decode_config, identity, MemoryStore(), load_engine=side.load)
     to_test.send(await worker.start())
     if hold:
         await gate.until_reached()

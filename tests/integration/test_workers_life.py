@@ -23,14 +23,12 @@ from core.membership import (
 from core.rpc import connect
 from core.store import STREAM_START, Store
 from core.store_memory import MemoryStore
-from decode_workers import service as decode_service
 from decode_workers.config import DecodeWorkerConfig
-from decode_workers.service import DecodeWorker
+from decode_workers.service import decode_worker
 from engine.config import ModelConfig
 from engine.engine import Engine
-from prefill_workers import service as prefill_service
 from prefill_workers.config import PrefillWorkerConfig
-from prefill_workers.service import PrefillWorker
+from prefill_workers.service import prefill_worker
 from protos import codec, worker_pb2, worker_pb2_grpc
 from tests.fake_model import greedy, reference_tokens
 from tests.worker_pair import (
@@ -46,6 +44,7 @@ from tests.worker_pair import (
     request,
     worker_pair,
 )
+from workers import service
 
 PATIENCE_S = 20.0
 
@@ -309,7 +308,7 @@ async def test_the_record_tells_how_far_the_loading_is_and_a_stop_meanwhile_leav
         return side.load(config, progress)
 
     config = PrefillWorkerConfig(model=ModelConfig(path=Path("fake")))
-    worker = PrefillWorker(config, WorkerIdentity(P, EPOCH, "test"), store, load_engine=load)
+    worker = prefill_worker(config, WorkerIdentity(P, EPOCH, "test"), store, load_engine=load)
     starting = asyncio.create_task(worker.start())
     await asyncio.wait_for(store.was_written.wait(), PATIENCE_S)
     assert (await record_of(store, P)).state is WorkerState.LOADING
@@ -327,9 +326,9 @@ async def test_a_model_that_is_not_there_is_one_line_and_leaves_nothing(role: st
     store, identity = MemoryStore(), WorkerIdentity(P, Epoch(1), "test")
     model = ModelConfig(path=tmp_path / "nowhere")
     worker = (
-        PrefillWorker(PrefillWorkerConfig(model=model), identity, store)
+        prefill_worker(PrefillWorkerConfig(model=model), identity, store)
         if role == "prefill"
-        else DecodeWorker(DecodeWorkerConfig(model=model), identity, store)
+        else decode_worker(DecodeWorkerConfig(model=model), identity, store)
     )
     with pytest.raises(ConfigError, match="nowhere"):
         await worker.start()
@@ -340,7 +339,7 @@ async def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     async with worker_pair() as pair:
         port = int(pair.prefill_address.rpartition(":")[2])
         config = PrefillWorkerConfig(model=ModelConfig(path=tmp_path), port=port)
-        worker = PrefillWorker(
+        worker = prefill_worker(
             config, WorkerIdentity(P, Epoch(4), "other"), MemoryStore(), load_engine=pair.prefill_side.load
         )
         engine = pair.prefill_side.engine
@@ -360,11 +359,11 @@ async def test_a_kv_service_that_does_not_close_does_not_hold_up_the_end(
         return close_and_hang
 
     async with worker_pair() as pair:
-        sides = (prefill_service, pair.prefill, "sender"), (decode_service, pair.decode, "receiver")
-        for module, worker, name in sides:
-            service = getattr(worker._parts, name)
-            monkeypatch.setattr(module, "_CLOSE_S", 0.2)
-            monkeypatch.setattr(service, "close", hangs(service.close))
+        monkeypatch.setattr(service, "_CLOSE_S", 0.2)
+        for worker in (pair.prefill, pair.decode):
+            assert worker._parts is not None
+            transfers = worker._parts.desk.transfers
+            monkeypatch.setattr(transfers, "close", hangs(transfers.close))
             async with asyncio.timeout(PATIENCE_S):
                 await worker.stop(PATIENCE_S)
                 await worker.run()

@@ -17,11 +17,11 @@ from core.request import GenerateRequest, SamplingParams
 from core.store_redis import RedisStore
 from core.worker_main import main
 from decode_workers.config import DecodeWorkerConfig
-from decode_workers.service import DecodeWorker
+from decode_workers.service import decode_worker
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from prefill_workers.config import PrefillWorkerConfig
-from prefill_workers.service import PrefillWorker
+from prefill_workers.service import prefill_worker
 from protos import codec, worker_pb2
 from tests.fake_model import run_to_end, token_ids
 from tests.redis_process import RedisProcess
@@ -150,9 +150,9 @@ def test_what_cannot_work_is_one_line(
     arguments = ["--config", str(path), "--worker-id", "w", "--redis-url", redis_url or redis.url]
     arguments += ["--log-level", "CRITICAL"]
     if role is Role.PREFILL:
-        status = main(role, PrefillWorkerConfig, PrefillWorker, arguments)
+        status = main(role, PrefillWorkerConfig, prefill_worker, arguments)
     else:
-        status = main(role, DecodeWorkerConfig, DecodeWorker, arguments)
+        status = main(role, DecodeWorkerConfig, decode_worker, arguments)
     assert status == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"python -m {role}_workers: ")

@@ -8,32 +8,34 @@ from core.errors import InvalidRequest, InvalidTransition, RejectedError, Reject
 from core.ids import RequestId, TransferId
 from core.request import Finish, FinishReason, GenerateRequest, RequestOutput, SamplingParams, TokenOutput
 from decode_workers.messages import (
-    AbortInEngine,
-    AbortRequested,
     ActivateInEngine,
-    BlocksFreed,
     BlocksReserved,
-    DeadlinePassed,
-    EngineFailed,
     Event,
     ExpectTransfer,
-    GatewayLost,
     KvLanded,
     ReservationRefused,
-    SendAccepted,
-    SendFailed,
     SendLanded,
-    SendOutput,
-    SendRejected,
-    StopTransfer,
     StreamFinished,
     TokensProduced,
     TransferCancelled,
+)
+from decode_workers.state import EDGES, DecodeRequest, DecodeState
+from workers.messages import (
+    AbortInEngine,
+    AbortRequested,
+    BlocksFreed,
+    DeadlinePassed,
+    EngineFailed,
+    GatewayLost,
+    SendAccepted,
+    SendFailed,
+    SendOutput,
+    SendRejected,
+    StopTransfer,
     TransferFailed,
     TransferStopped,
     WorkerClosed,
 )
-from decode_workers.state import EDGES, DecodeRequest, DecodeState
 
 R = RequestId("r")
 T = TransferId("r/0")

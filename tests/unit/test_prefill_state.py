@@ -8,30 +8,32 @@ from core.errors import InvalidTransition, WorkerLost
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.request import Finish, FinishReason, GenerateRequest, RequestOutput, SamplingParams, TokenOutput
 from prefill_workers.messages import (
-    AbortInEngine,
-    AbortRequested,
-    BlocksFreed,
     CommitTransfer,
-    DeadlinePassed,
-    EngineFailed,
     Event,
     FirstTokenComputed,
-    GatewayLost,
     HandOff,
     LastTokenComputed,
     ReleaseBlocks,
     Scheduled,
     SendComputed,
-    SendFailed,
     SendHandedOver,
+    TransferAcked,
+)
+from prefill_workers.state import EDGES, PrefillRequest, PrefillState
+from workers.messages import (
+    AbortInEngine,
+    AbortRequested,
+    BlocksFreed,
+    DeadlinePassed,
+    EngineFailed,
+    GatewayLost,
+    SendFailed,
     SendOutput,
     StopTransfer,
-    TransferAcked,
     TransferFailed,
     TransferStopped,
     WorkerClosed,
 )
-from prefill_workers.state import EDGES, PrefillRequest, PrefillState
 
 R = RequestId("r")
 T = TransferId("r/0")
