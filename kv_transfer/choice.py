@@ -38,7 +38,8 @@ class LinkView:
         carrier: shm, tcp, gloo, nccl, memory.
         goodput_bytes_per_s: payload bytes on the wire per second; None while nothing was measured.
         rtt_s: of a small message; None while nothing was measured.
-        queued_bytes: payload bytes (as coded, estimated) that are ahead in this pair's queue or in flight.
+        queued_bytes: payload bytes (as coded, estimated) of other transfers that are ahead in this pair's queue or in
+            flight.
     """
 
     carrier: str
@@ -82,9 +83,11 @@ class TransferObservation:
 
     Attributes:
         observed_s: reserved to acknowledged, on the sender's clock.
-        exposed_s: commit to acknowledged; None when it failed before the commit.
+        exposed_s: the owner's commit (the prefill is done, parts may still be queued) to acknowledged, on the sender's
+            clock; None when it failed before the commit.
         payload_bytes: as coded, on the wire.
         failure: a NackReason, or "" when it was acknowledged.
+        goodput_bytes_per_s: of the link as it is measured by now, this transfer included; None: not known.
     """
 
     transfer_id: TransferId
@@ -93,6 +96,7 @@ class TransferObservation:
     raw_bytes: int
     payload_bytes: int
     failure: str = ""
+    goodput_bytes_per_s: float | None = None
 
 
 class ProfileChooser(Protocol):

@@ -1,13 +1,19 @@
 """Configuration of KV transfer; part of both workers' configuration."""
 
-from typing import Literal, Self
+import os
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from core.config import ConfigModel
+from kv_transfer.controller.config import ControllerConfig
 from kv_transfer.frame import HEADER_BYTES
 
 MIB = 1024 * 1024
+
+
+def _default_codec_threads() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 class KvTransferConfig(ConfigModel):
@@ -31,6 +37,35 @@ class KvTransferConfig(ConfigModel):
     credit_bytes: int = Field(
         64 * MIB, ge=4096, description="bytes a sender may have sent to this receiver that are not yet in its pool"
     )
+    codec_threads: int = Field(
+        default_factory=_default_codec_threads,
+        ge=1,
+        le=64,
+        description="threads that encode, or decode, frames of this worker's coded transfers",
+    )
+    frames_per_transfer: int = Field(
+        6,
+        ge=1,
+        le=256,
+        description="a coded transfer is cut into about this many frames, so that coding and sending overlap",
+    )
+    min_frame_raw_bytes: int = Field(
+        256 * 1024, ge=4096, description="a coded frame is not cut smaller than this many bytes of KV"
+    )
+    max_frame_raw_bytes: int = Field(
+        16 * MIB, ge=4096, description="a coded frame holds at most this many bytes of KV, and fits into a slot coded"
+    )
+    lookahead_bytes: int = Field(
+        64 * MIB,
+        ge=4096,
+        description="bytes of KV per link and side that are being encoded ahead of the wire, or decoded behind it",
+    )
+    rate_limit_bytes_per_s: float | None = Field(
+        None, gt=0, description="each link sends no faster than this; for tests and for polite background traffic"
+    )
+    max_links: int = Field(
+        64, ge=1, description="links that a sender keeps open; the least recently used idle one makes room for another"
+    )
     max_strays: int = Field(
         256, ge=1, description="offers that a receiver lets wait for their reservation; one past it is refused"
     )
@@ -45,6 +80,25 @@ class KvTransferConfig(ConfigModel):
     open_timeout_s: float = Field(5.0, gt=0, description="link: both sides join the process group")
     send_timeout_s: float = Field(10.0, gt=0, description="one frame on the wire; longer means that the link is stuck")
     close_timeout_s: float = Field(5.0, gt=0, description="threads of a closing pair")
+
+    profiles: str = Field(
+        "auto",
+        min_length=1,
+        description="library of compression profiles: auto (kv_profiles.yaml next to the checkpoint, if it is there), "
+        "none, or a path",
+    )
+    policy: str = Field(
+        "controller",
+        min_length=1,
+        description="controller chooses a profile per transfer; or the name of the one profile to use where the "
+        "request's quality allows it",
+    )
+    quality: Literal["exact", "high", "balanced"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "exact",
+        description="of requests that ask for none: the least token agreement of their profile (a lower confidence "
+        "bound); exact means lossless, high 0.99, balanced 0.97",
+    )
+    controller: ControllerConfig = Field(default=ControllerConfig(), description="how a profile is chosen")
 
     @model_validator(mode="after")
     def _credit_holds_a_slot(self) -> Self:
