@@ -216,10 +216,6 @@ class ServiceLife:
             case _:
                 return DrainOverdue()
 
-    def restart_in_s(self, now: float) -> float | None:
-        """Seconds until the restart while backing off, else None."""
-        return None if self.state is not S.BACKING_OFF or self._deadline is None else max(0.0, self._deadline - now)
-
     @property
     def is_crash_loop(self) -> bool:
         """Too many failures in a row: the cause deserves a person's eye; restarts go on at the slowest pace."""

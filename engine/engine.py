@@ -324,10 +324,6 @@ class Engine:
         """Return the whole prefix cache as chains, parents first; it includes every event taken so far and pending."""
         return self._ledger.cache.snapshot()
 
-    def clear_cache(self) -> None:
-        """Drop every cached block that no request holds."""
-        self._ledger.cache.clear()
-
     def notify_drained(self, on_drained: Callable[[], None]) -> None:
         """Have `on_drained` called, from a transfer thread, when blocks that a copy had kept can be collected."""
         self._handoffs.on_drained = on_drained

@@ -72,10 +72,6 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self.query_lens)
-
     def only_logits(self) -> "ForwardBatch":
         """Return the batch cut down to the rows whose logits are wanted, as one decode per such sequence."""
         wanted = torch.isin(self.query_starts[1:].long() - 1, self.logits_rows)

@@ -157,10 +157,6 @@ class EngineLoop:
             self._thread.join(deadline_s)
         return not self._thread.is_alive()
 
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive() and not self._has_ended
-
     def _wake(self) -> None:
         with self._changed:
             self._has_drained = True

@@ -124,11 +124,6 @@ class PrefixCache:
             self._record(BlocksRemoved(tuple(removed)))
         return len(removed)
 
-    def clear(self) -> None:
-        """Drop every entry that nobody holds."""
-        if self.evict(len(self._idle)) and not self._entries:
-            self._events = [CacheCleared()]
-
     def take_events(self) -> list[KvEvent]:
         """Return what changed since the last call. If nobody asked for long: everything, after a `CacheCleared`."""
         self._close_chain()

@@ -130,7 +130,7 @@ def test_failures_in_a_row_grow_the_delay_until_it_was_stable() -> None:
         now += ready_for_s
         life.handle(Ended(life.epoch, "boom"), now)
         life.handle(Fenced(Epoch(life.epoch + 1)), now)
-        delays.append(life.restart_in_s(now))
+        delays.append((life.next_deadline() or 0.0) - now)
         assert life.is_crash_loop == (life.failures >= 3)
         now = life.next_deadline() or 0.0
         life.handle(RestartDue(), now)

@@ -146,19 +146,6 @@ def test_events_replay_to_the_snapshot() -> None:
     }
 
 
-def test_clear_says_so_once_nothing_is_left() -> None:
-    blocks, cache = make()
-    held = store(cache, blocks, "ab")
-    cache.release(store(cache, blocks, "xy"))
-    cache.take_events()
-    cache.clear()
-    assert cache.take_events() == [BlocksRemoved((chain_of("xy")[1], chain_of("xy")[0]))]
-    cache.release(held)
-    cache.clear()
-    assert cache.take_events() == [CacheCleared()]
-    assert blocks.num_free == 8
-
-
 def test_events_that_nobody_takes_become_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_cache, "_MAX_PENDING_EVENTS", 3)
     blocks, cache = make()

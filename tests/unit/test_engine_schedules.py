@@ -225,8 +225,8 @@ class Schedules(RuleBasedStateMachine):
         self.engine.release(self.leased.pop(which % len(self.leased)))
 
     @rule()
-    def clear_cache(self) -> None:
-        self.engine.clear_cache()
+    def drop_cache(self) -> None:
+        self.engine._ledger.cache.evict(self.engine.load_report().total_blocks)
 
     @invariant()
     def books_agree(self) -> None:
@@ -262,7 +262,7 @@ class Schedules(RuleBasedStateMachine):
         assert not self.engine.request_ids
         load = self.engine.load_report()
         assert load.free_blocks == load.total_blocks
-        self.engine.clear_cache()
+        self.drop_cache()
         assert self.engine.load_report().cached_blocks == 0
         self.engine.check()
 
