@@ -19,6 +19,7 @@ from core.ids import Epoch, WorkerId
 from core.membership import Role, WorkerIdentity
 from core.store_redis import RedisStore
 from core.telemetry import setup_logging
+from engine.config import PROCESS_ENVIRONMENT
 
 GATEWAY = WorkerId("gateway-0")
 PACKAGES = (
@@ -88,6 +89,12 @@ def _with_threads(pool: PoolConfig, seat: Seat) -> PoolConfig:
     return pool.model_copy(update={"engine": engine.model_copy(update={"num_threads": seat.num_threads})})
 
 
+def engine_environment(pool: PoolConfig, num_threads: int) -> tuple[tuple[str, str], ...]:
+    """Return what a worker's process needs set before torch loads, on a seat of so many threads. Pure."""
+    engine = pool.engine  # type: ignore[attr-defined]
+    return tuple(PROCESS_ENVIRONMENT.items()) if (engine.num_threads or num_threads) > 1 else ()
+
+
 class Blueprint:
     """Specs of all services that run as Ray actors.
 
@@ -136,7 +143,8 @@ class Blueprint:
         cpus = self._cpus[role]
         cores = self._cores.take(name, whereabouts.node, whereabouts.cores, cpus)
         host = whereabouts.address if self._backend.nodes.num_nodes > 1 else "127.0.0.1"
-        return Seat(cores, max(1, int(cpus)), host)
+        num_threads = max(1, int(cpus))
+        return Seat(cores, num_threads, host, engine_environment(getattr(self._config, role), num_threads))
 
     def _policy(self, start_deadline_s: float) -> LifePolicy:
         supervision = self._config.supervision

@@ -25,11 +25,13 @@ class Seat:
         cores: to be pinned to; empty means not pinned.
         num_threads: for computing.
         host: address to bind to, that its peers can reach.
+        environment: names and values for the libraries that the service loads; what is set already stays.
     """
 
     cores: frozenset[int]
     num_threads: int
     host: str
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,9 @@ class ServiceHost:
         return Whereabouts(os.getpid(), socket.gethostname(), frozenset(os.sched_getaffinity(0)))
 
     async def start(self, seat: Seat) -> Started:
-        os.environ["OMP_NUM_THREADS"] = str(seat.num_threads)  # read when the factory loads torch, not before
+        os.environ["OMP_NUM_THREADS"] = str(seat.num_threads)  # both are read when the factory loads torch, not before
+        for name, value in seat.environment:
+            os.environ.setdefault(name, value)
         if seat.cores:
             _pin(seat.cores)
         try:
