@@ -70,6 +70,7 @@ class Experience:
         self._context_ttl_s = context_ttl_s
         self._beliefs: OrderedDict[Key, Belief] = OrderedDict()
         self._surprises: dict[str, float] = {}
+        self.version = 0
 
     def believe(self, key: Key, now: float) -> tuple[float, float]:
         """Return mean and variance of a factor's logarithm at `now`. Changes nothing."""
@@ -139,6 +140,7 @@ class Experience:
         return len(self._beliefs)
 
     def _store(self, key: Key, belief: Belief) -> None:
+        self.version += 1
         self._beliefs[key] = belief
         self._beliefs.move_to_end(key)
         if len(self._beliefs) > self._max_contexts:

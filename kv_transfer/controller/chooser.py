@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 from core.clock import Clock
 from kv_transfer.choice import Choice, TransferObservation, TransferQuestion
+from kv_transfer.controller import memory
 from kv_transfer.controller.decisions import Decision, DecisionRing, Json, Outcome
 from kv_transfer.controller.metrics import ControllerMetrics
 from kv_transfer.controller.policy import Policy
@@ -44,6 +45,26 @@ class Chooser:
         outcome = Outcome(observation, now, self.policy.learn(decision, observation, now))
         self._ring.add_outcome(decision, outcome)
         self._metrics.ended(decision, outcome)
+
+    @property
+    def experience_version(self) -> int:
+        """Grows with whatever is learned; equal means that there is nothing new to save."""
+        experience = self.policy.experience
+        return 0 if experience is None else experience.version
+
+    def snapshot(self) -> bytes:
+        """Return what was learned, to be restored by a chooser of the same profiles."""
+        experience = self.policy.experience
+        if experience is None:
+            return b""
+        return memory.snapshot(experience, self.policy.arms.values(), self._clock.now())
+
+    def restore(self, data: bytes) -> bool:
+        """Replace what was learned. Returns False, with a line in the log, when `data` does not hold for this one."""
+        experience = self.policy.experience
+        if experience is None:
+            return False
+        return memory.restore(data, experience, self.policy.arms.values(), self._clock.now())
 
     def decisions(self, last: int = 100) -> list[Json]:
         """Return the last decisions, newest first, as plain values that JSON can hold."""

@@ -46,7 +46,7 @@ class ControllerPolicy:
 
     def __init__(self, arms: Sequence[Arm], config: ControllerConfig, pipeline: Pipeline, rng: random.Random) -> None:
         self.arms: Mapping[str, Arm] = {arm.name: arm for arm in arms}
-        self.experience = Experience(
+        self._experience = Experience(
             knowledge_s=config.knowledge_s, max_contexts=config.max_contexts, context_ttl_s=config.context_ttl_s
         )
         self._config = config
@@ -56,6 +56,10 @@ class ControllerPolicy:
         self._cooldowns = Cooldowns(misses=config.cooldown_misses, duration_s=config.cooldown_s)
         self._crowding = Crowding(config.crowding)
         self._incumbents: OrderedDict[tuple[str, int, float], Incumbent] = OrderedDict()
+
+    @property
+    def experience(self) -> Experience:
+        return self._experience
 
     # --- the decision -------------------------------------------------------------------------------------------------
 
@@ -102,7 +106,7 @@ class ControllerPolicy:
         )
 
     def _estimates(self, arms: Sequence[Arm], where: Place, now: float) -> list[_Estimate]:
-        believe, exp, at = self.experience.believe, math.exp, where.situation
+        believe, exp, at = self._experience.believe, math.exp, where.situation
         machine = believe(_MACHINE, now)[0]
         wire = believe(self._wire_key(where), now)[0]
         estimates = []
@@ -168,7 +172,9 @@ class ControllerPolicy:
         entries = []
         for estimate, price_s in shortlist:
             causes = self._causes(estimate, where)
-            deviations = [cause.sensitivity * math.sqrt(self.experience.believe(cause.key, now)[1]) for cause in causes]
+            deviations = [
+                cause.sensitivity * math.sqrt(self._experience.believe(cause.key, now)[1]) for cause in causes
+            ]
             doubt = math.sqrt(sum(deviation * deviation for deviation in deviations))
             score_s = sampled_s = estimate.total_s + price_s
             has_slack = budget_s is None or estimate.exposed_s * math.exp(doubt) <= budget_s
@@ -195,7 +201,7 @@ class ControllerPolicy:
 
     def learn(self, decision: Decision, observation: TransferObservation, now: float) -> float:
         self._crowding.ended(now)
-        self.experience.evict(now)
+        self._experience.evict(now)
         question, name = decision.question, decision.chosen.profile
         link_class = question.link.carrier + ("?" if decision.is_prior else "")
         if observation.failure or observation.exposed_s is None:
@@ -210,11 +216,11 @@ class ControllerPolicy:
         if arm.loss_rank and observation.payload_bytes > 0:
             log_ratio = math.log(observation.raw_bytes / observation.payload_bytes / arm.ratio)
             ratio_key = Key("ratio", "", name, 0, where.size_bucket)
-            self.experience.learn_directly(ratio_key, log_ratio, _RATIO_NOISE_VARIANCE, now)
+            self._experience.learn_directly(ratio_key, log_ratio, _RATIO_NOISE_VARIANCE, now)
         (estimate,) = self._estimates((arm,), where, now)
         log_error = math.log(max(observation.exposed_s, 1e-6) / estimate.exposed_s)
         causes = self._causes(estimate, where)
-        self.experience.learn(where.link_class, log_error, self._noise(decision, where, estimate), causes, now)
+        self._experience.learn(where.link_class, log_error, self._noise(decision, where, estimate), causes, now)
         return self._regret_s(decision, where, now)
 
     def _hindsight(self, decision: Decision, observation: TransferObservation) -> Place:

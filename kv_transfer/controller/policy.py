@@ -7,6 +7,7 @@ from typing import Protocol
 
 from kv_transfer.choice import LinkView, TransferObservation, TransferQuestion
 from kv_transfer.controller.arms import Arm
+from kv_transfer.controller.bandit import Experience
 from kv_transfer.controller.config import ControllerConfig
 from kv_transfer.controller.decisions import Candidate, Decision
 from kv_transfer.controller.model import Situation, predict, situation
@@ -15,9 +16,16 @@ _UNKNOWN_CARRIER_BYTES_PER_S = 1e9
 
 
 class Policy(Protocol):
-    """Decides, and learns. Synchronous; time is an argument; randomness was one."""
+    """Decides, and learns. Synchronous; time is an argument; randomness was one.
+
+    Attributes:
+        experience: what is worth to be kept over a restart; None: nothing.
+    """
 
     arms: Mapping[str, Arm]
+
+    @property
+    def experience(self) -> Experience | None: ...
 
     def decide(self, question: TransferQuestion, now: float) -> Decision:
         """Return the decision, which `learn` will be given back."""

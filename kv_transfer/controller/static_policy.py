@@ -27,6 +27,10 @@ class StaticPolicy:
         self._config = config
         self._pipeline = pipeline
 
+    @property
+    def experience(self) -> None:
+        return None
+
     def decide(self, question: TransferQuestion, now: float) -> Decision:
         terms = question.terms
         where = place(
