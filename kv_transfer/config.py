@@ -19,9 +19,10 @@ def _default_codec_threads() -> int:
 class KvTransferConfig(ConfigModel):
     """Limits and deadlines of one worker's side. Slot size and credit are the receiver's to decide."""
 
-    backend: Literal["auto", "gloo", "nccl", "memory"] = Field(
+    backend: Literal["auto", "shm", "tcp", "gloo", "nccl", "memory"] = Field(
         "auto",
-        description="carrier of KV bytes; auto is gloo; memory joins a sender and a receiver of one process",
+        description="carrier of KV bytes; auto is shared memory between processes of one host, tcp between hosts; "
+        "memory joins a sender and a receiver of one process",
     )
     host: str = Field(
         "127.0.0.1",
