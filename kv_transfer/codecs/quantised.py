@@ -228,7 +228,7 @@ class _Reading:
         cursor = _Cursor(self._section(2 + half, shape.planes * (num_scales + 2 * num_mins)))
         scales = cursor.take(shape.planes * num_scales).reshape(shape.planes, num_scales)
         mins = cursor.take(2 * shape.planes * num_mins).view(np.uint16).reshape(shape.planes, num_mins)
-        if bases.max(initial=0) + 255 >= 0xFF0 or _has_not_finite(mins):
+        if int(bases.max(initial=0)) + 255 >= 0xFF0 or _has_not_finite(mins):
             raise FrameRefused(NackReason.CODEC, "a scale that is not finite")
         found = []
         for cls in range(NUM_CLASSES):

@@ -183,8 +183,8 @@ def _spread(scales: Tensor, rule: PlaneRule, num_tokens: int, head_dim: int) -> 
         return scales[:, :, None]
     if rule.axis == "channel":
         return scales[:, None, :]
-    groups = scales.reshape(scales.shape[0], -1, head_dim)
-    return groups.repeat_interleave(rule.group_tokens, dim=1)[:, :num_tokens]
+    # Never more than the plane's own size: a frame may state groups of any length.
+    return scales.reshape(scales.shape[0], -1, head_dim)[:, torch.arange(num_tokens) // rule.group_tokens]
 
 
 def _bfloat16_down(value: Tensor) -> Tensor:
