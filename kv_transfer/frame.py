@@ -151,13 +151,15 @@ def decode(message: memoryview) -> FrameHeader:
     """Read and verify a frame. Pure.
 
     Args:
-        message: what arrived, or the whole receive slot (longer than the frame, never trusted to be).
+        message: what arrived, or the whole receive slot (longer than the frame, never trusted to be). It may be memory
+            that the sender can still write to: the header area is copied once, and nothing is read from it again.
 
     Raises:
         FrameRefused: with the first problem found.
     """
-    header = decode_header(message[:HEADER_BYTES], len(message) - HEADER_BYTES)
-    used = bytearray(message[: _used_bytes(message)])
+    area = memoryview(bytes(message[:HEADER_BYTES]))
+    header = decode_header(area, len(message) - HEADER_BYTES)
+    used = bytearray(area[: _used_bytes(area)])
     (stated,) = _CHECKSUM.unpack_from(used, _CHECKSUM_AT)
     used[_CHECKSUM_AT : _CHECKSUM_AT + _CHECKSUM.size] = bytes(_CHECKSUM.size)
     found = _checksum(used, message[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
