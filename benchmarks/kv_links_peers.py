@@ -1,0 +1,316 @@
+"""The two ends of the links benchmark, each a process in a network namespace of its own.
+
+Both are slaves of the driver, line by line in JSON over stdin and stdout, which the shaped link does not carry. The
+near end is a prefill worker whose engine waits instead of computing; the far end is a decode worker that only lands.
+Both read the same monotonic clock (one machine), so arrival to landed needs no synchronisation.
+
+    driver -> far    expect   requests of a run; answered when all are reserved
+    driver -> near   run      do it; answered when every transfer was acknowledged or has failed
+    driver -> far    collect  when each landed, and how far the last one's KV is from what was sent
+
+``python -m benchmarks.kv_links_peers near|far HOST RECORDED LIBRARY`` is started by the driver.
+"""
+
+import argparse
+import asyncio
+import json
+import queue
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from benchmarks.kv_links_model import BLOCK_TOKENS, LandingPool, RecordedPool, layout_of_tiny, relative_error
+from benchmarks.kv_links_policies import Recorded, Shelf, open_policy, open_shelf
+from benchmarks.kv_links_workload import Request, Scenario, parts_of, requests_of
+from core.clock import MonotonicClock
+from core.errors import ServingError
+from core.ids import Epoch, RequestId, TransferId, WorkerId
+from core.membership import WorkerIdentity
+from core.rpc import bind, create_server
+from kv_transfer.choice import TransferTerms
+from kv_transfer.config import KvTransferConfig
+from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.ports import LandedStats, Peer
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.rpc import add_kv_transfer
+from kv_transfer.sender import KvSender
+
+RUN_LIMIT_S = 150.0
+LEASE_S = 300.0
+_LAG_S = 0.05  # until the clock of the arrivals starts
+_LANDING_TOKENS = 131_072
+
+Reply = dict[str, Any]
+
+
+def names_of(run: int, index: int) -> tuple[TransferId, RequestId]:
+    return TransferId(f"links-{run}-{index}/0"), RequestId(f"links-{run}-{index}")
+
+
+class Outcomes:
+    """When each transfer of a run ended, by its index: on either side, on the event loop."""
+
+    def __init__(self, expected: int) -> None:
+        self.ended_at: dict[int, float] = {}
+        self.failures: dict[int, str] = {}
+        self._missing = expected
+        self.all_ended = asyncio.Event()
+
+    def on_acked(self, transfer_id: TransferId) -> None:
+        self._end(transfer_id)
+
+    def on_landed(self, transfer_id: TransferId, first_token_id: int, stats: LandedStats) -> None:
+        self._end(transfer_id)
+
+    def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
+        self._end(transfer_id, f"{reason}: {detail}")
+
+    def refuse(self, transfer_id: TransferId, detail: str) -> None:
+        """Count a transfer that could not even begin."""
+        self._end(transfer_id, detail)
+
+    def _end(self, transfer_id: TransferId, failure: str = "") -> None:
+        index = int(transfer_id.partition("/")[0].rpartition("-")[2])
+        self.ended_at[index] = time.monotonic()
+        if failure:
+            self.failures[index] = failure
+        self._missing -= 1
+        if not self._missing:
+            self.all_ended.set()
+
+
+class PacedEngine:
+    """The prefill worker's engine: first come first served, in steps; it waits as long as a GPU would compute."""
+
+    def __init__(self, scenario: Scenario, num_layers: int, sender: KvSender, run: int) -> None:
+        self._tokens_per_s = scenario.prefill_tokens_per_s
+        self._num_layers = num_layers
+        self._sender = sender
+        self._run = run
+        self._arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self.first_token_at: dict[int, float] = {}
+        self._free_at = 0.0
+        self._thread = threading.Thread(target=self._work, name="engine")
+        self._thread.start()
+
+    def add(self, request: Request) -> float:
+        """Queue a request that has arrived. Returns the seconds until its last part will be there."""
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now) + request.prompt_tokens / self._tokens_per_s
+        self._arrived.put(request)
+        return self._free_at - now
+
+    def finish(self) -> None:
+        self._arrived.put(None)
+
+    def join(self) -> None:
+        self._thread.join(RUN_LIMIT_S)
+
+    def _work(self) -> None:
+        free_at = 0.0  # by the pace, not by the clock: what the scheduler is late by does not add up
+        while (request := self._arrived.get()) is not None:
+            begun = max(free_at, time.monotonic())
+            transfer_id, _ = names_of(self._run, request.index)
+            parts = parts_of(request.prompt_tokens, self._num_layers)
+            for layers, tokens in parts:
+                done = tokens.start + len(tokens) * layers.stop / self._num_layers
+                time.sleep(max(0.0, begun + done / self._tokens_per_s - time.monotonic()))
+                self._sender.push(transfer_id, layers, tokens)
+            self._sender.commit(transfer_id, 1)
+            self.first_token_at[request.index] = time.monotonic()
+            free_at = begun + request.prompt_tokens / self._tokens_per_s
+
+
+class Near:
+    """The prefill worker's end. A run gets a sender, a link and a chooser of its own."""
+
+    def __init__(self, host: str, recorded: str, library: str) -> None:
+        self._host = host
+        self._layout = layout_of_tiny()
+        self._shelf: Shelf = open_shelf(library, self._layout)
+        self._pool = RecordedPool(self._layout, torch.load(recorded))
+
+    async def start(self) -> Reply:
+        return {}
+
+    async def close(self) -> None:
+        """Nothing outlives a run."""
+
+    async def run(self, order: Mapping[str, Any]) -> Reply:
+        scenario, run = Scenario.model_validate_json(order["scenario"]), int(order["run"])
+        requests = requests_of(scenario)
+        outcomes = Outcomes(len(requests))
+        config = KvTransferConfig.model_validate({"host": self._host, "lease_s": LEASE_S, **order["config"]})
+        start_at = time.monotonic() + _LAG_S if order.get("start_at") is None else float(order["start_at"])
+        schedule = [(start_at + at, name) for at, name in order.get("schedule", [])]
+        chooser = open_policy(order["policy"], self._shelf, config, scenario.seed, schedule)
+        sender = KvSender(
+            config,
+            WorkerIdentity(WorkerId("near"), Epoch(run), "benchmark"),
+            self._layout,
+            self._pool,
+            outcomes,
+            MonotonicClock(),
+            metrics=KvTransferMetrics(CollectorRegistry()),
+            chooser=chooser,
+        )
+        for request in requests:
+            self._pool.place(names_of(run, request.index)[1], request.index, request.prompt_tokens)
+        peer = Peer(WorkerId("far"), Epoch(1), order["address"])
+        engine = PacedEngine(scenario, self._layout.num_layers, sender, run)
+        cpu_s = time.process_time()
+        try:
+            async with asyncio.timeout(RUN_LIMIT_S):
+                for request in requests:
+                    await asyncio.sleep(start_at + request.arrival_s - time.monotonic())
+                    transfer_id, request_id = names_of(run, request.index)
+                    terms = TransferTerms(request.quality_floor, compute_s=engine.add(request))
+                    try:
+                        await sender.offer(transfer_id, request_id, request.prompt_tokens, peer, terms)
+                    except ServingError as error:
+                        outcomes.refuse(transfer_id, f"{type(error).__name__}: {error}")
+                await outcomes.all_ended.wait()
+        except TimeoutError:
+            pass  # what has not ended is told as a failure
+        finally:
+            engine.finish()
+            cpu_s = time.process_time() - cpu_s
+            await sender.close()
+            engine.join()
+            self._pool.tables.clear()
+        return self._answer(requests, outcomes, engine, chooser, run, start_at, cpu_s)
+
+    def _answer(
+        self,
+        requests: list[Request],
+        outcomes: Outcomes,
+        engine: PacedEngine,
+        chooser: Recorded,
+        run: int,
+        start_at: float,
+        cpu_s: float,
+    ) -> Reply:
+        rows = []
+        for request in requests:
+            transfer_id, _ = names_of(run, request.index)
+            choice, told = chooser.chosen.get(transfer_id), chooser.told.get(transfer_id)
+            asked = chooser.asked.get(transfer_id)
+            rows.append(
+                {
+                    "arrived_at": start_at + request.arrival_s,
+                    "first_token_at": engine.first_token_at.get(request.index),
+                    "acked_at": outcomes.ended_at.get(request.index),
+                    "failure": outcomes.failures.get(request.index, "")
+                    or ("" if request.index in outcomes.ended_at else f"no outcome in {RUN_LIMIT_S:g} s"),
+                    "profile": choice.profile if choice else "none",
+                    "reason": choice.reason if choice else "",
+                    "predicted_s": choice.predicted_s if choice else None,
+                    "observed_s": told.observed_s if told else None,
+                    "goodput": asked.link.goodput_bytes_per_s if asked else None,
+                    "raw_bytes": request.prompt_tokens * self._layout.bytes_per_token,
+                    "wire_bytes": told.payload_bytes if told else 0,
+                }
+            )
+        return {"requests": rows, "cpu_s": cpu_s}
+
+
+class Far:
+    """The decode worker's end: one receiver for all runs."""
+
+    def __init__(self, host: str, recorded: str, library: str) -> None:
+        self._layout = layout_of_tiny()
+        self._sent = RecordedPool(self._layout, torch.load(recorded))
+        self._pool = LandingPool(self._layout, _LANDING_TOKENS // BLOCK_TOKENS)
+        self._host = host
+        self._outcomes = Outcomes(0)
+        config = KvTransferConfig.model_validate({"host": host, "lease_s": LEASE_S, "max_strays": 4096})
+        identity = WorkerIdentity(WorkerId("far"), Epoch(1), "benchmark")
+        self._receiver = KvReceiver(config, identity, self._layout, self._pool, self, MonotonicClock())
+        self._server = create_server()
+        self._run, self._requests, self._cpu_s = 0, list[Request](), 0.0
+
+    def on_landed(self, transfer_id: TransferId, first_token_id: int, stats: LandedStats) -> None:
+        self._outcomes.on_landed(transfer_id, first_token_id, stats)
+
+    def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
+        self._outcomes.on_failed(transfer_id, reason, detail)
+
+    async def start(self) -> Reply:
+        add_kv_transfer(self._receiver, self._server)
+        port = bind(self._server, self._host, 0)
+        await self._server.start()
+        return {"address": f"{self._host}:{port}"}
+
+    async def close(self) -> None:
+        await self._receiver.close()
+        await self._server.stop(1.0)
+
+    async def expect(self, order: Mapping[str, Any]) -> Reply:
+        self._run, self._requests = int(order["run"]), requests_of(Scenario.model_validate_json(order["scenario"]))
+        self._outcomes = Outcomes(len(self._requests))
+        self._pool.tables.clear()
+        for request in self._requests:
+            transfer_id, request_id = names_of(self._run, request.index)
+            self._pool.place(request_id, request.prompt_tokens)
+            await self._receiver.expect(transfer_id, request_id, 0, request.prompt_tokens, LEASE_S)
+        self._cpu_s = time.process_time()
+        return {}
+
+    async def collect(self, order: Mapping[str, Any]) -> Reply:
+        for request in self._requests:
+            if request.index not in self._outcomes.ended_at:
+                await self._receiver.cancel(names_of(self._run, request.index)[0], "the run is over")
+        landed = {
+            str(index): at for index, at in self._outcomes.ended_at.items() if index not in self._outcomes.failures
+        }
+        cpu_s = time.process_time() - self._cpu_s
+        return {"landed": landed, "cpu_s": cpu_s, "relative_error": self._error_of_last(landed)}
+
+    def _error_of_last(self, landed: Mapping[str, float]) -> float | None:
+        """Compare the KV of the request whose blocks were given out last; nothing has overwritten it."""
+        request = self._requests[-1]
+        if str(request.index) not in landed:
+            return None
+        _, request_id = names_of(self._run, request.index)
+        box = range(self._layout.num_layers), range(request.prompt_tokens)
+        self._sent.place(request_id, request.index, request.prompt_tokens)
+        return relative_error(self._pool.read(request_id, *box), self._sent.read_kv(request_id, *box))
+
+
+async def serve(end: Near | Far) -> None:
+    """Obey the driver until it closes stdin."""
+    orders: dict[str, Callable[[Mapping[str, Any]], Awaitable[Reply]]]
+    orders = {"run": end.run} if isinstance(end, Near) else {"expect": end.expect, "collect": end.collect}
+    _say(await end.start())
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        order = json.loads(line)
+        _say(await orders[order["op"]](order))
+    await end.close()
+
+
+def _say(reply: Reply) -> None:
+    print(json.dumps(reply), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_links_peers", description=__doc__)
+    parser.add_argument("role", choices=("near", "far"))
+    parser.add_argument("host")
+    parser.add_argument("recorded", help="KV as record_kv left it")
+    parser.add_argument("library", help="auto, ladder, or the path of a library of profiles")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    async def live() -> None:
+        await serve((Near if args.role == "near" else Far)(args.host, args.recorded, args.library))
+
+    asyncio.run(live())
+
+
+if __name__ == "__main__":
+    main()
