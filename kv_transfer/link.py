@@ -59,16 +59,23 @@ class LinkPlan:
         name: unique per pair, incarnations and epoch; never used twice.
         slot_bytes: largest message; the receiver posts buffers of this size, the sender enforces it.
         open_timeout_s: how long one end waits for the other to come.
+        send_timeout_s: for how long nothing may move while a message is on its way; then the link is broken.
     """
 
     name: str
     slot_bytes: int
     num_slots: int
     open_timeout_s: float
+    send_timeout_s: float = 10.0
 
 
 class SendEnd(Protocol):
     """The end that speaks."""
+
+    @property
+    def carrier(self) -> str:
+        """What the bytes go over: shm, tcp, gloo, nccl or memory."""
+        ...
 
     def acquire(self, timeout_s: float) -> Slot:
         """Return a slot whose previous message has left, waiting for it if need be.
@@ -81,13 +88,15 @@ class SendEnd(Protocol):
     def send(self, slot: Slot, num_bytes: int) -> None:
         """Start to send the first `num_bytes` of an acquired slot. The slot belongs to the link again.
 
+        Returns when the carrier has taken it over; that may take as long as the wire is slow.
+
         Raises:
-            LinkError: broken.
+            LinkError: broken, or nothing moved for the plan's `send_timeout_s`.
         """
         ...
 
     def flush(self, timeout_s: float) -> None:
-        """Wait until everything sent has left.
+        """Wait until everything sent has left; carriers that are told what was released wait for that.
 
         Raises:
             LinkError: as `acquire`.
@@ -105,6 +114,11 @@ class SendEnd(Protocol):
 
 class ReceiveEnd(Protocol):
     """The end that listens."""
+
+    @property
+    def carrier(self) -> str:
+        """As the sender's."""
+        ...
 
     def receive(self) -> Slot:
         """Wait for the next message, without limit: an idle link is healthy. `abort` unblocks.

@@ -4,6 +4,7 @@ from kv_transfer.config import KvTransferConfig
 from kv_transfer.link import Links
 from kv_transfer.memory_links import MemoryLinks
 from kv_transfer.process_group_links import ProcessGroupLinks
+from kv_transfer.socket_links import SocketLinks
 
 
 def open_links(config: KvTransferConfig) -> Links:
@@ -13,6 +14,8 @@ def open_links(config: KvTransferConfig) -> Links:
             return MemoryLinks()
         case "nccl":
             return ProcessGroupLinks("nccl", config.host)
-        case "gloo" | "auto":
-            # auto stays gloo on GPU machines too, until NCCL pairs have been measured (they have not been run yet)
+        case "gloo":
             return ProcessGroupLinks("gloo", config.host)
+        case "auto" | "shm" | "tcp":
+            # auto on GPU machines too, until NCCL pairs have been measured (they have not been run yet)
+            return SocketLinks(config.backend, config.host)

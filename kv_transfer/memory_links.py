@@ -121,6 +121,8 @@ class _Channel:
 
 
 class _MemorySendEnd:
+    carrier = "memory"
+
     def __init__(self, channel: _Channel) -> None:
         self._channel = channel
 
@@ -143,6 +145,8 @@ class _MemorySendEnd:
 
 
 class _MemoryReceiveEnd:
+    carrier = "memory"
+
     def __init__(self, channel: _Channel) -> None:
         self._channel = channel
 

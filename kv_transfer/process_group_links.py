@@ -59,6 +59,7 @@ class _Group(Protocol):
 class _Pair:
     """A group of two, and how to end it from any thread."""
 
+    backend: GroupBackend
     group: _Group
     connection: socket.socket | None  # of gloo
 
@@ -128,14 +129,14 @@ class ProcessGroupLinks:
         store.set(f"port-{rank}", str(own_port))
         group = cast(_Group, dist.ProcessGroupGloo(store, rank, 2, options))
         peer_port = int(store.get(f"port-{1 - rank}"))
-        return _Pair(group, find_connection(own_port, peer_port))
+        return _Pair("gloo", group, find_connection(own_port, peer_port))
 
     def _join_nccl(self, store: Store, rank: int, timeout: timedelta) -> _Pair:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         group = dist.ProcessGroupNCCL(store, rank, 2, options)
         group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
-        return _Pair(cast(_Group, group), None)
+        return _Pair("nccl", cast(_Group, group), None)
 
     def _staging(self, plan: LinkPlan) -> "_Staging":
         return _Staging(plan, is_on_device=self.backend == "nccl", carriage=self._carriage)
@@ -166,6 +167,7 @@ class _End:
     """What both ends share: a group that any thread may end and that its owner frees."""
 
     def __init__(self, pair: _Pair) -> None:
+        self.carrier = pair.backend
         self._pair: _Pair | None = pair
         self._lock = threading.Lock()
         self._is_aborted = False

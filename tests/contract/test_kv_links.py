@@ -1,4 +1,4 @@
-"""One suite for every carrier: memory and real gloo (both ends in this process, each on a thread of its own)."""
+"""One suite for every carrier: both ends in this process, each on a thread of its own; real sockets, real memory."""
 
 import itertools
 import threading
@@ -12,17 +12,31 @@ import torch.distributed as dist
 
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd, SendEnd
+from kv_transfer.link_address import HostIdentity
 from kv_transfer.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.process_group_links import ProcessGroupLinks
+from kv_transfer.socket_links import SocketBackend, SocketLinks
 
 SLOT_BYTES = HEADER_BYTES + 4096
 WAIT_S = 20.0
 _names = itertools.count()
 
 
-@pytest.fixture(params=["memory", "gloo"])
+def _open(carrier: str) -> Links:
+    match carrier:
+        case "memory":
+            return MemoryLinks(MemoryHub())
+        case "gloo":
+            return ProcessGroupLinks("gloo", "127.0.0.1")
+        case "shm" | "tcp" | "auto":
+            return SocketLinks(carrier, "127.0.0.1")
+        case _:
+            raise AssertionError(carrier)
+
+
+@pytest.fixture(params=["memory", "gloo", "shm", "tcp", "auto"])
 def links(request: pytest.FixtureRequest) -> Iterator[Links]:
-    carrier: Links = MemoryLinks(MemoryHub()) if request.param == "memory" else ProcessGroupLinks("gloo", "127.0.0.1")
+    carrier = _open(request.param)
     yield carrier
     carrier.close()
 
@@ -32,12 +46,14 @@ def _plan(*, open_timeout_s: float = WAIT_S, num_slots: int = 2) -> LinkPlan:
 
 
 @contextmanager
-def _joined(links: Links, plan: LinkPlan | None = None) -> Iterator[tuple[SendEnd, ReceiveEnd]]:
+def _joined(
+    links: Links, plan: LinkPlan | None = None, *, senders: Links | None = None
+) -> Iterator[tuple[SendEnd, ReceiveEnd]]:
     plan = plan or _plan()
     address = links.host()
     with ThreadPoolExecutor(1) as pool:
         opening: Future[ReceiveEnd] = pool.submit(links.open_receive, plan)
-        sender = links.open_send(address, plan)
+        sender = (senders or links).open_send(address, plan)
         receiver = opening.result(WAIT_S)
         try:
             yield sender, receiver
@@ -82,6 +98,30 @@ def test_a_short_message_leaves_the_link_whole(links: Links) -> None:
             receiver.release(slot)
 
 
+def test_a_receiver_may_hold_every_slot(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        for value in (1, 2):
+            _send(sender, value)
+        held = [receiver.receive(), receiver.receive()]
+        assert [int(slot.memory[-1]) for slot in held] == [1, 2]
+        for slot in held:
+            receiver.release(slot)
+        sender.flush(WAIT_S)
+        _send(sender, 3)
+        assert int(receiver.receive().memory[-1]) == 3
+
+
+def test_a_slot_that_was_not_needed_keeps_nobody_waiting(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        _send(sender, 1)
+        spare = sender.acquire(WAIT_S)
+        receiver.release(receiver.receive())
+        sender.flush(WAIT_S)
+        spare.memory.fill_(2)
+        sender.send(spare, SLOT_BYTES)
+        assert int(receiver.receive().memory[0]) == 2
+
+
 def test_slots_are_aligned_for_every_dtype(links: Links) -> None:
     with _joined(links) as (sender, receiver):
         slot = sender.acquire(WAIT_S)
@@ -107,6 +147,18 @@ def test_an_aborted_receiver_wakes_up(links: Links) -> None:
             receiver.receive()
         with pytest.raises(LinkError):
             receiver.receive()
+
+
+def test_an_aborted_sender_wakes_up(links: Links) -> None:
+    with _joined(links) as (sender, _receiver):
+        threading.Timer(0.05, sender.abort).start()
+
+        def send_on() -> None:
+            for value in range(10):  # more than both sides have room for
+                _send(sender, value)
+
+        with pytest.raises(LinkError):
+            send_on()
 
 
 def test_closing_one_end_releases_the_other(links: Links) -> None:
@@ -148,11 +200,38 @@ def test_an_end_that_waits_alone_gives_up(links: Links) -> None:
         links.open_receive(_plan(open_timeout_s=0.3))
 
 
+def test_a_sender_that_waits_alone_gives_up(links: Links) -> None:
+    with pytest.raises(LinkError):
+        links.open_send(links.host(), _plan(open_timeout_s=0.3))
+
+
 def test_a_rebuilt_link_under_a_new_name_works(links: Links) -> None:
     for value in (1, 2):
         with _joined(links) as (sender, receiver):
             _send(sender, value)
             assert int(receiver.receive().memory[0]) == value
+
+
+def test_many_links_may_open_at_once_and_nobody_meets_a_stranger(links: Links) -> None:
+    plans = [_plan() for _ in range(4)]
+    address = links.host()
+    with ThreadPoolExecutor(2 * len(plans)) as pool:
+        receivers = [pool.submit(links.open_receive, plan) for plan in plans]
+        senders = [pool.submit(links.open_send, address, plan) for plan in reversed(plans)]
+        opened = [(s.result(WAIT_S), r.result(WAIT_S)) for s, r in zip(reversed(senders), receivers, strict=True)]
+    for value, (sender, receiver) in enumerate(opened):
+        _send(sender, value)
+        assert int(receiver.receive().memory[0]) == value
+    for sender, receiver in opened:
+        sender.close()
+        receiver.close()
+
+
+def test_open_links_outlive_their_meeting_place(links: Links) -> None:
+    with _joined(links) as (sender, receiver):
+        links.close()
+        _send(sender, 7)
+        assert int(receiver.receive().memory[0]) == 7
 
 
 def test_abort_and_close_may_come_often(links: Links) -> None:
@@ -169,6 +248,59 @@ def test_nothing_touches_the_default_group(links: Links) -> None:
         _send(sender, 1)
         receiver.receive()
         assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("carrier", ["gloo", "shm", "tcp", "auto"])
+def test_an_address_that_is_nowhere_is_a_link_error(carrier: str) -> None:
+    links = _open(carrier)
+    for address in ("", "127.0.0.1:1", "nonsense", "tcp,127.0.0.1,1,00", f"tcp,127.0.0.1,1,{'00' * 16}"):
+        with pytest.raises(LinkError):
+            links.open_send(address, _plan(open_timeout_s=0.3))
+
+
+# --- which carrier a pair becomes -------------------------------------------------------------------------------------
+
+_HERE, _ELSEWHERE = HostIdentity("boot", "1"), HostIdentity("boot", "2")
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver", "carrier"),
+    [
+        pytest.param(("auto", _HERE), ("auto", _HERE), "shm", id="one host"),
+        pytest.param(("auto", _HERE), ("auto", _ELSEWHERE), "tcp", id="another network namespace"),
+        pytest.param(("tcp", _HERE), ("auto", _HERE), "tcp", id="the sender wants tcp"),
+        pytest.param(("auto", _HERE), ("tcp", _HERE), "tcp", id="the receiver wants tcp"),
+        pytest.param(("auto", _HERE), ("shm", _HERE), "shm", id="the receiver wants shm"),
+        pytest.param(("shm", _HERE), ("shm", _ELSEWHERE), None, id="memory does not reach that far"),
+        pytest.param(("shm", _HERE), ("tcp", _HERE), None, id="nothing in common"),
+    ],
+)
+def test_a_pair_takes_the_best_carrier_that_both_have(
+    sender: tuple[SocketBackend, HostIdentity], receiver: tuple[SocketBackend, HostIdentity], carrier: str | None
+) -> None:
+    here = SocketLinks(sender[0], "127.0.0.1", identity=sender[1])
+    there = SocketLinks(receiver[0], "127.0.0.1", identity=receiver[1])
+    if carrier is None:
+        with pytest.raises(LinkError, match="no carrier"):
+            here.open_send(there.host(), _plan(open_timeout_s=0.3))
+    else:
+        with _joined(there, senders=here) as (send_end, receive_end):
+            assert send_end.carrier == receive_end.carrier == carrier
+            _send(send_end, 5)
+            assert int(receive_end.receive().memory[0]) == 5
+    there.close()
+    here.close()
+
+
+@pytest.mark.parametrize("carrier", ["memory", "gloo", "shm", "tcp"])
+def test_an_end_says_what_it_is_carried_by(carrier: str) -> None:
+    links = _open(carrier)
+    with _joined(links) as (sender, receiver):
+        assert sender.carrier == receiver.carrier == carrier
+    links.close()
+
+
+# --- gloo only --------------------------------------------------------------------------------------------------------
 
 
 def test_gloo_can_carry_header_first_as_nccl_must() -> None:
@@ -188,10 +320,3 @@ def test_gloo_can_carry_header_first_as_nccl_must() -> None:
             assert decode(arrived.view()) == header
             receiver.release(arrived)
     links.close()
-
-
-def test_a_rendezvous_that_is_not_there_is_a_link_error() -> None:
-    links = ProcessGroupLinks("gloo", "127.0.0.1")
-    for address in ("127.0.0.1:1", "nonsense"):
-        with pytest.raises(LinkError):
-            links.open_send(address, _plan(open_timeout_s=0.3))
