@@ -3,18 +3,21 @@
 Little endian, no gaps::
 
     codec version u8, mode u8 (0: one section holds the tensor itself; nothing follows. 1: coded)
-    flags u16 (bits below), seed u32, first layer u16, first head u16
-    raw tokens at the start u32, raw tokens at the end u32
+    flags u16 (bits below), seed u32, first layer u16, first head u16, first token u32
+    raw tokens at the start u32, recent tokens u32, raw tokens at the end u32
     protected layers at the start of the frame u16, at its end u16
     section bits u16: section i went through zstd
-    K, then V: levels - 1 of the classes plain, protected, low 3 x u8; axis u8; group tokens u16
+    rotary base f64: 0 when K's rotary embedding was left as it is
+    K, then V: levels - 1 of the classes plain, protected, low 3 x u8; axis u8; group tokens u16;
+               of recent tokens levels - 1 u8; axis u8; group tokens u16
 """
 
+import math
 import struct
 from dataclasses import dataclass
 from enum import IntFlag
 
-from kv_transfer.codecs.planes import PlaneRule
+from kv_transfer.codecs.planes import SegmentRule
 from kv_transfer.codecs.spec import CODEC_VERSION, Axis
 from kv_transfer.frame import FrameRefused
 from kv_transfer.session import NackReason
@@ -23,9 +26,11 @@ STORED = bytes((CODEC_VERSION, 0))
 NUM_CLASSES = 3
 PLAIN, PROTECTED, LOW = range(NUM_CLASSES)
 
-_HEAD = struct.Struct("<BBHIHHIIHHH")
-_HALF = struct.Struct("<BBBBH")
+_HEAD = struct.Struct("<BBHIHHIIIIHHHd")
+_HALF = struct.Struct("<BBBBHBBH")
 _AXES: tuple[Axis, ...] = ("token", "group", "channel", "tensor")
+_MAX_THETA = 1e12
+_MAX_TOKEN = 1 << 31
 
 
 class Flag(IntFlag):
@@ -34,7 +39,7 @@ class Flag(IntFlag):
     CENTRED = 1 << 0
     ROTATED = 1 << 2
     ASYMMETRIC = 1 << 4
-    CHANNEL_ORDER = 1 << 6
+    ASYMMETRIC_RECENT = 1 << 6
     LOW_HEADS = 1 << 8  # of both
 
 
@@ -42,47 +47,68 @@ _KNOWN_FLAGS = 0x1FF
 
 
 @dataclass(frozen=True, slots=True)
+class HalfParams:
+    """Of K or of V. `levels` by class; `recent_levels` in all planes."""
+
+    is_centred: bool
+    is_rotated: bool
+    levels: tuple[int, ...]
+    rule: SegmentRule
+    recent_levels: int
+    recent_rule: SegmentRule
+
+
+@dataclass(frozen=True, slots=True)
 class FrameParams:
-    """Parsed parameters. `rules[half][cls]`, half 0 is K and 1 is V."""
+    """Parsed parameters. Counts of tokens and layers are the frame's own."""
 
     seed: int
     first_layer: int
     first_head: int
+    first_token: int
     raw_head: int
+    recent: int
     raw_tail: int
     protected_head: int
     protected_tail: int
     has_low_heads: bool
     section_bits: int
-    rules: tuple[tuple[PlaneRule, ...], ...]
+    rope_theta: float | None
+    halves: tuple[HalfParams, HalfParams]
 
     def pack(self) -> bytes:
         """Return the blob. Pure."""
         flags = int(Flag.LOW_HEADS) if self.has_low_heads else 0
         halves = b""
-        for half, classes in enumerate(self.rules):
-            rule = classes[PLAIN]
-            flags |= (Flag.CENTRED << half) * rule.is_centred | (Flag.ROTATED << half) * rule.is_rotated
-            flags |= (Flag.ASYMMETRIC << half) * (not rule.is_symmetric)
-            flags |= (Flag.CHANNEL_ORDER << half) * (rule.order == "channel")
-            levels = (cls.levels - 1 for cls in classes)
-            halves += _HALF.pack(*levels, _AXES.index(rule.axis), rule.group_tokens)
-        return (
-            _HEAD.pack(
-                CODEC_VERSION,
-                1,
-                flags,
-                self.seed,
-                self.first_layer,
-                self.first_head,
-                self.raw_head,
-                self.raw_tail,
-                self.protected_head,
-                self.protected_tail,
-                self.section_bits,
+        for idx, half in enumerate(self.halves):
+            flags |= (Flag.CENTRED << idx) * half.is_centred | (Flag.ROTATED << idx) * half.is_rotated
+            flags |= (Flag.ASYMMETRIC << idx) * (not half.rule.is_symmetric)
+            flags |= (Flag.ASYMMETRIC_RECENT << idx) * (not half.recent_rule.is_symmetric)
+            halves += _HALF.pack(
+                *(levels - 1 for levels in half.levels),
+                _AXES.index(half.rule.axis),
+                half.rule.group_tokens,
+                half.recent_levels - 1,
+                _AXES.index(half.recent_rule.axis),
+                half.recent_rule.group_tokens,
             )
-            + halves
+        head = _HEAD.pack(
+            CODEC_VERSION,
+            1,
+            flags,
+            self.seed,
+            self.first_layer,
+            self.first_head,
+            self.first_token,
+            self.raw_head,
+            self.recent,
+            self.raw_tail,
+            self.protected_head,
+            self.protected_tail,
+            self.section_bits,
+            self.rope_theta or 0.0,
         )
+        return head + halves
 
 
 def unpack(blob: bytes) -> FrameParams:
@@ -93,39 +119,42 @@ def unpack(blob: bytes) -> FrameParams:
     """
     if len(blob) != _HEAD.size + 2 * _HALF.size:
         raise FrameRefused(NackReason.CODEC, f"parameters of {len(blob)} bytes")
-    version, mode, flags, seed, layer, head, raw_head, raw_tail, first, last, bits = _HEAD.unpack_from(blob)
+    fields = _HEAD.unpack_from(blob)
+    version, mode, flags, seed, layer, head, token, raw_head, recent, raw_tail, first, last, bits, theta = fields
     if version != CODEC_VERSION or mode != 1:
         raise FrameRefused(NackReason.CODEC, f"codec version {version}, mode {mode}")
     if flags & ~_KNOWN_FLAGS:
         raise FrameRefused(NackReason.CODEC, f"flags {flags:#x}")
-    rules = []
-    for half in range(2):
-        *levels, axis, group_tokens = _HALF.unpack_from(blob, _HEAD.size + half * _HALF.size)
-        if axis >= len(_AXES) or group_tokens == 0 or 0 in levels:
-            raise FrameRefused(NackReason.CODEC, "an unknown axis, an empty group, or less than two levels")
-        rules.append(
-            tuple(
-                PlaneRule(
-                    levels=level + 1,
-                    axis=_AXES[axis],
-                    group_tokens=group_tokens,
-                    is_symmetric=not flags & Flag.ASYMMETRIC << half,
-                    order="channel" if flags & Flag.CHANNEL_ORDER << half else "token",
-                    is_centred=bool(flags & Flag.CENTRED << half),
-                    is_rotated=bool(flags & Flag.ROTATED << half),
-                )
-                for level in levels
-            )
-        )
+    if token >= _MAX_TOKEN or not (theta == 0.0 or (math.isfinite(theta) and 1.0 < theta <= _MAX_THETA)):
+        raise FrameRefused(NackReason.CODEC, f"rotary base {theta}, token {token}")
     return FrameParams(
         seed=seed,
         first_layer=layer,
         first_head=head,
+        first_token=token,
         raw_head=raw_head,
+        recent=recent,
         raw_tail=raw_tail,
         protected_head=first,
         protected_tail=last,
         has_low_heads=bool(flags & Flag.LOW_HEADS),
         section_bits=bits,
-        rules=tuple(rules),
+        rope_theta=theta or None,
+        halves=(_half(blob, flags, 0), _half(blob, flags, 1)),
+    )
+
+
+def _half(blob: bytes, flags: int, idx: int) -> HalfParams:
+    *levels, axis, group, recent_levels, recent_axis, recent_group = _HALF.unpack_from(
+        blob, _HEAD.size + idx * _HALF.size
+    )
+    if max(axis, recent_axis) >= len(_AXES) or 0 in (group, recent_group, recent_levels, *levels):
+        raise FrameRefused(NackReason.CODEC, "an unknown axis, an empty group, or less than two levels")
+    return HalfParams(
+        is_centred=bool(flags & Flag.CENTRED << idx),
+        is_rotated=bool(flags & Flag.ROTATED << idx),
+        levels=tuple(level + 1 for level in levels),
+        rule=SegmentRule(_AXES[axis], group, not flags & Flag.ASYMMETRIC << idx),
+        recent_levels=recent_levels + 1,
+        recent_rule=SegmentRule(_AXES[recent_axis], recent_group, not flags & Flag.ASYMMETRIC_RECENT << idx),
     )

@@ -1,7 +1,8 @@
-"""What the arithmetic of the quantised codec works on: planes, the rule for them, and what they become.
+"""What the arithmetic of the quantised codec works on: one half (K or V) of a frame, how it is coded, what it becomes.
 
-A plane is one (layer, K or V, head) of a frame: tokens by channels. The arithmetic exists twice (`reference`,
-`kernels`), behind these shapes; P planes, T coded tokens, D channels, S scales per plane, G groups of digits.
+A plane is one (layer, head) of a half: tokens by channels. Its coded tokens are cut into segments (the most recent
+tokens may have levels of their own). The arithmetic exists twice, in `reference` and in `kernels`, behind these shapes:
+P planes, T tokens, D channels, G segments.
 """
 
 from dataclasses import dataclass
@@ -9,55 +10,91 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kv_transfer.codecs.spec import Axis, Order
+from kv_transfer.codecs.spec import Axis
 
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 I8 = npt.NDArray[np.int8]
+I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class PlaneRule:
-    """How planes are coded. `clip` and `step_rms` matter to the encoder only."""
+class SegmentRule:
+    """How a segment is coded: what does not vary over its planes."""
 
-    levels: int
     axis: Axis
     group_tokens: int
     is_symmetric: bool
-    order: Order
-    is_centred: bool
-    is_rotated: bool
-    clip: float = 1.0
-    step_rms: float | None = None
-
-    @property
-    def digits(self) -> int:
-        """Digits of one byte: the most that fit."""
-        return digits_per_byte(self.levels)
-
-    def num_scales(self, num_tokens: int, head_dim: int) -> int:
-        """Scales of one plane."""
-        if self.axis == "token":
-            return num_tokens
-        if self.axis == "group":
-            return -(-num_tokens // self.group_tokens) * head_dim
-        return head_dim if self.axis == "channel" else 1
-
-    def num_symbols(self, num_tokens: int, head_dim: int) -> int:
-        """Bytes of digits of one plane."""
-        return -(-num_tokens // self.digits) * head_dim
+    has_step_rms: bool = False  # the encoder's own
 
 
 @dataclass(frozen=True, slots=True)
-class CodedPlanes:
-    """P planes of one rule.
+class Segment:
+    """Tokens of one rule.
+
+    Attributes:
+        start, stop: tokens of the frame.
+        levels: of each plane ``[P]``.
+        factors: of each plane ``[P]``, the encoder's own: what a plane's spread is multiplied by to give its step.
+        symbols_at, scales_at: where each plane's bytes begin in `HalfCodes` ``[P]``.
+    """
+
+    start: int
+    stop: int
+    rule: SegmentRule
+    levels: I64
+    factors: F32
+    symbols_at: I64
+    scales_at: I64
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class HalfPlan:
+    """One half of a frame.
+
+    Attributes:
+        planes_at: of each plane ``[P]``, its place among the ``[L * 2 * K]`` planes of the tensor.
+        start, stop: coded tokens; the segments lie in it, in order, without gaps.
+        signs: +1 or -1 ``[P, D]``; None: not rotated.
+        cos, sin: of the rotary embedding ``[stop - start, D // 2]``; None: left as it is.
+        num_symbols, num_scales: of `HalfCodes`.
+    """
+
+    planes_at: I64
+    start: int
+    stop: int
+    head_dim: int
+    is_centred: bool
+    signs: F32 | None
+    rope: tuple[F32, F32] | None
+    segments: tuple[Segment, ...]
+    num_symbols: int
+    num_scales: int
+
+    @property
+    def num_planes(self) -> int:
+        return len(self.planes_at)
+
+    @property
+    def num_mins(self) -> int:
+        return 0 if all(segment.rule.is_symmetric for segment in self.segments) else self.num_scales
+
+
+@dataclass(frozen=True, slots=True)
+class HalfCodes:
+    """A coded half.
 
     Attributes:
         mean_steps: bfloat16 bits ``[P]``; mean_codes: ``[P, D]``. Zeros unless centred.
-        bases: ``[P]`` and scales ``[P, S]``: a step is the float32 whose bits are ``(base + scale) << 19``.
-        mins: bfloat16 bits ``[P, S]``; ``[P, 0]`` when symmetric.
-        symbols: ``[P, G * D]``: byte (g, d) holds digits ``sum(q[g * digits + j, d] * levels ** j)``.
+        bases: ``[G, P]``. scales: a step is the float32 whose bits are ``(base + scale) << 19``.
+        mins: bfloat16 bits, one beside each scale; empty when all segments are symmetric.
+        symbols: of a plane of a segment, byte (g, d) holds ``sum(q[g * digits + j, d] * levels ** j)``, `digits` being
+            as many as fit into a byte; digits past the last token are 0.
     """
 
     mean_steps: U16
@@ -74,3 +111,30 @@ def digits_per_byte(levels: int) -> int:
     while capacity * levels <= 256:
         digits, capacity = digits + 1, capacity * levels
     return digits
+
+
+def plane_scales(rule: SegmentRule, num_tokens: int, head_dim: int) -> int:
+    """Return how many scales one plane of a segment has. Pure."""
+    if rule.axis == "token":
+        return num_tokens
+    if rule.axis == "group":
+        return -(-num_tokens // rule.group_tokens) * head_dim
+    return head_dim if rule.axis == "channel" else 1
+
+
+def plane_symbols(levels: int, num_tokens: int, head_dim: int) -> int:
+    """Return how many bytes of digits one plane of a segment has. Pure."""
+    return -(-num_tokens // digits_per_byte(levels)) * head_dim
+
+
+def split(codes: HalfCodes, segment: Segment, plane: int, head_dim: int) -> tuple[U8, U16, U8]:
+    """Return the scales, least values and symbols of one plane of a segment. Pure; views."""
+    num_scales = plane_scales(segment.rule, segment.num_tokens, head_dim)
+    num_symbols = plane_symbols(int(segment.levels[plane]), segment.num_tokens, head_dim)
+    scales_at, symbols_at = int(segment.scales_at[plane]), int(segment.symbols_at[plane])
+    num_mins = 0 if segment.rule.is_symmetric else num_scales
+    return (
+        codes.scales[scales_at : scales_at + num_scales],
+        codes.mins[scales_at : scales_at + num_mins],
+        codes.symbols[symbols_at : symbols_at + num_symbols],
+    )

@@ -3,23 +3,25 @@
 Everything is float32, round to nearest even, one operation at a time: no fused multiply-add, no reordering. ``f32(e)``
 is a constant computed in double and rounded once. Per plane ``x[T, D]``, values exact from bfloat16, float16, float32:
 
-1. Mean (centred planes). ``s[d]`` = sum over blocks of 32 successive tokens, in order, of the sum of the block's
+0. Rotary embedding (when undone), tables of `rotary`: ``u, w = x[d], x[d + D/2]``; ``u * cos + w * sin``,
+   ``w * cos - u * sin``.
+1. Mean (centred halves). ``s[d]`` = sum over blocks of 32 successive tokens, in order, of the sum of the block's
    tokens, in order, both from 0.0; ``m = s * f32(1 / T)``; ``a = max |m|``; ``step`` = ``a / 127`` rounded up to
    bfloat16 (``bits + 0xFFFF >> 16``); ``code = rint(clamp(m * (1 / step), -127, 127))``; ``m' = code * step``;
-   ``y = x - m'``. A step below the smallest normal counts as zero: all codes 0.
-2. Rotation. ``y[d] *= sign[d]``; then for each part of n channels butterflies ``(u, w) -> (u + w, u - w)`` over
+   ``z = x - m'``. A step below the smallest normal counts as zero: all codes 0.
+2. Rotation. ``y[d] = z[d] * sign[d]``; then for each part of n channels butterflies ``(u, w) -> (u + w, u - w)`` over
    pairs at distance n/2, n/4, ... 1; then ``* f32(1 / sqrt(n))``.
-3. Step, per scale. Symmetric: ``a = max |y|``; ``raw = a * f32(2 * clip / (levels - 1))``. With step_rms: ``ss[d]`` =
-   sum of ``z * z`` in the order of 1, where z is y before the rotation; ``r`` = sum of ``ss`` over d, in order;
-   ``raw = sqrt(r * f32(1 / (T * D))) * f32(step_rms)``. Asymmetric: ``low`` = ``min y`` rounded down to bfloat16;
-   ``raw = (max y - low) * f32(1 / (levels - 1))``.
+3. Step, per scale of a segment. Symmetric: ``raw = max |y| * f32(2 * clip / (levels - 1))``. With step_rms: ``ss[d]`` =
+   sum of ``z * z`` in the order of 1; ``r`` = sum of ``ss`` over d, in order; ``raw = sqrt(r * f32(1 / (T * D))) *
+   f32(step_rms)``. Asymmetric: ``low`` = ``min y`` rounded down to bfloat16; ``raw = (max y - low) *
+   f32(1 / (levels - 1))``.
    ``word = (bits(raw) + 0x7FFFF) >> 19`` (rounded up to 4 bits of mantissa); ``base = max(0, largest word of the
-   plane - 255)``; ``scale = max(0, word - base)``; the step used is ``float((base + scale) << 19)``.
+   plane's segment - 255)``; ``scale = max(0, word - base)``; the step used is ``float((base + scale) << 19)``.
 4. Level. ``inv = 1 / step`` (0 when the step is below the smallest normal). Symmetric:
    ``q = rint(clamp(y * inv + (levels - 1) / 2, 0, levels - 1))``; asymmetric: ``q = rint(clamp((y - low) * inv, 0,
    levels - 1))``.
 5. Back. ``y = (q - (levels - 1) / 2) * step``, or ``q * step + low``; the butterflies of 2, ``* f32(1 / sqrt(n))``,
-   ``* sign``; ``x = y + m'``; rounded to the dtype.
+   ``* sign``; ``x = y + m'``; the embedding again: ``u * cos - w * sin``, ``w * cos + u * sin``; rounded to the dtype.
 
 An input that is not finite, or whose steps are not, is not coded.
 """
@@ -30,84 +32,130 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kv_transfer.codecs.planes import F32, I8, U8, U16, CodedPlanes, PlaneRule
+from kv_transfer.codecs.planes import (
+    F32,
+    I8,
+    U8,
+    U16,
+    HalfCodes,
+    HalfPlan,
+    Segment,
+    SegmentRule,
+    digits_per_byte,
+    split,
+)
 from kv_transfer.codecs.rotation import parts
 
 _BLOCK = 32
 _TINY = 2.0**-126
 
 
-def encode_planes(x: Tensor, rule: PlaneRule, signs: F32) -> CodedPlanes | None:
-    """Code planes ``[P, T, D]`` of any dtype; None when they cannot be coded. Pure."""
-    y = x.float()
-    if not bool(torch.isfinite(y).all()):
+def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
+    """Code one half of ``kv[L * 2 * K, T, D]``; None when it cannot be coded. Pure."""
+    x = kv[torch.from_numpy(plan.planes_at), plan.start : plan.stop].float()
+    if not bool(torch.isfinite(x).all()):
         return None
-    num_planes, num_tokens, head_dim = y.shape
-    mean_steps, mean_codes, means = _means(y, rule.is_centred)
-    y = y - means[:, None, :]
-    rms = _rms(y) if rule.step_rms is not None else None
-    if rule.is_rotated:
-        y = _hadamard(y * torch.from_numpy(signs.copy())[:, None, :])
+    if plan.rope is not None:
+        x = _undo_rope(x, *plan.rope)
+    mean_steps, mean_codes, means = _means(x, plan.is_centred)
+    z = x - means[:, None, :]
+    y = z if plan.signs is None else _hadamard(z * torch.from_numpy(plan.signs.copy())[:, None, :])
+    codes = HalfCodes(
+        mean_steps=mean_steps,
+        mean_codes=mean_codes,
+        bases=np.zeros((len(plan.segments), plan.num_planes), dtype=np.uint16),
+        scales=np.zeros(plan.num_scales, dtype=np.uint8),
+        mins=np.zeros(plan.num_mins, dtype=np.uint16),
+        symbols=np.zeros(plan.num_symbols, dtype=np.uint8),
+    )
+    for idx, segment in enumerate(plan.segments):
+        tokens = slice(segment.start - plan.start, segment.stop - plan.start)
+        for plane in range(plan.num_planes):
+            base = _encode_plane(y[plane, tokens], z[plane, tokens], codes, segment, plane)
+            if base is None:
+                return None
+            codes.bases[idx, plane] = base
+    return codes
+
+
+def decode(codes: HalfCodes, plan: HalfPlan, dtype: torch.dtype) -> Tensor | None:
+    """Return the planes of a half ``[P, T, D]``; None when a digit is not a level. Pure."""
+    parts_of_y = []
+    for idx, segment in enumerate(plan.segments):
+        for plane in range(plan.num_planes):
+            part = _decode_plane(codes, segment, plane, int(codes.bases[idx, plane]), plan.head_dim)
+            if part is None:
+                return None
+            parts_of_y.append(part)
+    planes = plan.num_planes
+    y = torch.cat([torch.stack(parts_of_y[i : i + planes]) for i in range(0, len(parts_of_y), planes)], dim=1)
+    if plan.signs is not None:
+        y = _hadamard(y) * torch.from_numpy(plan.signs.copy())[:, None, :]
+    step = _from_bfloat16(torch.from_numpy(codes.mean_steps.astype(np.int32)))
+    x = y + (torch.from_numpy(codes.mean_codes.copy()).float() * step[:, None])[:, None, :]
+    if plan.rope is not None:
+        x = _redo_rope(x, *plan.rope)
+    return x.to(dtype)
+
+
+def _encode_plane(y: Tensor, z: Tensor, codes: HalfCodes, segment: Segment, plane: int) -> int | None:
+    """Fill in scales, least values and symbols of a plane ``[T, D]``, and return its base."""
+    rule, levels, factor = segment.rule, int(segment.levels[plane]), float(segment.factors[plane])
+    scales_out, mins_out, symbols_out = split(codes, segment, plane, y.shape[1])
     groups = _grouped(y, rule)
-    if rule.is_symmetric:
-        low = None
-        if rms is not None:
-            raw = (rms * _f32(rule.step_rms or 0.0)).reshape(num_planes, 1)
-        else:
-            raw = groups.abs().amax(-1) * _f32(2.0 * rule.clip / (rule.levels - 1))
+    low = torch.zeros(groups.shape[0])
+    if rule.has_step_rms:
+        raw = _rms(z).reshape(1) * factor
+    elif rule.is_symmetric:
+        raw = groups.abs().amax(-1) * factor
     else:
         low_bits = _bfloat16_down(groups.amin(-1))
         low = _from_bfloat16(low_bits)
-        raw = (groups.amax(-1) - low) * _f32(1.0 / (rule.levels - 1))
+        raw = (groups.amax(-1) - low) * factor
+        mins_out[:] = low_bits.numpy().astype(np.uint16)
     if not bool(torch.isfinite(raw).all()):
         return None
     words = (raw.view(torch.int32) + 0x7FFFF) >> 19
-    bases = (words.amax(-1) - 255).clamp(min=0)
-    scales = (words - bases[:, None]).clamp(min=0)
-    if bool(((bases[:, None] + scales) >= 0xFF0).any()):
+    base = max(0, int(words.max()) - 255)
+    scales = (words - base).clamp(min=0)
+    if base + int(scales.max()) >= 0xFF0:
         return None
-    steps = _steps(scales, bases)
+    scales_out[:] = scales.numpy().astype(np.uint8)
+    steps = ((scales + base) << 19).view(torch.float32)
     inverse = torch.where(steps < _TINY, torch.zeros_like(steps), 1.0 / steps)
-    inverse = _spread(inverse, rule, num_tokens, head_dim)
-    if low is None:
-        levels = y * inverse + (rule.levels - 1) / 2
-        mins = np.zeros((num_planes, 0), dtype=np.uint16)
+    inverse = _spread(inverse, rule, *y.shape)
+    if rule.is_symmetric:
+        level = y * inverse + (levels - 1) / 2
     else:
-        levels = (y - _spread(low, rule, num_tokens, head_dim)) * inverse
-        mins = low_bits.numpy().astype(np.uint16)
-    q = levels.clamp(0, rule.levels - 1).round().to(torch.int64)
-    return CodedPlanes(
-        mean_steps,
-        mean_codes,
-        bases.numpy().astype(np.uint16),
-        scales.numpy().astype(np.uint8),
-        mins,
-        _pack(q, rule),
-    )
+        level = (y - _spread(low, rule, *y.shape)) * inverse
+    symbols_out[:] = _pack(level.clamp(0, levels - 1).round().to(torch.int64), levels)
+    return base
 
 
-def decode_planes(
-    coded: CodedPlanes, rule: PlaneRule, signs: F32, num_tokens: int, dtype: torch.dtype
-) -> Tensor | None:
-    """Return the planes ``[P, T, D]``; None when a digit is not a level. Pure."""
-    head_dim = signs.shape[1]
-    q = _unpack(coded.symbols, rule, num_tokens, head_dim)
+def _decode_plane(codes: HalfCodes, segment: Segment, plane: int, base: int, head_dim: int) -> Tensor | None:
+    rule, levels = segment.rule, int(segment.levels[plane])
+    scales, mins, symbols = split(codes, segment, plane, head_dim)
+    q = _unpack(symbols, levels, segment.num_tokens, head_dim)
     if q is None:
         return None
-    scales = torch.from_numpy(coded.scales.astype(np.int32))
-    steps = _steps(scales, torch.from_numpy(coded.bases.astype(np.int32)))
-    steps = _spread(steps, rule, num_tokens, head_dim)
+    shape = (segment.num_tokens, head_dim)
+    steps = _spread(((torch.from_numpy(scales.astype(np.int32)) + base) << 19).view(torch.float32), rule, *shape)
     if rule.is_symmetric:
-        y = (q.float() - (rule.levels - 1) / 2) * steps
-    else:
-        low = _from_bfloat16(torch.from_numpy(coded.mins.astype(np.int32)))
-        y = q.float() * steps
-        y = y + _spread(low, rule, num_tokens, head_dim)
-    if rule.is_rotated:
-        y = _hadamard(y) * torch.from_numpy(signs.copy())[:, None, :]
-    step = _from_bfloat16(torch.from_numpy(coded.mean_steps.astype(np.int32)))
-    means = torch.from_numpy(coded.mean_codes.copy()).float() * step[:, None]
-    return (y + means[:, None, :]).to(dtype)
+        return (q.float() - (levels - 1) / 2) * steps
+    low = _spread(_from_bfloat16(torch.from_numpy(mins.astype(np.int32))), rule, *shape)
+    return q.float() * steps + low
+
+
+def _undo_rope(x: Tensor, cos: F32, sin: F32) -> Tensor:
+    u, w = x.chunk(2, dim=-1)
+    c, s = torch.from_numpy(cos.copy()), torch.from_numpy(sin.copy())
+    return torch.cat((u * c + w * s, w * c - u * s), dim=-1)
+
+
+def _redo_rope(x: Tensor, cos: F32, sin: F32) -> Tensor:
+    u, w = x.chunk(2, dim=-1)
+    c, s = torch.from_numpy(cos.copy()), torch.from_numpy(sin.copy())
+    return torch.cat((u * c - w * s, w * c + u * s), dim=-1)
 
 
 def _f32(value: float) -> float:
@@ -137,12 +185,12 @@ def _means(y: Tensor, is_centred: bool) -> tuple[U16, I8, Tensor]:
     return step_bits.numpy().astype(np.uint16), codes.to(torch.int8).numpy(), codes * step[:, None]
 
 
-def _rms(y: Tensor) -> Tensor:
-    squares = _sum_tokens(y * y)
-    total = torch.zeros_like(squares[:, 0])
-    for channel in range(y.shape[2]):
-        total = total + squares[:, channel]
-    return (total * _f32(1.0 / (y.shape[1] * y.shape[2]))).sqrt()
+def _rms(z: Tensor) -> Tensor:
+    squares = _sum_tokens((z * z)[None])[0]
+    total = torch.zeros(())
+    for channel in range(z.shape[1]):
+        total = total + squares[channel]
+    return (total * _f32(1.0 / z.numel())).sqrt()
 
 
 def _hadamard(y: Tensor) -> Tensor:
@@ -161,30 +209,24 @@ def _hadamard(y: Tensor) -> Tensor:
     return torch.cat(done, dim=-1)
 
 
-def _grouped(y: Tensor, rule: PlaneRule) -> Tensor:
-    """Return ``[P, S, values that share the scale]``; a short last group repeats its last token."""
-    num_planes, num_tokens, head_dim = y.shape
+def _grouped(y: Tensor, rule: SegmentRule) -> Tensor:
+    """Return ``[S, values that share the scale]`` of ``[T, D]``; a short last group repeats its last token."""
+    num_tokens, head_dim = y.shape
     if rule.axis == "token":
         return y
     if rule.axis == "tensor":
-        return y.reshape(num_planes, 1, -1)
+        return y.reshape(1, -1)
     if rule.axis == "channel":
-        return y.transpose(1, 2)
-    pad = -num_tokens % rule.group_tokens
-    y = torch.cat([y, y[:, -1:].expand(-1, pad, -1)], dim=1)
-    return y.reshape(num_planes, -1, rule.group_tokens, head_dim).transpose(2, 3).flatten(1, 2)
+        return y.transpose(0, 1)
+    y = torch.cat([y, y[-1:].expand(-num_tokens % rule.group_tokens, -1)])
+    return y.reshape(-1, rule.group_tokens, head_dim).transpose(1, 2).flatten(0, 1)
 
 
-def _spread(scales: Tensor, rule: PlaneRule, num_tokens: int, head_dim: int) -> Tensor:
-    """Turn ``[P, S]`` into what multiplies ``[P, T, D]``."""
-    if rule.axis == "token":
-        return scales[:, :, None]
-    if rule.axis == "tensor":
-        return scales[:, :, None]
-    if rule.axis == "channel":
-        return scales[:, None, :]
-    # Never more than the plane's own size: a frame may state groups of any length.
-    return scales.reshape(scales.shape[0], -1, head_dim)[:, torch.arange(num_tokens) // rule.group_tokens]
+def _spread(scales: Tensor, rule: SegmentRule, num_tokens: int, head_dim: int) -> Tensor:
+    """Turn ``[S]`` into what goes with ``[T, D]``."""
+    if rule.axis == "group":
+        return scales.reshape(-1, head_dim).repeat_interleave(rule.group_tokens, dim=0)[:num_tokens]
+    return scales[:, None] if rule.axis == "token" else scales[None, :]
 
 
 def _bfloat16_down(value: Tensor) -> Tensor:
@@ -198,30 +240,19 @@ def _from_bfloat16(bits: Tensor) -> Tensor:
     return (bits << 16).view(torch.float32)
 
 
-def _steps(scales: Tensor, bases: Tensor) -> Tensor:
-    return ((scales + bases[:, None]) << 19).view(torch.float32)
+def _pack(q: Tensor, levels: int) -> U8:
+    num_tokens, head_dim = q.shape
+    digits = digits_per_byte(levels)
+    q = torch.cat([q, q.new_zeros(-num_tokens % digits, head_dim)]).reshape(-1, digits, head_dim)
+    place = levels ** torch.arange(digits)
+    return (q * place[:, None]).sum(1).reshape(-1).numpy().astype(np.uint8)
 
 
-def _pack(q: Tensor, rule: PlaneRule) -> U8:
-    num_planes, num_tokens, head_dim = q.shape
-    pad = -num_tokens % rule.digits
-    q = torch.cat([q, q.new_zeros(num_planes, pad, head_dim)], dim=1)
-    q = q.reshape(num_planes, -1, rule.digits, head_dim)
-    symbols = sum(q[:, :, digit] * rule.levels**digit for digit in range(rule.digits))
-    assert isinstance(symbols, Tensor)
-    if rule.order == "channel":
-        symbols = symbols.transpose(1, 2)
-    return symbols.reshape(num_planes, -1).numpy().astype(np.uint8)
-
-
-def _unpack(symbols: U8, rule: PlaneRule, num_tokens: int, head_dim: int) -> Tensor | None:
+def _unpack(symbols: U8, levels: int, num_tokens: int, head_dim: int) -> Tensor | None:
+    digits = digits_per_byte(levels)
     packed = torch.from_numpy(symbols.astype(np.int64))
-    if packed.numel() and int(packed.max()) >= rule.levels**rule.digits:
+    if int(packed.max()) >= levels**digits:
         return None
-    num_planes = packed.shape[0]
-    if rule.order == "channel":
-        packed = packed.reshape(num_planes, head_dim, -1).transpose(1, 2)
-    else:
-        packed = packed.reshape(num_planes, -1, head_dim)
-    q = torch.stack([packed // rule.levels**digit % rule.levels for digit in range(rule.digits)], dim=2)
-    return q.flatten(1, 2)[:, :num_tokens]
+    packed = packed.reshape(-1, 1, head_dim)
+    place = levels ** torch.arange(digits)
+    return (packed // place[:, None] % levels).flatten(0, 1)[:num_tokens]

@@ -1,8 +1,10 @@
 """What a codec pipeline is: plain data that a profile library can hold. Nothing here computes.
 
 A pipeline codes every frame on its own, in this order; each stage is optional and K and V have their own parameters:
-the first and last tokens of the prompt stay raw; the mean of each channel is subtracted; a seeded random Hadamard
-transform over head_dim spreads outliers; integer levels; digits packed into bytes; entropy coding.
+the first and last tokens of the prompt stay raw; K's rotary position embedding is undone, because before it channels
+have steady means; the mean of each channel is subtracted; a seeded random Hadamard transform over head_dim spreads
+outliers; integer levels, other ones for the most recent tokens, which attention looks at most; digits packed into
+bytes; entropy coding.
 """
 
 from typing import Literal
@@ -14,7 +16,6 @@ from core.config import ConfigModel
 CODEC_VERSION = 1  # of the coded bytes: frames of another version are refused, measurements of another are void
 
 Axis = Literal["token", "group", "channel", "tensor"]
-Order = Literal["token", "channel"]
 Levels = Field(ge=2, le=256)
 
 
@@ -29,7 +30,6 @@ class Quantiser(ConfigModel):
         clip: the part of the largest magnitude that the levels span; values beyond saturate. Symmetric only.
         step_rms: distance of two levels in units of the root mean square, instead of from the largest magnitude:
             uniform steps for the entropy coder. Axis tensor and symmetric only.
-        order: successive bytes are successive channels of a token, or successive tokens of a channel.
     """
 
     levels: int = Levels
@@ -38,7 +38,6 @@ class Quantiser(ConfigModel):
     symmetric: bool = True
     clip: float = Field(default=1.0, gt=0.0, le=1.0)
     step_rms: float | None = Field(default=None, gt=0.0, le=16.0)
-    order: Order = "token"
 
     @model_validator(mode="after")
     def _check(self) -> "Quantiser":
@@ -55,19 +54,24 @@ class PipelineSpec(ConfigModel):
     Attributes:
         kind: raw; byte planes and zstd; 8-bit floats; all stages.
         sink_tokens, tail_tokens: the first and the last tokens of the prompt that stay raw.
+        rope_theta: base of the model's rotary embedding (rotated halves, all channels), to undo it in K for the wire; a
+            wrong one costs ratio, nothing else. None: leave it.
         center_k, center_v: subtract the mean of each channel over the frame.
         rotate_k, rotate_v, seed: random Hadamard transform over head_dim.
         k, v: the levels of most planes; a plane is one (layer, K or V, head).
+        recent_tokens, k_recent, v_recent: that many last tokens of the prompt, before the raw tail, have levels of
+            their own, in all planes; None: as the others'.
         protected_first, protected_last: that many first and last layers of the model use the protected levels.
-        k_protected_levels, v_protected_levels: None: as the others.
+        k_protected_levels, v_protected_levels: None: as the others. Likewise k_protected_step_rms ...
         low_heads: (layer, head) pairs, global numbers, that use the low levels; a protected layer has none.
-        k_low_levels, v_low_levels: None: as the others.
+        k_low_levels, v_low_levels: None: as the others. Likewise k_low_step_rms ...
         entropy, zstd_level: what is done with the packed digits and the scales.
     """
 
     kind: Literal["none", "lossless", "fp8", "quantised"] = "quantised"
     sink_tokens: int = Field(default=0, ge=0, le=4096)
     tail_tokens: int = Field(default=0, ge=0, le=4096)
+    rope_theta: float | None = Field(default=None, gt=1.0, le=1e12)
     center_k: bool = True
     center_v: bool = False
     rotate_k: bool = True
@@ -75,13 +79,20 @@ class PipelineSpec(ConfigModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     k: Quantiser = Quantiser(levels=16)
     v: Quantiser = Quantiser(levels=16)
+    recent_tokens: int = Field(default=0, ge=0, le=65536)
+    k_recent: Quantiser | None = None
+    v_recent: Quantiser | None = None
     protected_first: int = Field(default=0, ge=0, le=1024)
     protected_last: int = Field(default=0, ge=0, le=1024)
     k_protected_levels: int | None = Field(default=None, ge=2, le=256)
     v_protected_levels: int | None = Field(default=None, ge=2, le=256)
+    k_protected_step_rms: float | None = Field(default=None, gt=0.0, le=16.0)
+    v_protected_step_rms: float | None = Field(default=None, gt=0.0, le=16.0)
     low_heads: tuple[tuple[int, int], ...] = ()
     k_low_levels: int | None = Field(default=None, ge=2, le=256)
     v_low_levels: int | None = Field(default=None, ge=2, le=256)
+    k_low_step_rms: float | None = Field(default=None, gt=0.0, le=16.0)
+    v_low_step_rms: float | None = Field(default=None, gt=0.0, le=16.0)
     entropy: Literal["none", "zstd"] = "zstd"
     zstd_level: int = Field(default=1, ge=1, le=19)
 
@@ -89,6 +100,12 @@ class PipelineSpec(ConfigModel):
     def _check(self) -> "PipelineSpec":
         if any(layer < 0 or head < 0 for layer, head in self.low_heads):
             raise ValueError("low_heads are pairs of layer and head, from 0")
+        for quantiser, steps in (
+            (self.k, (self.k_protected_step_rms, self.k_low_step_rms)),
+            (self.v, (self.v_protected_step_rms, self.v_low_step_rms)),
+        ):
+            if quantiser.step_rms is None and any(step is not None for step in steps):
+                raise ValueError("a class may have its own step_rms where the others have one")
         return self
 
     @property
