@@ -200,6 +200,7 @@ def _words(values: dict[str, Any]) -> str:
     return (
         f"jct {ms('jct_mean_s')} p99 {ms('jct_p99_s')}  ttft {ms('ttft_mean_s')}  second {ms('second_mean_s')}  "
         f"hand-off {ms('handoff_mean_s')} ms  ratio {values['ratio']}  failed {values['failures']}  "
+        f"estimate {values['estimated_mbit_per_s']} Mbit/s  "
         f"cpu {values['near_cpu_s']:.1f}+{values['far_cpu_s']:.1f} s  {values['profiles']}"
     )
 

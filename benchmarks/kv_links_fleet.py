@@ -199,6 +199,8 @@ def totals(run: dict[str, Any]) -> dict[str, Any]:
     raw, wire = (sum(row[f"{kind}_bytes"] for row in done) for kind in ("raw", "wire"))
     result["ratio"] = round(raw / wire, 3) if wire else None
     result["raw_mb"], result["wire_mb"] = round(raw / 1e6, 1), round(wire / 1e6, 1)
+    goodputs = [row["goodput"] for row in rows if row["goodput"] is not None]
+    result["estimated_mbit_per_s"] = round(statistics.median(goodputs) * 8e-6, 1) if goodputs else None
     profiles = [row["profile"] for row in rows]
     result["profiles"] = {name: profiles.count(name) for name in sorted(set(profiles))}
     result["near_cpu_s"], result["far_cpu_s"] = round(run["near_cpu_s"], 3), round(run["far_cpu_s"], 3)
