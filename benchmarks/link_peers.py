@@ -1,10 +1,11 @@
 """The two processes of the link benchmark: paged pools, the raw gloo pair that is compared with, and the far side.
 
 The far side is a slave: it takes commands over the raw pair (expect a transfer, take part in a raw send, stop), so that
-both ways of moving bytes are measured in the same two processes, on the same clock, in turn.
+all ways of moving bytes are measured in the same two processes, on the same clock, in turn.
 """
 
 import asyncio
+import json
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from benchmarks.link_ways import FarWays, Way, open_near_ways
 from core.clock import MonotonicClock
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.layout import KvLayout
@@ -30,7 +32,8 @@ LAYOUT = KvLayout("benchmark", num_layers=16, num_kv_heads=4, head_dim=64, dtype
 MIB = 1024 * 1024
 WAIT_S = 60.0
 _NEAR, _FAR = 0, 1
-_STOP, _RAW, _EXPECT = range(3)
+_STOP, _RAW, _EXPECT, _WAY = range(4)
+_WAYS = ("tcp", "carrier")
 
 
 class PagedPool:
@@ -43,10 +46,19 @@ class PagedPool:
         self._pool.kv.view(torch.int16).random_(-(2**14), 2**14, generator=generator)
         self._table = torch.randperm(num_blocks, generator=generator)
 
-    def read_kv(self, request_id: RequestId, layers: range, tokens: range, out: Tensor | None = None) -> Tensor:
+    def read_kv(
+        self,
+        request_id: RequestId,
+        layers: range,
+        tokens: range,
+        out: Tensor | None = None,
+        heads: range | None = None,
+    ) -> Tensor:
         return self._pool.read(self._table, layers, tokens, out)
 
-    def write_kv(self, request_id: RequestId, layers: range, tokens: range, kv: Tensor) -> None:
+    def write_kv(
+        self, request_id: RequestId, layers: range, tokens: range, kv: Tensor, heads: range | None = None
+    ) -> None:
         self._pool.write(self._table, layers, tokens, kv)
 
     def checksum(self) -> str:
@@ -100,6 +112,24 @@ class RawPair:
         work.wait(timedelta(seconds=WAIT_S))
         self.say_done()  # arrived
 
+    def open_ways(self, config: KvTransferConfig) -> dict[str, Way]:
+        """Near side: open the other ways to the far side."""
+        return open_near_ways(config, json.loads(self.store.get("ways")))
+
+    def send_over(self, way: Way) -> None:
+        """The whole payload over another way, and the far side's word that it is there."""
+        way.send(self._payload)
+        self.wait_done()
+
+    def prepare_way(self, name: str) -> None:
+        self.command(_WAY, _WAYS.index(name))
+        self.wait_done()
+
+    def receive_over(self, way: Way) -> None:
+        self.say_done()  # listening
+        way.receive(self._payload)
+        self.say_done()  # arrived
+
     def expect(self, sequence: int, num_tokens: int) -> None:
         self.command(_EXPECT, sequence << 32 | num_tokens)
         self.wait_done()
@@ -129,11 +159,11 @@ def names_of(sequence: int) -> tuple[TransferId, RequestId]:
     return TransferId(f"bench-{sequence}/0"), RequestId(f"bench-{sequence}")
 
 
-async def run_far_side(port: int, max_tokens: int, config: KvTransferConfig) -> None:
+async def run_far_side(port: int, max_tokens: int, raw_bytes: int, config: KvTransferConfig) -> None:
     """Be the decode side until told to stop."""
     torch.set_num_threads(1)
     pool = PagedPool(max_tokens, seed=2)
-    pair = RawPair("far", port, max_tokens * LAYOUT.bytes_per_token)
+    pair = RawPair("far", port, raw_bytes)
     identity = WorkerIdentity(WorkerId("far"), Epoch(1), "benchmark")
     receiver = KvReceiver(config, identity, LAYOUT, pool, _Ignored(), MonotonicClock())
     server = create_server()
@@ -145,10 +175,17 @@ async def run_far_side(port: int, max_tokens: int, config: KvTransferConfig) -> 
     stopped = asyncio.Event()
 
     def obey() -> None:
+        ways: dict[str, Way] = {}
         try:
+            far_ways = FarWays(config)
+            pair.store.set("ways", json.dumps(far_ways.addresses))
+            ways = far_ways.open()
             while (command := pair.next_command())[0] != _STOP:
                 if command[0] == _RAW:
                     pair.receive_raw()
+                    continue
+                if command[0] == _WAY:
+                    pair.receive_over(ways[_WAYS[command[1]]])
                     continue
                 transfer_id, request_id = names_of(command[1] >> 32)
                 expected = receiver.expect(transfer_id, request_id, 0, command[1] & 0xFFFFFFFF)
@@ -156,6 +193,8 @@ async def run_far_side(port: int, max_tokens: int, config: KvTransferConfig) -> 
                 pair.say_done()
             pair.store.set("checksum", pool.checksum())
         finally:
+            for way in ways.values():
+                way.close()
             loop.call_soon_threadsafe(stopped.set)
 
     thread = threading.Thread(target=obey, name="commands")

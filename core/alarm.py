@@ -32,6 +32,11 @@ class Alarm:
             delay_s = max(0.0, deadline - self._clock.now())
             self._handle = asyncio.get_running_loop().call_later(delay_s, self._ring)
 
+    def arm_by(self, deadline: float | None) -> None:
+        """Ring no later than `deadline`: for many sessions that share one alarm; being early is harmless to them."""
+        if deadline is not None and (self._deadline is None or deadline < self._deadline):
+            self.arm(deadline)
+
     def disarm(self) -> None:
         if self._handle is not None:
             self._handle.cancel()

@@ -30,6 +30,9 @@ class TransferTerms:
     compute_s: float = 0.0
 
 
+NO_TERMS = TransferTerms()
+
+
 @dataclass(frozen=True, slots=True)
 class LinkView:
     """One link as it is measured, at the moment of the question.

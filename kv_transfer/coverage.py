@@ -1,7 +1,8 @@
-"""Which part of a box has been written: exactly once, exactly all of it.
+"""Which part of a box has arrived, and which has been written: exactly once, exactly all of it.
 
-Boxes that are written never overlap, so completeness is a sum of volumes. Overlap is found per (layers, heads) slab,
-of which a transfer has few (its layer groups times its shards); inside a slab token ranges are merged as they meet.
+A frame is claimed when it has been verified, before it is decoded: what comes twice is refused then. Claims never
+overlap, so both kinds of completeness are sums of volumes. Overlap is found per (layers, heads) slab, of which a
+transfer has few (its layer groups times its shards); inside a slab token ranges are merged as they meet.
 """
 
 from bisect import bisect_left
@@ -10,30 +11,30 @@ from kv_transfer.box import Box
 
 
 class Coverage:
-    """Accounts for the boxes written inside `target`. Not thread-safe."""
+    """Accounts for the boxes inside `target`. Not thread-safe: claims are made by one thread."""
 
     def __init__(self, target: Box | None) -> None:
-        """Start with nothing written. `target` None means that there is nothing to write."""
+        """Start with nothing claimed. `target` None means that there is nothing to write."""
         self._target = target
-        self._missing = 0 if target is None else target.volume
         self._slabs: dict[tuple[range, range], list[tuple[int, int]]] = {}
 
     @property
-    def is_complete(self) -> bool:
-        return self._missing == 0
+    def volume(self) -> int:
+        """Cells of the target."""
+        return 0 if self._target is None else self._target.volume
 
     def is_inside(self, box: Box) -> bool:
         """Return whether the target holds all of `box`. Pure."""
         return self._target is not None and self._target.contains(box)
 
     def overlaps(self, box: Box) -> bool:
-        """Return whether some cell of `box` has been added before. Pure."""
+        """Return whether some cell of `box` has been claimed before. Pure."""
         return any(
             _meet(layers, box.layers) and _meet(heads, box.heads) and _overlaps(spans, box.tokens)
             for (layers, heads), spans in self._slabs.items()
         )
 
-    def add(self, box: Box) -> None:
+    def claim(self, box: Box) -> None:
         """Account for a box that is inside the target and overlaps nothing (asserted)."""
         assert self.is_inside(box)
         assert not self.overlaps(box)
@@ -46,7 +47,6 @@ class Coverage:
             start = spans.pop(at - 1)[0]
             at -= 1
         spans.insert(at, (start, stop))
-        self._missing -= box.volume
 
 
 def _meet(a: range, b: range) -> bool:

@@ -1,20 +1,27 @@
 """Where a frame becomes KV in the pool: every check between bytes that arrived and `write_kv`.
 
-The order is fixed: the frame is intact (`frame.decode`), it was written for this link and these incarnations, its
-transfer is alive, it fits the model's layout, its codec is known, its box was reserved and has not been written; then
-it is decoded and written; only then accounted for. Any failure refuses the frame and ends its transfer; frames of
-transfers that have ended already are drained and dropped, because their blocks may be somebody else's by now.
+The order is fixed. `admit`: the frame is intact (`frame.decode`), it was written for this link and these incarnations,
+its transfer is alive, it fits the model's layout, its codec is known, its box was reserved and has not come before;
+then its box is claimed. `write`: it is decoded and written; only then accounted for. Any failure refuses the frame and
+ends its transfer; frames of transfers that have ended already are drained and dropped, because their blocks may be
+somebody else's by now.
+
+The two halves may run on different threads: a coded frame leaves its slot as soon as it is admitted, and is written by
+a codec thread. Nothing that a frame brings is of use before everything is written.
 """
 
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from core.errors import ServingError
 from core.ids import RequestId, TransferId
 from core.layout import KvLayout
 from kv_transfer.box import Box
-from kv_transfer.codec import TORCH_DTYPES, Decoder
+from kv_transfer.codec import RAW, TORCH_DTYPES, Decoder
 from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, decode, section_spans
 from kv_transfer.gate import Gate
@@ -38,10 +45,11 @@ class FrameStamp:
 
 @dataclass(slots=True, eq=False)
 class Landing:
-    """One transfer as the receiver thread sees it.
+    """One transfer as the threads of the receiver see it.
 
-    Any thread may use `gate` and read `written`; `coverage` is the receiver thread's own. What was written is published
-    as one immutable fact in one store, so that a reader never sees the frames of now with the bytes of before.
+    Any thread may use `gate`, `account` and read `written`; `coverage` is the receiver thread's own. What was written
+    is published as one immutable fact in one store, so that a reader never sees the frames of now with the bytes of
+    before.
     """
 
     transfer_id: TransferId
@@ -50,10 +58,41 @@ class Landing:
     gate: Gate = field(default_factory=Gate)
     written: FramesWritten = _NOTHING_WRITTEN
     told_frames: int = 0  # the event loop's own note
+    _volume: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def account(self, header: FrameHeader, *, is_exact: bool) -> FramesWritten:
+        """Add a frame that was written; return the totals with it."""
+        payload_bytes = header.payload_bytes
+        with self._lock:
+            self._volume += header.box.volume
+            before = self.written
+            self.written = FramesWritten(
+                num_frames=before.num_frames + 1,
+                payload_bytes=before.payload_bytes + payload_bytes,
+                is_covered=self._volume == self.coverage.volume,
+                raw_bytes=before.raw_bytes + header.raw_bytes,
+                is_exact=before.is_exact and is_exact,
+            )
+            return self.written
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A frame that was verified and whose box is claimed: it may be written, once."""
+
+    header: FrameHeader
+    landing: Landing
+    decoder: Decoder
+
+    @property
+    def is_raw(self) -> bool:
+        """The payload is the tensor: nothing to decode, so it may be written right from its slot."""
+        return self.header.codec_id == RAW.codec_id
 
 
 class LandingZone:
-    """Lands the frames of one link into the pool. Used by one thread.
+    """Lands the frames of one link into the pool. `admit` is for one thread, `write` for any.
 
     `landings` is shared with the event loop, which adds a transfer when it is reserved and removes it when it ends.
     """
@@ -73,7 +112,7 @@ class LandingZone:
         self._landings = landings
 
     def land(self, slot: Slot) -> tuple[FrameHeader, Landing | None]:
-        """Verify and write the frame in `slot`.
+        """Verify the frame in `slot` and write it, here and now.
 
         Returns:
             Its header, and the transfer that it was written for: None for a late frame.
@@ -81,13 +120,44 @@ class LandingZone:
         Raises:
             FrameRefused: nothing was written, or (POOL) the pool refused to.
         """
+        header, arrival = self.admit(slot)
+        if arrival is None or self.write(arrival, slot.memory[HEADER_BYTES:]) is None:
+            return header, None
+        return header, arrival.landing
+
+    def admit(self, slot: Slot) -> tuple[FrameHeader, Arrival | None]:
+        """Verify the frame in `slot` and claim its box.
+
+        Returns:
+            Its header, and what to write: None for a late frame.
+
+        Raises:
+            FrameRefused: nothing was claimed.
+        """
         header = decode(slot.view())
         try:
-            return header, self._write(header, slot)
+            return header, self._claim(header)
         except FrameRefused as refused:
             raise FrameRefused(refused.reason, refused.detail, header.transfer_id) from refused
 
-    def _write(self, header: FrameHeader, slot: Slot) -> Landing | None:
+    def write(self, arrival: Arrival, payload: Tensor) -> FramesWritten | None:
+        """Decode an admitted frame, write it and account for it.
+
+        Args:
+            payload: uint8, 64-byte aligned, at least as long as the header says; only lent for the call.
+
+        Returns:
+            The totals of its transfer; None when that has ended meanwhile.
+
+        Raises:
+            FrameRefused: nothing was written, or (POOL) the pool refused to.
+        """
+        try:
+            return self._write(arrival, payload)
+        except FrameRefused as refused:
+            raise FrameRefused(refused.reason, refused.detail, arrival.header.transfer_id) from refused
+
+    def _claim(self, header: FrameHeader) -> Arrival | None:
         if FrameStamp(header.sender_epoch, header.receiver_epoch, header.link_epoch) != self._stamp:
             raise FrameRefused(NackReason.EPOCH, "written for another link or another incarnation")
         landing = self._landings.get(header.transfer_id)
@@ -100,15 +170,28 @@ class LandingZone:
         if not landing.coverage.is_inside(header.box):
             raise FrameRefused(NackReason.RANGE, f"{_words(header.box)} is not in the reservation")
         if landing.coverage.overlaps(header.box):
-            raise FrameRefused(NackReason.DUPLICATE, f"of {_words(header.box)} something was written before")
-        payload = slot.memory[HEADER_BYTES:]
+            raise FrameRefused(NackReason.DUPLICATE, f"of {_words(header.box)} something came before")
+        landing.coverage.claim(header.box)
+        return Arrival(header, landing, decoder)
+
+    def _write(self, arrival: Arrival, payload: Tensor) -> FramesWritten | None:
+        header, landing = arrival.header, arrival.landing
+        if landing.gate.is_closed:
+            return None
         sections = [payload[span.start : span.stop] for span in section_spans(header.section_bytes)]
-        dtype = TORCH_DTYPES[header.dtype]
-        kv = decoder.decode(header.codec_params, sections, header.shape, dtype)
+        try:
+            kv = arrival.decoder.decode(header.codec_params, sections, header.shape, TORCH_DTYPES[header.dtype])
+            is_exact = arrival.decoder.is_exact(header.codec_params)
+        except FrameRefused:
+            raise
+        except Exception as error:  # a decoder that crashes on a frame has refused it; the thread serves others
+            _log.exception("decoding a frame of %s", header.transfer_id)
+            raise FrameRefused(NackReason.CODEC, f"{type(error).__name__}: {error}") from error
+        heads = None if len(header.box.heads) == self._layout.num_kv_heads else header.box.heads
         if not landing.gate.enter():
             return None
         try:
-            self._writer.write_kv(landing.request_id, header.box.layers, header.box.tokens, kv)
+            self._writer.write_kv(landing.request_id, header.box.layers, header.box.tokens, kv, heads=heads)
         except ServingError as error:
             raise FrameRefused(NackReason.POOL, str(error)) from error
         except Exception as error:  # a defect of the pool ends this transfer and is told; the thread serves others
@@ -116,21 +199,15 @@ class LandingZone:
             raise FrameRefused(NackReason.POOL, f"{type(error).__name__}: {error}") from error
         finally:
             landing.gate.leave()
-        landing.coverage.add(header.box)
-        before = landing.written
-        landing.written = FramesWritten(
-            before.num_frames + 1, before.payload_bytes + header.payload_bytes, landing.coverage.is_complete
-        )
-        return landing
+        return landing.account(header, is_exact=is_exact)
 
     def _check_shape(self, header: FrameHeader) -> None:
         layout = self._layout
-        # All heads at once for now: a sharded sender needs a writer port that takes a head range.
         if (
             header.head_dim != layout.head_dim
             or header.dtype != layout.dtype
             or header.box.layers.stop > layout.num_layers
-            or header.box.heads != range(layout.num_kv_heads)
+            or header.box.heads.stop > layout.num_kv_heads
         ):
             raise FrameRefused(
                 NackReason.SHAPE,

@@ -15,6 +15,17 @@ class KvTransferMetrics:
             "tandem_kv_transfer_bytes", "KV payload that crossed a link (after coding)", ["side"], registry=registry
         )
         self.frames = Counter("tandem_kv_transfer_frames", "Frames that crossed a link", ["side"], registry=registry)
+        # Pumps count every frame: the children are looked up once.
+        self.frames_sent = self.frames.labels("sender")
+        self.payload_sent = self.payload_bytes.labels("sender")
+        self.frames_received = self.frames.labels("receiver")
+        self.payload_received = self.payload_bytes.labels("receiver")
+        self.raw_bytes = Counter(
+            "tandem_kv_transfer_raw_bytes", "KV that was handed over (before coding)", ["side"], registry=registry
+        )
+        self.profiles = Counter(
+            "tandem_kv_transfer_profiles", "Transfers by profile and why", ["profile", "reason"], registry=registry
+        )
         self.frames_refused = Counter(
             "tandem_kv_transfer_frames_refused", "Frames not written, by reason", ["reason"], registry=registry
         )

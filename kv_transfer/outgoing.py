@@ -5,6 +5,7 @@ from typing import Protocol
 
 from core.ids import RequestId, TransferId
 from kv_transfer.box import Box
+from kv_transfer.codec import RAW, Encoder
 from kv_transfer.gate import Gate
 from kv_transfer.session import NackReason
 
@@ -18,11 +19,21 @@ class Commit:
 
 @dataclass(slots=True, eq=False)
 class Outgoing:
-    """One transfer as the pump sees it. `gate` may be used from any thread; the rest belongs to the pump."""
+    """One transfer as the pump sees it. `gate` may be used from any thread; the rest belongs to the pump.
+
+    Attributes:
+        heads: that this sender brings, global.
+        encoder: chosen when the transfer is reserved, and then never changed.
+        expected_bytes: estimate of all its payload, as coded.
+    """
 
     transfer_id: TransferId
     request_id: RequestId
     num_tokens: int
+    heads: range
+    encoder: Encoder = RAW
+    frame_raw_bytes: int = 0  # how much KV a coded frame should hold
+    expected_bytes: int = 0
     gate: Gate = field(default_factory=Gate)
     held_tokens: int | None = None  # None: not reserved yet
     waiting: list[Box | Commit] = field(default_factory=list)
@@ -53,8 +64,8 @@ class PumpHooks(Protocol):
         """This transfer cannot go on."""
         ...
 
-    def on_link_lost(self, detail: str) -> None:
-        """Frames of other transfers may be lost too."""
+    def on_link_lost(self, detail: str, *, was_open: bool) -> None:
+        """Frames of other transfers may be lost too. `was_open`: it broke; else it could not be opened."""
         ...
 
     def on_link_needed(self, link_epoch: int) -> None:

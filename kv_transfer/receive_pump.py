@@ -1,8 +1,12 @@
 """The receiver thread of a link: takes messages as they arrive, lands them, gives the slot and the credit back.
 
 One thread per open link; a rebuilt link has a new thread, so nothing that an old one still does can touch the new
-epoch's frames. A frame that is refused ends its transfer; bytes that are not a frame at all end the link, since nothing
-that follows them can be trusted either.
+epoch's frames. A raw frame is written from its slot; a coded one is copied out and written by codec threads
+(`decode_line`). A frame that is refused ends its transfer; bytes that are not a frame at all end the link, since
+nothing that follows them can be trusted either.
+
+Two counts go back to the sender. Credit: payload that is in the pool, so that more may come. Received: payload that
+has crossed the link, decoded or not, from which the sender learns how fast the link is.
 """
 
 import contextlib
@@ -12,22 +16,30 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Protocol
 
+from core.clock import Clock
 from core.ids import TransferId
-from kv_transfer.frame import FrameRefused
-from kv_transfer.landing import Landing, LandingZone
-from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd
+from kv_transfer.codec_threads import Buffers, CodecThreads
+from kv_transfer.config import KvTransferConfig
+from kv_transfer.decode_line import DecodeLine
+from kv_transfer.frame import HEADER_BYTES, FrameRefused
+from kv_transfer.landing import Arrival, LandingZone
+from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd, Slot
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.patience import be_patient
+from kv_transfer.receiver_events import FramesWritten
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)
+# A slow link would be blind while a whole portion of credit crosses it: so much later, so much is told.
+_NEWS_S = 0.02
+_NEWS_BYTES = 64 * 1024
 
 
 class ReceiveHooks(Protocol):
-    """Told on the pump's thread; must not block."""
+    """Told on the pump's thread or on a codec thread; must not block."""
 
     def on_progress(self) -> None:
-        """Look at the landings and at `take_credit`: a transfer began or is covered, or a portion of credit is due.
+        """Look at the landings and at `take_news`: a transfer began or is covered, or a portion of credit is due.
 
         Not called for every frame: waking an event loop costs as much as landing a small one.
         """
@@ -43,40 +55,62 @@ class ReceivePump:
 
     def __init__(
         self,
+        config: KvTransferConfig,
         links: Links,
         plan: LinkPlan,
         link_epoch: int,
         zone: LandingZone,
+        threads: CodecThreads,
+        buffers: Buffers,
         hooks: ReceiveHooks,
         metrics: KvTransferMetrics,
-        *,
-        credit_portion_bytes: int,
+        clock: Clock,
     ) -> None:
-        """`credit_portion_bytes`: consumed bytes that are worth a message to the sender."""
         self._links = links
         self._plan = plan
         self._link_epoch = link_epoch
         self._zone = zone
         self._hooks = hooks
         self._metrics = metrics
+        self._clock = clock
+        self._close_timeout_s = config.close_timeout_s
+        self._line = DecodeLine(
+            zone,
+            threads,
+            buffers,
+            self,
+            max_raw_bytes=config.lookahead_bytes,
+            patience_s=config.send_timeout_s,
+        )
+        # Credit goes back in portions: large enough to be few messages, small enough that a sender which waits for one
+        # more slot always gets it.
+        self._portion_bytes = max(1, min(config.credit_bytes // 4, config.credit_bytes - config.slot_bytes))
         self._lock = threading.Lock()
         self._link: ReceiveEnd | None = None
         self._is_closing = False
-        self._credit_portion_bytes = credit_portion_bytes
         self._consumed_bytes = 0
+        self._received_bytes = self._told_bytes = 0
+        self._told_at = clock.now()
         self.finished: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"kv-receive-{plan.name}", daemon=True)
+
+    @property
+    def received_bytes(self) -> int:
+        """Payload that arrived on this link."""
+        return self._received_bytes
 
     def start(self) -> None:
         self._thread.start()
 
-    def take_credit(self) -> int:
-        """Return the payload bytes consumed since credit was last taken, 0 while they are less than a portion."""
+    def take_news(self) -> tuple[int, int] | None:
+        """Return (payload bytes consumed since the last news, payload bytes received at all), None when it is early."""
         with self._lock:
-            if self._consumed_bytes < self._credit_portion_bytes:
-                return 0
-            taken, self._consumed_bytes = self._consumed_bytes, 0
-            return taken
+            if not self._is_news_due():
+                return None
+            consumed, self._consumed_bytes = self._consumed_bytes, 0
+            self._told_bytes = self._received_bytes
+            self._told_at = self._clock.now()
+            return consumed, self._received_bytes
 
     def close(self) -> None:
         """Break the link and end the thread; `finished` is set when it is over."""
@@ -90,6 +124,8 @@ class ReceivePump:
         """After `finished`: wait for the thread's last instructions."""
         self._thread.join()
 
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
     def _run(self) -> None:
         detail = ""
         be_patient()
@@ -101,7 +137,10 @@ class ReceivePump:
         except Exception as error:  # a defect here must not leave transfers waiting for a thread that is gone
             _log.exception("receiver thread of %s", self._plan.name)
             detail = f"{type(error).__name__}: {error}"
-        # The link is closed before anybody is told: the peer is released only when the group is freed.
+        # The link is closed before anybody is told: the peer is released only when the group is freed. And what had
+        # arrived is written before that: it may complete a transfer.
+        if not self._line.drain(self._close_timeout_s):
+            _log.warning("%s: frames are being decoded still", self._plan.name)
         self._hooks.on_link_lost(self._link_epoch, detail)
         self.finished.set_result(None)
 
@@ -122,28 +161,71 @@ class ReceivePump:
             link.close()
 
     def _receive(self, link: ReceiveEnd) -> None:
-        frames, payload = self._metrics.frames.labels("receiver"), self._metrics.payload_bytes.labels("receiver")
         while True:
             slot = link.receive()
-            landing: Landing | None = None
-            try:
-                header, landing = self._zone.land(slot)
-                payload_bytes = header.payload_bytes
-            except FrameRefused as refused:
-                self._metrics.frames_refused.labels(refused.reason).inc()
-                if refused.transfer_id is None:
-                    raise LinkError(f"what arrived is not a frame: {refused.detail}") from refused
-                self._hooks.on_refused(refused.transfer_id, refused.reason, refused.detail)
-                payload_bytes = self._plan.slot_bytes  # what it really was is not known; the sender clamps
-            else:
-                if landing is None:
-                    self._metrics.frames_late.inc()
-                else:
-                    frames.inc()
-                    payload.inc(payload_bytes)
+            self._land(slot)
             link.release(slot)
-            with self._lock:
-                self._consumed_bytes += payload_bytes
-                is_due = self._consumed_bytes >= self._credit_portion_bytes
-            if is_due or (landing is not None and (landing.written.num_frames == 1 or landing.written.is_covered)):
-                self._hooks.on_progress()
+
+    def _land(self, slot: Slot) -> None:
+        try:
+            header, arrival = self._zone.admit(slot)
+        except FrameRefused as refused:
+            if refused.transfer_id is None:
+                self._metrics.frames_refused.labels(refused.reason).inc()
+                raise LinkError(f"what arrived is not a frame: {refused.detail}") from refused
+            self._refuse(refused)
+            self._count(self._plan.slot_bytes)  # what it really was is not known; the sender clamps
+            self._consume(self._plan.slot_bytes)
+            return
+        self._count(header.payload_bytes)
+        if arrival is None:
+            self._metrics.frames_late.inc()
+            self._consume(header.payload_bytes)
+        elif not arrival.is_raw:
+            self._line.take(arrival, slot)
+        else:
+            try:
+                written = self._zone.write(arrival, slot.memory[HEADER_BYTES:])
+            except FrameRefused as refused:
+                self.on_not_decoded(arrival, refused)
+            else:
+                self.on_decoded(arrival, written)
+
+    # --- what came of an admitted frame; any thread -------------------------------------------------------------------
+
+    def on_decoded(self, arrival: Arrival, written: FramesWritten | None) -> None:
+        payload_bytes = arrival.header.payload_bytes
+        if written is None:
+            self._metrics.frames_late.inc()
+        else:
+            self._metrics.frames_received.inc()
+            self._metrics.payload_received.inc(payload_bytes)
+        # Codec threads may account in one order and come here in another: whoever adds the last frame sees it covered.
+        is_telling = written is not None and (written.num_frames == 1 or written.is_covered)
+        self._consume(payload_bytes, is_telling=is_telling)
+
+    def on_not_decoded(self, arrival: Arrival, refused: FrameRefused) -> None:
+        self._refuse(refused)
+        self._consume(arrival.header.payload_bytes)
+
+    def _refuse(self, refused: FrameRefused) -> None:
+        assert refused.transfer_id is not None
+        self._metrics.frames_refused.labels(refused.reason).inc()
+        self._hooks.on_refused(refused.transfer_id, refused.reason, refused.detail)
+
+    def _count(self, payload_bytes: int) -> None:
+        with self._lock:
+            self._received_bytes += payload_bytes
+
+    def _consume(self, payload_bytes: int, *, is_telling: bool = False) -> None:
+        with self._lock:
+            self._consumed_bytes += payload_bytes
+            is_due = self._is_news_due()
+        if is_due or is_telling:
+            self._hooks.on_progress()
+
+    def _is_news_due(self) -> bool:
+        if self._consumed_bytes >= self._portion_bytes:
+            return True
+        has_enough = self._received_bytes - self._told_bytes >= _NEWS_BYTES
+        return has_enough and self._clock.now() - self._told_at >= _NEWS_S

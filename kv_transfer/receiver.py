@@ -17,40 +17,33 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
+from core.alarm import Alarm
 from core.clock import Clock
-from core.errors import (
-    DeadlineExceeded,
-    DuplicateRequest,
-    InvalidTransition,
-    ProtocolError,
-    RejectedError,
-    RejectReason,
-    TransferError,
-)
+from core.errors import DuplicateRequest, InvalidTransition, TransferError
 from core.ids import RequestId, TransferId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import receiver_events as session
 from kv_transfer.box import Box
 from kv_transfer.codec import Decoder, default_decoders
+from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack
 from kv_transfer.coverage import Coverage
-from kv_transfer.deadline_timer import DeadlineTimer
-from kv_transfer.frame import FRAME_VERSION
+from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.landing import Landing
 from kv_transfer.link import Links
 from kv_transfer.links import open_links
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.ports import KvWriter, LandedStats, ReceiverOutcomes
-from kv_transfer.receiver_pair import ReceiverPair
+from kv_transfer.receiver_pair import ReceiverPair, ReceiverParts
 from kv_transfer.receiver_session import ReceiverSession
+from kv_transfer.receiver_streams import ReceiverStreams
 from kv_transfer.session import NackReason
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
 _KEPT_ENDED = 4096
-_KEPT_EPOCHS = 4096
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +54,7 @@ class _Transfer:
     request_id: RequestId | None = None
     held_tokens: int = 0
     num_tokens: int = 0
+    heads: range | None = None
     pair: ReceiverPair | None = None
     landing: Landing | None = None
     done: asyncio.Future[None] = field(default_factory=asyncio.Future)
@@ -84,21 +78,28 @@ class KvReceiver:
     ) -> None:
         """Nothing is hosted before a sender comes. `rpc.add_kv_transfer` puts it on a server."""
         self._config = config
-        self._identity = identity
         self._layout = layout
-        self._writer = writer
         self._outcomes = outcomes
         self._clock = clock
         self._links = links or open_links(config)
-        self._decoders = decoders or default_decoders()
         self._metrics = metrics or process_metrics()
+        self._threads = CodecThreads(config.codec_threads, identity.worker_id)
+        parts = ReceiverParts(
+            identity,
+            config,
+            layout,
+            self._links,
+            writer,
+            decoders or default_decoders(),
+            self._metrics,
+            clock,
+            self._threads,
+            Buffers(),
+        )
+        self._streams = ReceiverStreams(parts, owner=self, on_detached=self._on_detached)
         self._transfers: dict[TransferId, _Transfer] = {}
         self._ended: OrderedDict[TransferId, ReceiverSession] = OrderedDict()
-        self._pairs: dict[str, ReceiverPair] = {}
-        self._newest_epochs: OrderedDict[str, int] = OrderedDict()
-        self._serving: dict[ReceiverPair, asyncio.Task[None]] = {}
-        self._streams: set[asyncio.Future[None]] = set()
-        self._timer = DeadlineTimer(clock, self.tick)
+        self._timer = Alarm(clock, self.tick)
         self._is_closed = False
 
     # --- the owner's side ---------------------------------------------------------------------------------------------
@@ -110,11 +111,13 @@ class KvReceiver:
         held_tokens: int,
         num_tokens: int,
         lease_s: float | None = None,
+        heads: range | None = None,
     ) -> None:
         """Say that blocks for [held_tokens, num_tokens) are reserved; exactly one outcome will follow.
 
         Args:
             lease_s: how long nothing need be heard of it, before the offer and between heartbeats.
+            heads: of a shard: this transfer brings these heads only (`kv_transfer.shards`); None: all.
 
         Raises:
             DuplicateRequest: it is expected already.
@@ -125,7 +128,12 @@ class KvReceiver:
         if transfer_id in self._ended:
             raise TransferError(NackReason.CANCELLED, f"{transfer_id} ended as {self._ended[transfer_id].state}")
         expected = session.Expected(
-            request_id, held_tokens, num_tokens, self._layout.bytes_per_token, lease_s or self._config.lease_s
+            request_id,
+            held_tokens,
+            num_tokens,
+            self._layout.bytes_per_token,
+            lease_s or self._config.lease_s,
+            self._shard(heads),
         )
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
@@ -134,10 +142,10 @@ class KvReceiver:
         elif transfer.request_id is not None:
             raise DuplicateRequest(f"transfer {transfer_id} is expected already")
         transfer.request_id = request_id
-        transfer.held_tokens, transfer.num_tokens = held_tokens, num_tokens
+        transfer.held_tokens, transfer.num_tokens, transfer.heads = held_tokens, num_tokens, expected.heads
         if transfer.pair is not None:
             self._feed(transfer, expected)
-        self._timer.arm(transfer.session.next_deadline())
+        self._timer.arm_by(transfer.session.next_deadline())
 
     async def cancel(self, transfer_id: TransferId, reason: str) -> None:
         """End a transfer; returns after its outcome was told: no write is in progress or will come.
@@ -152,23 +160,24 @@ class KvReceiver:
     async def close(self) -> None:
         """Fail what is live, end all streams and threads. Idempotent."""
         self._is_closed = True
+        self._streams.refuse()
         for transfer in list(self._transfers.values()):
             self._feed(transfer, session.Cancelled(NackReason.CLOSED, "the receiver is closing"))
         waiting = [transfer.done for transfer in self._transfers.values()]
-        for reader in self._serving.values():
-            reader.cancel()
-        await asyncio.gather(*waiting, *self._streams)
+        await asyncio.gather(*waiting, self._streams.close())
+        if not await asyncio.to_thread(self._threads.close, self._config.close_timeout_s):
+            _log.warning("a decoder has not ended yet")
         self._timer.disarm()
         self._links.close()
 
     def tick(self) -> None:
         """Let pass the deadlines that are due, and arm the timer for the next."""
-        for pair in self._pairs.values():
+        for pair in self._streams.pairs:
             pair.look()  # frames are a sign of life, and are not told one by one
         now = self._clock.now()
         for transfer in list(self._transfers.values()):
             self._perform(transfer, transfer.session.tick(now))
-            self._timer.arm(transfer.session.next_deadline())
+            self._timer.arm_by(transfer.session.next_deadline())
 
     # --- the senders' side --------------------------------------------------------------------------------------------
 
@@ -180,93 +189,21 @@ class KvReceiver:
             DeadlineExceeded: the peer did not say who it is.
             ProtocolError: the peer broke the protocol; its transfers failed.
         """
-        try:
-            async with asyncio.timeout(self._config.connect_timeout_s):
-                first = await anext(messages, pb.SenderMessage())
-        except TimeoutError:
-            raise DeadlineExceeded(f"no hello within {self._config.connect_timeout_s:g} s") from None
-        pair = self._greet(first, reply)
-        ended = asyncio.get_running_loop().create_future()
-        self._streams.add(ended)
-        reader = self._serving[pair] = asyncio.ensure_future(self._read(pair, messages))
-        try:
-            await asyncio.wait([reader])
-            if not reader.cancelled():
-                await reader
-        finally:
-            reader.cancel()
-            self._detach(pair, f"{pair.sender_id} ended the control stream")
-            closing = asyncio.ensure_future(pair.close())
-            closing.add_done_callback(lambda _: self._forget_stream(ended))
-            await asyncio.shield(closing)  # gRPC cancels us when the peer dies; the pair's threads are still waited for
+        await self._streams.serve(messages, reply)
 
-    def _forget_stream(self, ended: "asyncio.Future[None]") -> None:
-        self._streams.discard(ended)
-        ended.set_result(None)
-
-    async def _read(self, pair: ReceiverPair, messages: AsyncIterator[pb.SenderMessage]) -> None:
-        async for message in messages:
-            pair.hear(message)
-
-    def _greet(self, first: pb.SenderMessage, reply: ControlReply) -> ReceiverPair:
-        hello = first.hello
-        if first.WhichOneof("message") != "hello" or hello.frame_version != FRAME_VERSION:
-            raise ProtocolError(f"a control stream begins with a hello of frame version {FRAME_VERSION}")
-        if self._is_closed:
-            raise RejectedError(RejectReason.DRAINING, "the receiver is closed")
-        if hello.receiver_epoch != self._identity.epoch:
-            raise RejectedError(
-                RejectReason.STALE_EPOCH, f"epoch {hello.receiver_epoch} was meant, this is {self._identity.epoch}"
-            )
-        if hello.layout_fingerprint != self._layout.fingerprint:
-            raise RejectedError(RejectReason.INCOMPATIBLE_LAYOUT, "the workers serve different models")
-        newest_epoch = self._newest_epochs.get(hello.worker_id, hello.epoch)
-        if newest_epoch > hello.epoch:
-            raise RejectedError(RejectReason.STALE_EPOCH, f"{hello.worker_id} is at epoch {newest_epoch}")
-        self._remember(hello.worker_id, hello.epoch)
-        older = self._pairs.get(hello.worker_id)
-        if older is not None:
-            # The same worker again: its old stream is dead, and this side has not noticed yet.
-            self._detach(older, f"{hello.worker_id} opened another control stream")
-            self._serving[older].cancel()
-        pair = ReceiverPair(
-            hello,
-            self._identity,
-            self._config,
-            self._layout,
-            self._links,
-            self._writer,
-            self._decoders,
-            reply,
-            self._metrics,
-            owner=self,
-        )
-        self._pairs[pair.sender_id] = pair
-        mine = pb.ReceiverHello(
-            worker_id=self._identity.worker_id, epoch=self._identity.epoch, frame_version=FRAME_VERSION
-        )
-        reply(pb.ReceiverMessage(hello=mine))
-        return pair
-
-    def _remember(self, sender_id: str, epoch: int) -> None:
-        """Keep the newest epoch of a sender past the end of its stream: a zombie may come back when it is gone."""
-        self._newest_epochs[sender_id] = epoch
-        self._newest_epochs.move_to_end(sender_id)
-        if len(self._newest_epochs) > _KEPT_EPOCHS:
-            self._newest_epochs.popitem(last=False)
-
-    def _detach(self, pair: ReceiverPair, detail: str) -> None:
-        """Take a pair out of use and fail its transfers. Idempotent."""
-        if self._pairs.get(pair.sender_id) is pair:
-            del self._pairs[pair.sender_id]
-        self._serving.pop(pair, None)
+    def _on_detached(self, pair: ReceiverPair, detail: str) -> None:
         for transfer in self._of_pair(pair):
             self._feed(transfer, session.StreamLost(detail))
 
     def on_offer(self, pair: ReceiverPair, offer: pb.Offer) -> None:
         """Bind a transfer to the pair that offers it."""
         transfer_id = TransferId(offer.transfer_id)
-        received = session.OfferReceived(RequestId(offer.request_id), offer.num_tokens, offer.bytes_per_token)
+        received = session.OfferReceived(
+            RequestId(offer.request_id),
+            offer.num_tokens,
+            offer.bytes_per_token,
+            self._shard(range(offer.first_head, offer.last_head)),
+        )
         transfer = self._transfers.get(transfer_id)
         if transfer is None and transfer_id not in self._ended:
             strays = sum(1 for other in self._transfers.values() if other.request_id is None)
@@ -274,7 +211,7 @@ class KvReceiver:
                 pair.say(nack(transfer_id, NackReason.RECEIVER_FULL, f"{strays} offers wait for a reservation"))
                 return
             transfer = self._transfers[transfer_id] = _Transfer(self._new_session(transfer_id, received), pair=pair)
-            self._timer.arm(transfer.session.next_deadline())
+            self._timer.arm_by(transfer.session.next_deadline())
             return
         if transfer is not None and transfer.pair is None:
             transfer.pair = pair
@@ -293,7 +230,7 @@ class KvReceiver:
                 if isinstance(effect, session.SayNack):
                     pair.say(nack(transfer_id, effect.reason, effect.detail))
                 elif isinstance(effect, session.SayAck):
-                    pair.say(pb.ReceiverMessage(ack=pb.Ack(transfer_id=transfer_id)))
+                    pair.say_ack(transfer_id, effect.exposed_s)
         elif transfer is not None and is_question:
             pair.say(nack(transfer_id, NackReason.PROTOCOL, "another worker sends this transfer"))
         elif is_question:
@@ -319,7 +256,7 @@ class KvReceiver:
             _log.warning("transfer %s: %s", transfer.session.transfer_id, error)
             effects = transfer.session.handle(session.Cancelled(NackReason.PROTOCOL, str(error)), now)
         self._perform(transfer, effects)
-        self._timer.arm(transfer.session.next_deadline())
+        self._timer.arm_by(transfer.session.next_deadline())
 
     def _perform(self, transfer: _Transfer, effects: list[session.ReceiverEffect]) -> None:
         transfer_id = transfer.session.transfer_id
@@ -330,8 +267,8 @@ class KvReceiver:
                     reserved = pb.Reserved(transfer_id=transfer_id, held_tokens=held_tokens, lease_s=lease_s)
                     self._say(transfer, pb.ReceiverMessage(reserved=reserved))
                 case session.SayAck(exposed_s):
-                    ack = pb.Ack(transfer_id=transfer_id, exposed_s=exposed_s)
-                    self._say(transfer, pb.ReceiverMessage(ack=ack))
+                    if transfer.pair is not None:
+                        transfer.pair.say_ack(transfer_id, exposed_s)
                     self._feed(transfer, session.AckSaid())
                 case session.SayNack(reason, detail):
                     self._say(transfer, nack(transfer_id, reason, detail))
@@ -347,6 +284,10 @@ class KvReceiver:
         if transfer.pair is not None:
             transfer.pair.say(message)
 
+    def _shard(self, heads: range | None) -> range | None:
+        """Return a proper part of the heads; None when it is all of them, however that was said. Pure."""
+        return None if not heads or heads == range(self._layout.num_kv_heads) else heads
+
     def _open_gate(self, transfer: _Transfer) -> None:
         if transfer.landing is not None:
             return  # said again to a sender that asked again
@@ -356,19 +297,24 @@ class KvReceiver:
         target = None
         if transfer.held_tokens < transfer.num_tokens:
             tokens = range(transfer.held_tokens, transfer.num_tokens)
-            target = Box(range(layout.num_layers), range(layout.num_kv_heads), tokens)
+            target = Box(range(layout.num_layers), transfer.heads or range(layout.num_kv_heads), tokens)
         transfer_id = transfer.session.transfer_id
         transfer.landing = Landing(transfer_id, transfer.request_id, Coverage(target))
         transfer.pair.landings[transfer_id] = transfer.landing
 
     def _report_landed(self, transfer: _Transfer, landed: session.ReportLanded) -> None:
+        written = landed.written
         stats = LandedStats(
-            num_frames=landed.num_frames,
-            payload_bytes=landed.payload_bytes,
+            num_frames=written.num_frames,
+            payload_bytes=written.raw_bytes,
             held_tokens=transfer.held_tokens,
             transfer_s=landed.transfer_s,
             exposed_s=landed.exposed_s,
+            wire_bytes=written.payload_bytes + written.num_frames * HEADER_BYTES,
+            profile=landed.profile,
+            profile_is_lossless=written.is_exact,
         )
+        self._metrics.raw_bytes.labels("receiver").inc(written.raw_bytes)
         self._metrics.transfers.labels("receiver").inc()
         self._metrics.transfer_seconds.observe(landed.transfer_s)
         self._metrics.exposed_seconds.observe(landed.exposed_s)

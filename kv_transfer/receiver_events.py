@@ -17,6 +17,7 @@ class Expected:
     num_tokens: int
     bytes_per_token: int
     lease_s: float
+    heads: range | None = None  # of the shard; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +25,25 @@ class OfferReceived:
     request_id: RequestId
     num_tokens: int
     bytes_per_token: int
+    heads: range | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FramesWritten:
     """Totals so far, told after frames were verified and written.
 
-    `is_covered`: nothing of the reservation is missing.
+    Attributes:
+        payload_bytes: as coded.
+        is_covered: nothing of the reservation is missing.
+        raw_bytes: of KV, before coding.
+        is_exact: no frame so far could have lost a bit.
     """
 
     num_frames: int
     payload_bytes: int
     is_covered: bool
+    raw_bytes: int = 0
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,7 @@ class CommitReceived:
     num_frames: int
     payload_bytes: int
     first_token_id: int
+    profile: str = "none"  # its name, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +156,8 @@ class ReportLanded:
     """Stop writing, then tell the owner."""
 
     first_token_id: int
-    num_frames: int
-    payload_bytes: int
+    written: FramesWritten
+    profile: str
     transfer_s: float
     exposed_s: float
 

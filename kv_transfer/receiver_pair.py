@@ -3,14 +3,17 @@
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
+from core.clock import Clock
 from core.errors import ProtocolError
 from core.ids import TransferId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import receiver_events as session
 from kv_transfer.codec import Decoder
+from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack_reason
 from kv_transfer.landing import FrameStamp, Landing, LandingZone
@@ -22,6 +25,7 @@ from kv_transfer.session import NackReason
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
+_MAX_PROFILE_CHARS = 64
 
 
 class ReceiverPairOwner(Protocol):
@@ -36,42 +40,41 @@ class ReceiverPairOwner(Protocol):
     def on_link_lost(self, pair: "ReceiverPair", detail: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class ReceiverParts:
+    """What all pairs of one receiver share."""
+
+    identity: WorkerIdentity
+    config: KvTransferConfig
+    layout: KvLayout
+    links: Links
+    writer: KvWriter
+    decoders: Mapping[int, Decoder]
+    metrics: KvTransferMetrics
+    clock: Clock
+    threads: CodecThreads
+    buffers: Buffers
+
+
 class ReceiverPair:
     """One prefill worker as the receiver sees it, for as long as its control stream lasts. Event loop only."""
 
     def __init__(
-        self,
-        hello: pb.SenderHello,
-        identity: WorkerIdentity,
-        config: KvTransferConfig,
-        layout: KvLayout,
-        links: Links,
-        writer: KvWriter,
-        decoders: Mapping[int, Decoder],
-        reply: ControlReply,
-        metrics: KvTransferMetrics,
-        owner: ReceiverPairOwner,
+        self, hello: pb.SenderHello, parts: ReceiverParts, reply: ControlReply, owner: ReceiverPairOwner
     ) -> None:
         self.sender_id = hello.worker_id
         self.sender_epoch = hello.epoch
         self.say = reply
         self.landings: dict[TransferId, Landing] = {}
+        self._parts = parts
+        identity = parts.identity
         self._names = PairIdentity(hello.worker_id, hello.epoch, identity.worker_id, identity.epoch)
-        self._config = config
-        self._layout = layout
-        self._links = links
-        self._writer = writer
-        self._decoders = decoders
-        self._metrics = metrics
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._pump: ReceivePump | None = None
         self._link_epoch = 0
         self._dying_pumps: list[ReceivePump] = []
         self._is_progress_posted = False
-        # Credit goes back in portions: large enough to be few messages, small enough that a sender which waits for one
-        # more slot always gets it.
-        self._credit_portion_bytes = max(1, min(config.credit_bytes // 4, config.credit_bytes - config.slot_bytes))
 
     def hear(self, message: pb.SenderMessage) -> None:
         """Take one message of the control stream.
@@ -86,7 +89,9 @@ class ReceiverPair:
                 self._owner.on_offer(self, message.offer)
             case "commit":
                 commit = message.commit
-                received = session.CommitReceived(commit.num_frames, commit.payload_bytes, commit.first_token_id)
+                received = session.CommitReceived(
+                    commit.num_frames, commit.payload_bytes, commit.first_token_id, commit.profile[:_MAX_PROFILE_CHARS]
+                )
                 self._owner.feed_from(self, TransferId(commit.transfer_id), received)
             case "abort":
                 aborted = session.AbortReceived(nack_reason(message.abort.reason))
@@ -96,6 +101,12 @@ class ReceiverPair:
                     self._owner.feed_from(self, TransferId(transfer_id), session.LeaseRenewed())
             case unexpected:
                 raise ProtocolError(f"{self.sender_id} said {unexpected or 'nothing that is known here'}")
+
+    def say_ack(self, transfer_id: TransferId, exposed_s: float) -> None:
+        """Acknowledge a transfer, and with it what has arrived on the link."""
+        received = 0 if self._pump is None else self._pump.received_bytes
+        ack = pb.Ack(transfer_id=transfer_id, exposed_s=exposed_s, link_epoch=self._link_epoch, received_bytes=received)
+        self.say(pb.ReceiverMessage(ack=ack))
 
     def close_link(self) -> None:
         """Break the link that is open, if any; its thread ends in the background."""
@@ -110,7 +121,8 @@ class ReceiverPair:
         ending = [asyncio.wrap_future(pump.finished) for pump in self._dying_pumps]
         if not ending:
             return
-        _, pending = await asyncio.wait(ending, timeout=self._config.close_timeout_s)
+        # A pump waits as long for its codec jobs, so it is given twice the time.
+        _, pending = await asyncio.wait(ending, timeout=2 * self._parts.config.close_timeout_s)
         if pending:  # one is opening a link, or inside the pool, which nothing can interrupt; it ends after that
             _log.warning("%d receiver threads from %s have not ended yet", len(pending), self.sender_id)
         for pump in self._dying_pumps:
@@ -121,25 +133,31 @@ class ReceiverPair:
         if link_epoch <= self._link_epoch:
             return  # a duplicate, or older than what is open
         self._lost(self._link_epoch, f"the sender went on to link epoch {link_epoch}")
-        config = self._config
+        parts, config = self._parts, self._parts.config
         self._link_epoch = link_epoch
         stamp = FrameStamp(self.sender_epoch, self._names.receiver_epoch, link_epoch)
-        zone = LandingZone(stamp, self._layout, self._writer, self._decoders, self.landings)
-        plan = LinkPlan(self._names.link_name(link_epoch), config.slot_bytes, config.num_slots, config.open_timeout_s)
+        zone = LandingZone(stamp, parts.layout, parts.writer, parts.decoders, self.landings)
+        plan = LinkPlan(
+            self._names.link_name(link_epoch),
+            config.slot_bytes,
+            config.num_slots,
+            config.open_timeout_s,
+            config.send_timeout_s,
+        )
         opened = pb.LinkOpened(
             link_epoch=link_epoch,
-            rendezvous=self._links.host(),
+            rendezvous=parts.links.host(),
             slot_bytes=config.slot_bytes,
-            backend=self._links.backend,
+            backend=parts.links.backend,
         )
         self._pump = ReceivePump(
-            self._links, plan, link_epoch, zone, self, self._metrics, credit_portion_bytes=self._credit_portion_bytes
+            config, parts.links, plan, link_epoch, zone, parts.threads, parts.buffers, self, parts.metrics, parts.clock
         )
         self._pump.start()
         self.say(pb.ReceiverMessage(link_opened=opened))
-        self.say(pb.ReceiverMessage(credit=pb.Credit(bytes=config.credit_bytes)))
+        self.say(pb.ReceiverMessage(credit=pb.Credit(bytes=config.credit_bytes, link_epoch=link_epoch)))
 
-    # --- hooks of the pump, on its thread -----------------------------------------------------------------------------
+    # --- hooks of the pump, on its thread or a codec thread -----------------------------------------------------------
 
     def on_progress(self) -> None:
         # Frames may land faster than the loop turns: one look at the totals serves all of them.
@@ -163,8 +181,10 @@ class ReceiverPair:
             if written.num_frames > landing.told_frames:
                 landing.told_frames = written.num_frames
                 self._owner.feed_from(self, landing.transfer_id, written)
-        if self._pump is not None and (credit_bytes := self._pump.take_credit()):
-            self.say(pb.ReceiverMessage(credit=pb.Credit(bytes=credit_bytes)))
+        if self._pump is not None and (news := self._pump.take_news()):
+            consumed, received = news
+            credit = pb.Credit(bytes=consumed, link_epoch=self._link_epoch, received_bytes=received)
+            self.say(pb.ReceiverMessage(credit=credit))
 
     def _lost(self, link_epoch: int, detail: str) -> None:
         if self._pump is not None and link_epoch == self._link_epoch:

@@ -266,8 +266,8 @@ class ReceiverSession:
         exposed_s = now - self._committed_at
         report = ReportLanded(
             first_token_id=self._commit.first_token_id,
-            num_frames=self._written.num_frames,
-            payload_bytes=self._written.payload_bytes,
+            written=self._written,
+            profile=self._commit.profile,
             transfer_s=now - self._offered_at,
             exposed_s=exposed_s,
         )
@@ -293,6 +293,8 @@ def _contradiction(expected: Expected, offer: OfferReceived) -> CountsDiffered |
     if offer.bytes_per_token != expected.bytes_per_token:
         detail = f"offered {offer.bytes_per_token} bytes per token, reserved {expected.bytes_per_token}"
         return CountsDiffered(NackReason.LAYOUT, detail)
+    if offer.heads != expected.heads:
+        return CountsDiffered(NackReason.LAYOUT, f"offered heads {offer.heads}, reserved for {expected.heads}")
     if offer.num_tokens != expected.num_tokens:
         detail = f"offered {offer.num_tokens} tokens, reserved for {expected.num_tokens}"
         return CountsDiffered(NackReason.LENGTH, detail)

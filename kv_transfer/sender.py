@@ -14,9 +14,11 @@ A pair lives as long as its control stream. When that ends, everything of the pa
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from core.alarm import Alarm
 from core.clock import Clock
 from core.errors import DuplicateRequest, InvalidTransition, TransferError
 from core.ids import RequestId, TransferId, WorkerId
@@ -24,21 +26,26 @@ from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import sender_session as session
 from kv_transfer.box import Box
+from kv_transfer.choice import NO_TERMS, AlwaysRaw, ProfileChooser, TransferQuestion, TransferTerms
+from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import Dialer
-from kv_transfer.deadline_timer import DeadlineTimer
 from kv_transfer.link import Links
+from kv_transfer.link_quota import LinkQuota
 from kv_transfer.links import open_links
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.outgoing import Commit, Outgoing
-from kv_transfer.ports import KvReader, Peer, SenderOutcomes
+from kv_transfer.peer_health import PeerHealth
+from kv_transfer.ports import KvReader, Peer, PeerDown, SenderOutcomes
+from kv_transfer.profile_desk import ProfileDesk
 from kv_transfer.rpc import GrpcDialer
-from kv_transfer.sender_pair import SenderPair
+from kv_transfer.sender_pair import SenderPair, SenderParts
 from kv_transfer.sender_session import SenderSession
 from kv_transfer.session import NackReason
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
+_KEPT_HEALTH = 4096
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +55,9 @@ class _Transfer:
     session: SenderSession
     outgoing: Outgoing
     pair: SenderPair
+    terms: TransferTerms
+    profile: str = "none"
+    committed_at: float | None = None
     done: asyncio.Future[None] = field(default_factory=asyncio.Future)
 
 
@@ -63,46 +73,81 @@ class KvSender:
         outcomes: SenderOutcomes,
         clock: Clock,
         *,
+        chooser: ProfileChooser | None = None,
         links: Links | None = None,
         dialer: Dialer | None = None,
         metrics: KvTransferMetrics | None = None,
     ) -> None:
-        """Nothing is opened before the first offer. The keyword arguments replace parts, mostly for tests."""
+        """Nothing is opened before the first offer.
+
+        Args:
+            chooser: of the profile of each transfer; None: all go raw.
+            links, dialer, metrics: replace parts, mostly for tests.
+        """
         self._config = config
-        self._identity = identity
         self._layout = layout
-        self._reader = reader
         self._outcomes = outcomes
         self._clock = clock
         self._links = links or open_links(config)
         self._dialer = dialer or GrpcDialer()
         self._metrics = metrics or process_metrics()
+        self._profiles = ProfileDesk(chooser or AlwaysRaw(), clock, self._metrics)
+        self._threads = CodecThreads(config.codec_threads, identity.worker_id)
+        self._quota = LinkQuota(config.max_links)
+        self._parts = SenderParts(
+            identity,
+            config,
+            layout,
+            self._links,
+            reader,
+            self._metrics,
+            clock,
+            self._threads,
+            Buffers(),
+            self._quota,
+        )
+        self._health: OrderedDict[Peer, PeerHealth] = OrderedDict()
         self._transfers: dict[TransferId, _Transfer] = {}
         self._pairs: dict[WorkerId, SenderPair] = {}
         self._closing_pairs: set[asyncio.Task[None]] = set()
-        self._timer = DeadlineTimer(clock, self.tick)
+        self._timer = Alarm(clock, self.tick)
         self._all_heads = range(layout.num_kv_heads)
         self._is_closed = False
 
     # --- the owner's side ---------------------------------------------------------------------------------------------
 
-    async def offer(self, transfer_id: TransferId, request_id: RequestId, num_tokens: int, peer: Peer) -> None:
+    async def offer(
+        self,
+        transfer_id: TransferId,
+        request_id: RequestId,
+        num_tokens: int,
+        peer: Peer,
+        terms: TransferTerms = NO_TERMS,
+        heads: range | None = None,
+    ) -> None:
         """Begin a transfer of the KV of [0, num_tokens); exactly one outcome will follow. Does not wait for the peer.
+
+        Args:
+            terms: what the profile is chosen by.
+            heads: of a shard: only these are brought, under an id of its own (`kv_transfer.shards`); None: all.
 
         Raises:
             DuplicateRequest: the transfer is live already.
             TransferError: CLOSED, or EPOCH: a newer incarnation of the peer is known.
+            PeerDown: it could not be reached a moment ago.
         """
         if self._is_closed:
             raise TransferError(NackReason.CLOSED, "the sender is closed")
         if transfer_id in self._transfers:
             raise DuplicateRequest(f"transfer {transfer_id} is in progress")
-        pair = self._pair_to(peer)
         now = self._clock.now()
-        machine = SenderSession(
-            transfer_id, offer_timeout_s=self._config.offer_timeout_s, lease_s=self._config.lease_s, now=now
-        )
-        self._transfers[transfer_id] = _Transfer(machine, Outgoing(transfer_id, request_id, num_tokens), pair)
+        self._check_health(peer, now)
+        pair = self._pair_to(peer)
+        machine = SenderSession(transfer_id, offer_timeout_s=self._config.offer_timeout_s, now=now)
+        outgoing = Outgoing(transfer_id, request_id, num_tokens, heads or self._all_heads)
+        self._transfers[transfer_id] = _Transfer(machine, outgoing, pair, terms)
+        self._quota.began(peer.worker_id)
+        shard = outgoing.heads if outgoing.heads != self._all_heads else range(0)
         pair.say(
             pb.SenderMessage(
                 offer=pb.Offer(
@@ -110,21 +155,24 @@ class KvSender:
                     request_id=request_id,
                     num_tokens=num_tokens,
                     bytes_per_token=self._layout.bytes_per_token,
+                    first_head=shard.start,
+                    last_head=shard.stop,
                 )
             )
         )
-        self._timer.arm(machine.next_deadline())
+        self._timer.arm_by(machine.next_deadline())
 
     def push(self, transfer_id: TransferId, layers: range, tokens: range) -> None:
         """Queue a part that is in the pool. Any thread; never blocks; ignored when the transfer has ended."""
         transfer = self._transfers.get(transfer_id)
         if transfer is not None:
-            transfer.pair.pump.push(transfer.outgoing, Box(layers, self._all_heads, tokens))
+            transfer.pair.pump.push(transfer.outgoing, Box(layers, transfer.outgoing.heads, tokens))
 
     def commit(self, transfer_id: TransferId, first_token_id: int) -> None:
         """Say that every part was pushed. Any thread; never blocks; ignored when the transfer has ended."""
         transfer = self._transfers.get(transfer_id)
         if transfer is not None:
+            transfer.committed_at = self._clock.now()
             transfer.pair.pump.push(transfer.outgoing, Commit(first_token_id))
 
     async def abort(self, transfer_id: TransferId, reason: str) -> None:
@@ -143,6 +191,8 @@ class KvSender:
         for pair in list(self._pairs.values()):
             self._retire(pair)
         await asyncio.gather(*waiting, *self._closing_pairs)
+        if not await asyncio.to_thread(self._threads.close, self._config.close_timeout_s):
+            _log.warning("an encoder has not ended yet")
         self._timer.disarm()
         self._links.close()
 
@@ -156,7 +206,7 @@ class KvSender:
                     renewals.setdefault(transfer.pair, []).append(transfer_id)
                 else:
                     self._perform(transfer, effect)
-            self._timer.arm(transfer.session.next_deadline())
+            self._timer.arm_by(transfer.session.next_deadline())
         for pair, transfer_ids in renewals.items():
             pair.say(pb.SenderMessage(renew=pb.RenewLeases(transfer_ids=transfer_ids)))
 
@@ -170,22 +220,26 @@ class KvSender:
             self._retire(pair)
             pair = None
         if pair is None:
-            pair = SenderPair(
-                peer,
-                self._identity,
-                self._config,
-                self._layout,
-                self._links,
-                self._reader,
-                self._dialer.dial(peer),
-                self._metrics,
-                owner=self,
-            )
+            pair = SenderPair(peer, self._parts, self._dialer.dial(peer), owner=self)
             self._pairs[peer.worker_id] = pair
         return pair
 
     def on_pair_lost(self, pair: SenderPair, detail: str) -> None:
+        if not pair.is_up:
+            self._note_failure(pair.peer)
         self._retire(pair, detail)
+
+    def _check_health(self, peer: Peer, now: float) -> None:
+        health = self._health.get(peer)
+        if health is not None and not health.may_try(now):
+            raise PeerDown(str(peer.worker_id), health.retry_after_s(now))
+
+    def _note_failure(self, peer: Peer) -> None:
+        """It could not be reached. (A stream or a link that was up and broke is tried again at once.)"""
+        self._health.setdefault(peer, PeerHealth()).failed(self._clock.now())
+        self._health.move_to_end(peer)
+        if len(self._health) > _KEPT_HEALTH:
+            self._health.popitem(last=False)
 
     def _retire(self, pair: SenderPair, detail: str = "the pair was closed") -> None:
         """Take a pair out of use, fail its transfers, and end its thread and stream in the background."""
@@ -200,7 +254,9 @@ class KvSender:
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def on_link_lost(self, pair: SenderPair, detail: str) -> None:
+    def on_link_lost(self, pair: SenderPair, detail: str, was_open: bool) -> None:
+        if not was_open:
+            self._note_failure(pair.peer)
         for transfer_id, transfer in list(self._transfers.items()):
             if transfer.pair is pair:
                 self.feed(transfer_id, session.LinkLost(detail))
@@ -222,12 +278,13 @@ class KvSender:
             effects = transfer.session.handle(session.Aborted(NackReason.PROTOCOL, str(error)), now)
         for effect in effects:
             self._perform(transfer, effect)
-        self._timer.arm(transfer.session.next_deadline())
+        self._timer.arm_by(transfer.session.next_deadline())
 
     def _perform(self, transfer: _Transfer, effect: session.SenderEffect) -> None:
         transfer_id, pair = transfer.session.transfer_id, transfer.pair
         match effect:
             case session.StartSending(held_tokens):
+                self._choose_profile(transfer, held_tokens)
                 pair.pump.reserve(transfer.outgoing, held_tokens)
             case session.SayCommit(num_frames, payload_bytes, first_token_id):
                 commit = pb.Commit(
@@ -235,6 +292,7 @@ class KvSender:
                     num_frames=num_frames,
                     payload_bytes=payload_bytes,
                     first_token_id=first_token_id,
+                    profile=transfer.profile,
                 )
                 pair.say(pb.SenderMessage(commit=commit))
             case session.SayAbort(reason):
@@ -242,18 +300,56 @@ class KvSender:
             case session.SayRenewal():
                 pair.say(pb.SenderMessage(renew=pb.RenewLeases(transfer_ids=[transfer_id])))
             case session.ReportAcked(exposed_s):
+                self._health.pop(pair.peer, None)
+                self._observe(transfer, "")
                 self._metrics.acked_exposed_seconds.observe(exposed_s)
                 self._metrics.transfers.labels("sender").inc()
                 self._settle_when_unread(transfer, lambda: self._outcomes.on_acked(transfer_id))
             case session.ReportFailed(reason, detail):
+                self._observe(transfer, reason)
                 self._metrics.failures.labels("sender", reason).inc()
                 self._settle_when_unread(transfer, lambda: self._outcomes.on_failed(transfer_id, str(reason), detail))
+
+    def _choose_profile(self, transfer: _Transfer, held_tokens: int) -> None:
+        """Ask how to code what the receiver does not hold; a transfer of nothing is no question."""
+        outgoing, config = transfer.outgoing, self._config
+        token_bytes = self._layout.bytes_per_token * len(outgoing.heads) // self._layout.num_kv_heads
+        raw_bytes = max(0, outgoing.num_tokens - held_tokens) * token_bytes
+        if not raw_bytes:
+            return
+        unsent = sum(
+            max(0, other.outgoing.expected_bytes - other.outgoing.payload_bytes)
+            for other in self._transfers.values()
+            if other.pair is transfer.pair
+        )
+        question = TransferQuestion(
+            transfer_id=outgoing.transfer_id,
+            request_id=outgoing.request_id,
+            peer=transfer.pair.peer.worker_id,
+            raw_bytes=raw_bytes,
+            num_tokens=outgoing.num_tokens,
+            terms=transfer.terms,
+            link=transfer.pair.pump.gauge.view(unsent),
+        )
+        choice = self._profiles.choose(question)
+        transfer.profile = choice.profile
+        outgoing.encoder = choice.encoder
+        outgoing.expected_bytes = self._profiles.expected_bytes(choice.profile, raw_bytes)
+        even = -(-raw_bytes // config.frames_per_transfer)
+        outgoing.frame_raw_bytes = min(max(even, config.min_frame_raw_bytes), config.max_frame_raw_bytes)
+
+    def _observe(self, transfer: _Transfer, failure: str) -> None:
+        outgoing = transfer.outgoing
+        self._profiles.settle(
+            outgoing.transfer_id, outgoing.payload_bytes, committed_at=transfer.committed_at, failure=failure
+        )
 
     def _settle_when_unread(self, transfer: _Transfer, tell: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
 
         def settle() -> None:
             del self._transfers[transfer.session.transfer_id]
+            self._quota.ended(transfer.pair.peer.worker_id)
             transfer.done.set_result(None)
             tell()
 

@@ -4,17 +4,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+from core.clock import Clock
 from core.errors import ProtocolError, ServingError, WorkerLost
 from core.ids import TransferId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import sender_session as session
+from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlStream, nack_reason
 from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.link import Links, PairIdentity
+from kv_transfer.link_quota import LinkQuota
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.outgoing import OpenedLink, Outgoing
 from kv_transfer.ports import KvReader, Peer
@@ -30,7 +34,7 @@ class PairOwner(Protocol):
 
     def feed(self, transfer_id: TransferId, event: session.SenderEvent) -> None: ...
 
-    def on_link_lost(self, pair: "SenderPair", detail: str) -> None: ...
+    def on_link_lost(self, pair: "SenderPair", detail: str, was_open: bool) -> None: ...
 
     def on_receiver_lost_link(self, pair: "SenderPair", link_epoch: int, detail: str) -> None: ...
 
@@ -39,31 +43,51 @@ class PairOwner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class SenderParts:
+    """What all pairs of one sender share."""
+
+    identity: WorkerIdentity
+    config: KvTransferConfig
+    layout: KvLayout
+    links: Links
+    reader: KvReader
+    metrics: KvTransferMetrics
+    clock: Clock
+    threads: CodecThreads
+    buffers: Buffers
+    quota: LinkQuota
+
+
 class SenderPair:
     """One decode worker as the sender sees it. Event loop only, but for the pump's hooks."""
 
-    def __init__(
-        self,
-        peer: Peer,
-        identity: WorkerIdentity,
-        config: KvTransferConfig,
-        layout: KvLayout,
-        links: Links,
-        reader: KvReader,
-        stream: ControlStream,
-        metrics: KvTransferMetrics,
-        owner: PairOwner,
-    ) -> None:
+    def __init__(self, peer: Peer, parts: SenderParts, stream: ControlStream, owner: PairOwner) -> None:
         """Begin to connect, and start the pump."""
         self.peer = peer
-        self._config = config
+        self.is_up = False
+        self._config = parts.config
+        self._clock = parts.clock
         self._owner = owner
         self._stream = stream
-        self._is_up = False
         self._unsaid: list[pb.SenderMessage] = []
+        self._asked: tuple[int, float] | None = None  # link epoch, and when it was asked for
         self._loop = asyncio.get_running_loop()
-        pair = PairIdentity(identity.worker_id, identity.epoch, peer.worker_id, peer.epoch)
-        self.pump = SendPump(config, pair, layout, links, reader, self, metrics)
+        identity, layout = parts.identity, parts.layout
+        names = PairIdentity(identity.worker_id, identity.epoch, peer.worker_id, peer.epoch)
+        self.pump = SendPump(
+            parts.config,
+            names,
+            layout,
+            parts.links,
+            parts.reader,
+            parts.threads,
+            parts.buffers,
+            parts.quota,
+            self,
+            parts.metrics,
+            parts.clock,
+        )
         self.pump.start()
         hello = pb.SenderHello(
             worker_id=identity.worker_id,
@@ -76,7 +100,7 @@ class SenderPair:
 
     def say(self, message: pb.SenderMessage) -> None:
         """Queue a message; those before the hello is answered wait for it."""
-        if self._is_up:
+        if self.is_up:
             self._stream.send(message)
         else:
             self._unsaid.append(message)
@@ -124,7 +148,7 @@ class SenderPair:
             raise ProtocolError(f"{self.peer.worker_id} did not answer with a hello of frame version {FRAME_VERSION}")
         if (hello.worker_id, hello.epoch) != (self.peer.worker_id, self.peer.epoch):
             raise WorkerLost(f"{hello.worker_id} epoch {hello.epoch} answers at the address of {self.peer.worker_id}")
-        self._is_up = True
+        self.is_up = True
         for message in self._unsaid:
             self._stream.send(message)
         self._unsaid.clear()
@@ -133,6 +157,8 @@ class SenderPair:
         match message.WhichOneof("message"):
             case "link_opened":
                 opened = message.link_opened
+                if self._asked is not None and self._asked[0] == opened.link_epoch:
+                    self.pump.gauge.exchanged(self._clock.now() - self._asked[1])
                 self.pump.link_opened(
                     OpenedLink(opened.link_epoch, opened.rendezvous, opened.slot_bytes, opened.backend)
                 )
@@ -142,10 +168,12 @@ class SenderPair:
                 self._owner.on_receiver_lost_link(self, lost.link_epoch, lost.detail)
             case "credit":
                 self.pump.grant(message.credit.bytes)
+                self.pump.gauge.arrived(message.credit.link_epoch, message.credit.received_bytes)
             case "reserved":
                 granted = session.ReservationGranted(message.reserved.held_tokens, message.reserved.lease_s)
                 self._owner.feed(TransferId(message.reserved.transfer_id), granted)
             case "ack":
+                self.pump.gauge.arrived(message.ack.link_epoch, message.ack.received_bytes)
                 self._owner.feed(TransferId(message.ack.transfer_id), session.AckReceived(message.ack.exposed_s))
             case "nack":
                 nack = message.nack
@@ -166,11 +194,16 @@ class SenderPair:
     def on_failed(self, outgoing: Outgoing, reason: NackReason, detail: str) -> None:
         self._post(self._owner.feed, outgoing.transfer_id, session.Aborted(reason, detail))
 
-    def on_link_lost(self, detail: str) -> None:
-        self._post(self._owner.on_link_lost, self, detail)
+    def on_link_lost(self, detail: str, *, was_open: bool) -> None:
+        self._post(self._owner.on_link_lost, self, detail, was_open)
 
     def on_link_needed(self, link_epoch: int) -> None:
-        self._post(self.say, pb.SenderMessage(open_link=pb.OpenLink(link_epoch=link_epoch)))
+        self._post(self._ask_for_link, link_epoch)
+
+    def _ask_for_link(self, link_epoch: int) -> None:
+        if self.is_up:  # else the answer would take as long as the greeting
+            self._asked = (link_epoch, self._clock.now())
+        self.say(pb.SenderMessage(open_link=pb.OpenLink(link_epoch=link_epoch)))
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         self._loop.call_soon_threadsafe(callback, *args)

@@ -233,11 +233,11 @@ EDGES: Mapping[SendState, Mapping[type, SendState]] = {
 class SenderSession:
     """One transfer as the prefill worker sees it. Not thread-safe: one event loop feeds it."""
 
-    def __init__(self, transfer_id: TransferId, *, offer_timeout_s: float, lease_s: float, now: float) -> None:
+    def __init__(self, transfer_id: TransferId, *, offer_timeout_s: float, now: float) -> None:
         """The offer is being said now."""
         self.transfer_id = transfer_id
         self.state = SendState.OFFERED
-        self._lease_s = lease_s
+        self._lease_s = 0.0  # until the receiver grants one
         self._expires_at: float | None = now + offer_timeout_s
         self._renew_at: float | None = None
 

@@ -27,6 +27,8 @@ class NackReason(StrEnum):
     LEASE_EXPIRED = "lease_expired"
     LINK_LOST = "link_lost"
     PEER_LOST = "peer_lost"  # the control stream ended
+    PEER_DOWN = "peer_down"  # it could not be reached a moment ago, and is not tried again yet
+    TOO_MANY_LINKS = "too_many_links"  # every link that this side may keep open is busy
     RECEIVER_FULL = "receiver_full"
     CANCELLED = "cancelled"  # by the owner on either side
     POOL = "pool"  # reading from, or writing into, the KV pool was refused

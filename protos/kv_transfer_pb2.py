@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/kv_transfer.proto\x12\ttandem.v1\"\x89\x02\n\rSenderMessage\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.tandem.v1.SenderHelloH\x00\x12(\n\topen_link\x18\x02 \x01(\x0b\x32\x13.tandem.v1.OpenLinkH\x00\x12!\n\x05offer\x18\x03 \x01(\x0b\x32\x10.tandem.v1.OfferH\x00\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x11.tandem.v1.CommitH\x00\x12)\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x18.tandem.v1.AbortTransferH\x00\x12\'\n\x05renew\x18\x06 \x01(\x0b\x32\x16.tandem.v1.RenewLeasesH\x00\x42\t\n\x07message\"\xad\x02\n\x0fReceiverMessage\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.tandem.v1.ReceiverHelloH\x00\x12,\n\x0blink_opened\x18\x02 \x01(\x0b\x32\x15.tandem.v1.LinkOpenedH\x00\x12\'\n\x08reserved\x18\x03 \x01(\x0b\x32\x13.tandem.v1.ReservedH\x00\x12\x1d\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x0e.tandem.v1.AckH\x00\x12\x1f\n\x04nack\x18\x05 \x01(\x0b\x32\x0f.tandem.v1.NackH\x00\x12#\n\x06\x63redit\x18\x06 \x01(\x0b\x32\x11.tandem.v1.CreditH\x00\x12(\n\tlink_lost\x18\x07 \x01(\x0b\x32\x13.tandem.v1.LinkLostH\x00\x42\t\n\x07message\"z\n\x0bSenderHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0ereceiver_epoch\x18\x03 \x01(\x04\x12\x1a\n\x12layout_fingerprint\x18\x04 \x01(\t\x12\x15\n\rframe_version\x18\x05 \x01(\r\"H\n\rReceiverHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\rframe_version\x18\x03 \x01(\r\"\x1e\n\x08OpenLink\x12\x12\n\nlink_epoch\x18\x01 \x01(\x04\"Y\n\nLinkOpened\x12\x12\n\nlink_epoch\x18\x01 \x01(\x04\x12\x12\n\nrendezvous\x18\x02 \x01(\t\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\".\n\x08LinkLost\x12\x12\n\nlink_epoch\x18\x01 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"]\n\x05Offer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x62ytes_per_token\x18\x04 \x01(\x04\"[\n\x08Reserved\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x13\n\x0bheld_tokens\x18\x02 \x01(\r\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\"\x17\n\x06\x43redit\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"`\n\x06\x43ommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nnum_frames\x18\x02 \x01(\r\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\"-\n\x03\x41\x63k\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x11\n\texposed_s\x18\x02 \x01(\x01\";\n\x04Nack\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"4\n\rAbortTransfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"#\n\x0bRenewLeases\x12\x14\n\x0ctransfer_ids\x18\x01 \x03(\t2Q\n\nKvTransfer\x12\x43\n\x07\x43ontrol\x12\x18.tandem.v1.SenderMessage\x1a\x1a.tandem.v1.ReceiverMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/kv_transfer.proto\x12\ttandem.v1\"\x89\x02\n\rSenderMessage\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.tandem.v1.SenderHelloH\x00\x12(\n\topen_link\x18\x02 \x01(\x0b\x32\x13.tandem.v1.OpenLinkH\x00\x12!\n\x05offer\x18\x03 \x01(\x0b\x32\x10.tandem.v1.OfferH\x00\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x11.tandem.v1.CommitH\x00\x12)\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x18.tandem.v1.AbortTransferH\x00\x12\'\n\x05renew\x18\x06 \x01(\x0b\x32\x16.tandem.v1.RenewLeasesH\x00\x42\t\n\x07message\"\xad\x02\n\x0fReceiverMessage\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.tandem.v1.ReceiverHelloH\x00\x12,\n\x0blink_opened\x18\x02 \x01(\x0b\x32\x15.tandem.v1.LinkOpenedH\x00\x12\'\n\x08reserved\x18\x03 \x01(\x0b\x32\x13.tandem.v1.ReservedH\x00\x12\x1d\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x0e.tandem.v1.AckH\x00\x12\x1f\n\x04nack\x18\x05 \x01(\x0b\x32\x0f.tandem.v1.NackH\x00\x12#\n\x06\x63redit\x18\x06 \x01(\x0b\x32\x11.tandem.v1.CreditH\x00\x12(\n\tlink_lost\x18\x07 \x01(\x0b\x32\x13.tandem.v1.LinkLostH\x00\x42\t\n\x07message\"z\n\x0bSenderHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0ereceiver_epoch\x18\x03 \x01(\x04\x12\x1a\n\x12layout_fingerprint\x18\x04 \x01(\t\x12\x15\n\rframe_version\x18\x05 \x01(\r\"H\n\rReceiverHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\rframe_version\x18\x03 \x01(\r\"\x1e\n\x08OpenLink\x12\x12\n\nlink_epoch\x18\x01 \x01(\x04\"Y\n\nLinkOpened\x12\x12\n\nlink_epoch\x18\x01 \x01(\x04\x12\x12\n\nrendezvous\x18\x02 \x01(\t\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\".\n\x08LinkLost\x12\x12\n\nlink_epoch\x18\x01 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\x84\x01\n\x05Offer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x62ytes_per_token\x18\x04 \x01(\x04\x12\x12\n\nfirst_head\x18\x05 \x01(\r\x12\x11\n\tlast_head\x18\x06 \x01(\r\"[\n\x08Reserved\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x13\n\x0bheld_tokens\x18\x02 \x01(\r\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\"C\n\x06\x43redit\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x12\n\nlink_epoch\x18\x02 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\"q\n\x06\x43ommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nnum_frames\x18\x02 \x01(\r\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\x12\x0f\n\x07profile\x18\x05 \x01(\t\"Y\n\x03\x41\x63k\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x11\n\texposed_s\x18\x02 \x01(\x01\x12\x12\n\nlink_epoch\x18\x03 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x04\";\n\x04Nack\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"4\n\rAbortTransfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"#\n\x0bRenewLeases\x12\x14\n\x0ctransfer_ids\x18\x01 \x03(\t2Q\n\nKvTransfer\x12\x43\n\x07\x43ontrol\x12\x18.tandem.v1.SenderMessage\x1a\x1a.tandem.v1.ReceiverMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,22 +45,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LINKOPENED']._serialized_end=930
   _globals['_LINKLOST']._serialized_start=932
   _globals['_LINKLOST']._serialized_end=978
-  _globals['_OFFER']._serialized_start=980
-  _globals['_OFFER']._serialized_end=1073
-  _globals['_RESERVED']._serialized_start=1075
-  _globals['_RESERVED']._serialized_end=1166
-  _globals['_CREDIT']._serialized_start=1168
-  _globals['_CREDIT']._serialized_end=1191
-  _globals['_COMMIT']._serialized_start=1193
-  _globals['_COMMIT']._serialized_end=1289
-  _globals['_ACK']._serialized_start=1291
-  _globals['_ACK']._serialized_end=1336
-  _globals['_NACK']._serialized_start=1338
-  _globals['_NACK']._serialized_end=1397
-  _globals['_ABORTTRANSFER']._serialized_start=1399
-  _globals['_ABORTTRANSFER']._serialized_end=1451
-  _globals['_RENEWLEASES']._serialized_start=1453
-  _globals['_RENEWLEASES']._serialized_end=1488
-  _globals['_KVTRANSFER']._serialized_start=1490
-  _globals['_KVTRANSFER']._serialized_end=1571
+  _globals['_OFFER']._serialized_start=981
+  _globals['_OFFER']._serialized_end=1113
+  _globals['_RESERVED']._serialized_start=1115
+  _globals['_RESERVED']._serialized_end=1206
+  _globals['_CREDIT']._serialized_start=1208
+  _globals['_CREDIT']._serialized_end=1275
+  _globals['_COMMIT']._serialized_start=1277
+  _globals['_COMMIT']._serialized_end=1390
+  _globals['_ACK']._serialized_start=1392
+  _globals['_ACK']._serialized_end=1481
+  _globals['_NACK']._serialized_start=1483
+  _globals['_NACK']._serialized_end=1542
+  _globals['_ABORTTRANSFER']._serialized_start=1544
+  _globals['_ABORTTRANSFER']._serialized_end=1596
+  _globals['_RENEWLEASES']._serialized_start=1598
+  _globals['_RENEWLEASES']._serialized_end=1633
+  _globals['_KVTRANSFER']._serialized_start=1635
+  _globals['_KVTRANSFER']._serialized_end=1716
 # @@protoc_insertion_point(module_scope)

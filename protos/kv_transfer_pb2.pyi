@@ -252,11 +252,17 @@ class Offer(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    FIRST_HEAD_FIELD_NUMBER: _builtins.int
+    LAST_HEAD_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     request_id: _builtins.str
     num_tokens: _builtins.int
     """of the prompt"""
     bytes_per_token: _builtins.int
+    """of all heads"""
+    first_head: _builtins.int
+    """shard of a tensor-parallel sender: [first_head, last_head); 0, 0 means all heads"""
+    last_head: _builtins.int
     def __init__(
         self,
         *,
@@ -264,10 +270,12 @@ class Offer(_message.Message):
         request_id: _builtins.str = ...,
         num_tokens: _builtins.int = ...,
         bytes_per_token: _builtins.int = ...,
+        first_head: _builtins.int = ...,
+        last_head: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_token", b"bytes_per_token", "num_tokens", b"num_tokens", "request_id", b"request_id", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_token", b"bytes_per_token", "first_head", b"first_head", "last_head", b"last_head", "num_tokens", b"num_tokens", "request_id", b"request_id", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -305,20 +313,27 @@ Global___Reserved: _TypeAlias = Reserved  # noqa: Y015
 
 @_typing.final
 class Credit(_message.Message):
-    """More bytes may be in flight on this pair."""
+    """More bytes may be in flight on this pair. Also tells how much has arrived, from which the sender learns the link."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BYTES_FIELD_NUMBER: _builtins.int
+    LINK_EPOCH_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
+    link_epoch: _builtins.int
+    received_bytes: _builtins.int
+    """payload that arrived on this link since it was opened"""
     def __init__(
         self,
         *,
         bytes: _builtins.int = ...,
+        link_epoch: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "link_epoch", b"link_epoch", "received_bytes", b"received_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -334,10 +349,13 @@ class Commit(_message.Message):
     NUM_FRAMES_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     num_frames: _builtins.int
     payload_bytes: _builtins.int
     first_token_id: _builtins.int
+    profile: _builtins.str
+    """name, for people; what the frames are is in the frames"""
     def __init__(
         self,
         *,
@@ -345,10 +363,11 @@ class Commit(_message.Message):
         num_frames: _builtins.int = ...,
         payload_bytes: _builtins.int = ...,
         first_token_id: _builtins.int = ...,
+        profile: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id", "num_frames", b"num_frames", "payload_bytes", b"payload_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id", "num_frames", b"num_frames", "payload_bytes", b"payload_bytes", "profile", b"profile", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -362,18 +381,25 @@ class Ack(_message.Message):
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     EXPOSED_S_FIELD_NUMBER: _builtins.int
+    LINK_EPOCH_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     exposed_s: _builtins.float
     """commit received to landed"""
+    link_epoch: _builtins.int
+    """as in Credit"""
+    received_bytes: _builtins.int
     def __init__(
         self,
         *,
         transfer_id: _builtins.str = ...,
         exposed_s: _builtins.float = ...,
+        link_epoch: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_s", b"exposed_s", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_s", b"exposed_s", "link_epoch", b"link_epoch", "received_bytes", b"received_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

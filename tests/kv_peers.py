@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,8 @@ from core.errors import RejectedError, RejectReason, ServingError, WorkerLost
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
-from kv_transfer.codec import TORCH_DTYPES
+from kv_transfer.choice import ProfileChooser
+from kv_transfer.codec import TORCH_DTYPES, Decoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.link import Links
 from kv_transfer.memory_links import MemoryHub, MemoryLinks
@@ -53,22 +54,32 @@ class ArrayPool:
         )
         return self.arrays[request_id]
 
-    def read_kv(self, request_id: RequestId, layers: range, tokens: range, out: Tensor | None = None) -> Tensor:
+    def read_kv(
+        self,
+        request_id: RequestId,
+        layers: range,
+        tokens: range,
+        out: Tensor | None = None,
+        heads: range | None = None,
+    ) -> Tensor:
         with self._inside():
-            kv = self._box(request_id, layers, tokens)
+            kv = self._box(request_id, layers, tokens, heads)
             return out.copy_(kv) if out is not None else kv.contiguous()
 
-    def write_kv(self, request_id: RequestId, layers: range, tokens: range, kv: Tensor) -> None:
+    def write_kv(
+        self, request_id: RequestId, layers: range, tokens: range, kv: Tensor, heads: range | None = None
+    ) -> None:
         with self._inside():
-            self._box(request_id, layers, tokens).copy_(kv)
+            self._box(request_id, layers, tokens, heads).copy_(kv)
             self.writes.append((request_id, layers, tokens))
 
-    def _box(self, request_id: RequestId, layers: range, tokens: range) -> Tensor:
+    def _box(self, request_id: RequestId, layers: range, tokens: range, heads: range | None) -> Tensor:
         try:
             array = self.arrays[request_id]
         except KeyError:
             raise RejectedError(RejectReason.NO_BLOCKS, f"{request_id} has no blocks") from None
-        return array[layers.start : layers.stop, :, :, tokens.start : tokens.stop]
+        heads = heads or range(self.layout.num_kv_heads)
+        return array[layers.start : layers.stop, :, heads.start : heads.stop, tokens.start : tokens.stop]
 
     def _shape(self, num_tokens: int) -> tuple[int, int, int, int, int]:
         return (self.layout.num_layers, 2, self.layout.num_kv_heads, num_tokens, self.layout.head_dim)
@@ -215,6 +226,9 @@ class Duo:
         sender_layout: KvLayout = LAYOUT,
         receiver_layout: KvLayout = LAYOUT,
         links: tuple[Links, Links] | None = None,
+        receiver_id: str = "decode",
+        chooser: ProfileChooser | None = None,
+        decoders: Mapping[int, Decoder] | None = None,
     ) -> None:
         self.config = config or KvTransferConfig(backend="memory", slot_bytes=4096, credit_bytes=16384)
         self.clock = clock or MonotonicClock()
@@ -226,12 +240,13 @@ class Duo:
         self.sent, self.landed = Outcomes(self.source), Outcomes(self.target)
         self.receiver = KvReceiver(
             self.config,
-            WorkerIdentity(WorkerId("decode"), Epoch(7), "test"),
+            WorkerIdentity(WorkerId(receiver_id), Epoch(7), "test"),
             receiver_layout,
             self.target,
             self.landed,
             self.clock,
             links=receiver_links,
+            decoders=decoders,
             metrics=self.receiver_metrics,
         )
         self.dialer = MemoryDialer(self.receiver)
@@ -242,11 +257,12 @@ class Duo:
             self.source,
             self.sent,
             self.clock,
+            chooser=chooser,
             links=sender_links,
             dialer=self.dialer,
             metrics=self.sender_metrics,
         )
-        self.peer = Peer(WorkerId("decode"), Epoch(7), "in memory")
+        self.peer = Peer(WorkerId(receiver_id), Epoch(7), "in memory")
 
     async def __aenter__(self) -> "Duo":
         return self
@@ -257,7 +273,7 @@ class Duo:
         for outcomes in (self.sent, self.landed):
             assert all(len(told) == 1 for told in outcomes.told.values()), outcomes.told
         for thread in threading.enumerate():
-            if thread.name.startswith(("kv-send", "kv-receive")):
+            if thread.name.startswith(("kv-send", "kv-receive", "kv-codec")):
                 await asyncio.to_thread(thread.join, PATIENCE_S)
                 assert not thread.is_alive(), thread.name
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from core.ids import Epoch, RequestId, TransferId, WorkerId
+from core.ids import RequestId, TransferId
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES, decode_header, seal
 from kv_transfer.link import LinkPlan, Links, ReceiveEnd, SendEnd, Slot
-from kv_transfer.ports import Peer
 from kv_transfer.process_group_links import ProcessGroupLinks
 from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, MemoryDialer
 
@@ -48,6 +47,7 @@ class _SpoilingEnd:
     def __init__(self, inner: SendEnd, links: SpoilingLinks) -> None:
         self._inner = inner
         self._links = links
+        self.carrier = inner.carrier
 
     def acquire(self, timeout_s: float) -> Slot:
         return self._inner.acquire(timeout_s)
@@ -67,9 +67,9 @@ class _SpoilingEnd:
         self._inner.close()
 
 
-def _gloo_duo(config: KvTransferConfig = CONFIG) -> tuple[Duo, SpoilingLinks]:
+def _gloo_duo(config: KvTransferConfig = CONFIG, receiver_id: str = "decode") -> tuple[Duo, SpoilingLinks]:
     links = SpoilingLinks(ProcessGroupLinks("gloo", "127.0.0.1"))
-    return Duo(config, links=(links, ProcessGroupLinks("gloo", "127.0.0.1"))), links
+    return Duo(config, links=(links, ProcessGroupLinks("gloo", "127.0.0.1")), receiver_id=receiver_id), links
 
 
 async def _land(duo: Duo, name: str) -> None:
@@ -170,7 +170,7 @@ async def test_a_link_that_breaks_is_rebuilt_under_a_new_epoch() -> None:
 async def test_a_receiver_that_is_stuck_times_out_and_holds_up_nobody_else() -> None:
     config = CONFIG.model_copy(update={"send_timeout_s": 1.0, "num_slots": 2, "credit_bytes": 4096})
     duo, _ = _gloo_duo(config)
-    other, _ = _gloo_duo(config)
+    other, _ = _gloo_duo(config, "decode-2")
     async with other, duo:
         stuck = threading.Event()
         duo.target.blocked_by = stuck
@@ -180,11 +180,9 @@ async def test_a_receiver_that_is_stuck_times_out_and_holds_up_nobody_else() -> 
         # The same sender serves another decode worker meanwhile.
         duo.dialer.receiver = other.receiver
         request_id, second = RequestId("free"), TransferId("free/0")
-        other_peer = Peer(WorkerId("decode-2"), Epoch(7), "in memory")
-        other.receiver._identity = other.receiver._identity.__class__(WorkerId("decode-2"), Epoch(7), "test")
         kv, target = duo.source.fill(request_id, 9), other.target.clear(request_id, 9)
         await other.receiver.expect(second, request_id, 0, 9)
-        await duo.sender.offer(second, request_id, 9, other_peer)
+        await duo.sender.offer(second, request_id, 9, other.peer)
         duo.sender.push(second, LAYERS, range(9))
         duo.sender.commit(second, 1)
         assert await duo.sent.outcome(second) == "acked"

@@ -63,24 +63,24 @@ def test_neighbours_in_tokens_or_layers_merge() -> None:
 
 @given(boxes=st.lists(_boxes, max_size=12))
 def test_coverage_agrees_with_a_set_of_cells(boxes: list[Box]) -> None:
-    coverage, written = Coverage(TARGET), set[tuple[int, int, int]]()
+    coverage, claimed = Coverage(TARGET), set[tuple[int, int, int]]()
     for box in boxes:
-        overlaps = bool(_cells(box) & written)
+        overlaps = bool(_cells(box) & claimed)
         assert coverage.overlaps(box) == overlaps
         if not overlaps:
-            coverage.add(box)
-            written |= _cells(box)
-        assert coverage.is_complete == (written == _cells(TARGET))
+            coverage.claim(box)
+            claimed |= _cells(box)
 
 
 @given(data=st.data())
-def test_any_partition_in_any_order_completes_a_coverage(data: st.DataObject) -> None:
+def test_any_partition_in_any_order_can_be_claimed_once(data: st.DataObject) -> None:
     pieces = list(cut(TARGET, 1, data.draw(st.integers(2, 40)), 1))
     coverage = Coverage(TARGET)
     for piece in data.draw(st.permutations(pieces)):
-        assert not coverage.is_complete
-        coverage.add(piece)
-    assert coverage.is_complete
+        assert not coverage.overlaps(piece)
+        coverage.claim(piece)
+        assert coverage.overlaps(piece)
+    assert sum(piece.volume for piece in pieces) == coverage.volume
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_outside_is_outside(box: Box) -> None:
     assert not Coverage(TARGET).is_inside(box)
 
 
-def test_nothing_to_cover_is_complete_and_takes_nothing() -> None:
+def test_nothing_to_cover_has_no_volume_and_takes_nothing() -> None:
     coverage = Coverage(None)
-    assert coverage.is_complete
+    assert coverage.volume == 0
     assert not coverage.is_inside(TARGET)
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
+from core.clock import ManualClock
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.membership import WorkerIdentity
 from kv_transfer.box import Box
 from kv_transfer.codec import default_decoders
+from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, seal
@@ -20,7 +22,7 @@ from kv_transfer.link import Slot
 from kv_transfer.memory_links import MemoryLinks
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.receiver_events import FramesWritten
-from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner
+from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner, ReceiverParts
 from kv_transfer.session import NackReason
 from protos import kv_transfer_pb2 as pb
 from tests.kv_peers import LAYOUT, ArrayPool
@@ -68,7 +70,7 @@ def test_a_good_frame_is_written_and_accounted_for() -> None:
     assert site.land(HEADER) is site.landing
     assert not site.array[:, :, :, 4:8].isnan().any()
     assert site.array[:, :, :, 8:].isnan().all()
-    assert site.landing.written == FramesWritten(1, RAW_BYTES, is_covered=False)
+    assert site.landing.written == FramesWritten(1, RAW_BYTES, is_covered=False, raw_bytes=RAW_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,6 @@ def test_a_good_frame_is_written_and_accounted_for() -> None:
         (dataclasses.replace(HEADER, link_epoch=0), NackReason.EPOCH),
         (dataclasses.replace(HEADER, dtype="bfloat16", head_dim=16), NackReason.SHAPE),
         (dataclasses.replace(HEADER, dtype="float16", raw_bytes=RAW_BYTES // 2), NackReason.SHAPE),
-        (_box(heads=range(1)), NackReason.SHAPE),
         (_box(heads=range(1, 3)), NackReason.SHAPE),
         (_box(layers=range(1, 4)), NackReason.SHAPE),
         (dataclasses.replace(HEADER, codec_id=77), NackReason.CODEC),
@@ -106,6 +107,18 @@ def test_a_damaged_frame_is_refused_and_nothing_is_written(offset: int) -> None:
     with pytest.raises(FrameRefused):
         site.land(HEADER, _flip(offset))
     assert site.pool.writes == []
+
+
+def test_a_shard_lands_inside_its_heads_and_nowhere_else() -> None:
+    site = Site()
+    site.landing.coverage = Coverage(dataclasses.replace(TARGET, heads=range(1, 2)))
+    assert site.land(_box(heads=range(1, 2))) is site.landing
+    assert not site.array[:, :, 1:, 4:8].isnan().any()
+    assert site.array[:, :, :1].isnan().all()
+    for heads in (range(1), range(2)):
+        with pytest.raises(FrameRefused) as refused:
+            site.land(_box(heads=heads, tokens=range(8, 12)))
+        assert refused.value.reason == NackReason.RANGE
 
 
 def test_a_part_is_never_written_twice() -> None:
@@ -140,18 +153,19 @@ def test_a_pool_that_refuses_ends_the_transfer() -> None:
 async def test_the_event_loop_never_sees_half_of_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site()
     owner = create_autospec(ReceiverPairOwner, instance=True)
-    pair = ReceiverPair(
-        pb.SenderHello(worker_id="prefill", epoch=3),
+    parts = ReceiverParts(
         WorkerIdentity(WorkerId("decode"), Epoch(7), "test"),
         KvTransferConfig(backend="memory"),
         LAYOUT,
         MemoryLinks(),
         site.pool,
         default_decoders(),
-        lambda message: None,
         KvTransferMetrics(CollectorRegistry()),
-        owner,
+        ManualClock(),
+        CodecThreads(1, "test"),
+        Buffers(),
     )
+    pair = ReceiverPair(pb.SenderHello(worker_id="prefill", epoch=3), parts, lambda message: None, owner)
     pair.landings[T] = site.landing
     honest = FrameHeader.payload_bytes
 
@@ -164,4 +178,7 @@ async def test_the_event_loop_never_sees_half_of_a_frame(monkeypatch: pytest.Mon
         site.land(_box(tokens=range(start, start + 4)))
     pair.look()
     told = [call.args[2] for call in owner.feed_from.call_args_list]
-    assert told == [FramesWritten(count, count * RAW_BYTES, is_covered=count == 4) for count in range(1, 5)]
+    assert told == [
+        FramesWritten(count, count * RAW_BYTES, is_covered=count == 4, raw_bytes=count * RAW_BYTES)
+        for count in range(1, 5)
+    ]

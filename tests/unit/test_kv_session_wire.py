@@ -51,7 +51,7 @@ class Wire(RuleBasedStateMachine):
 
     @initialize()
     def offer(self) -> None:
-        self.sender = SenderSession(T, offer_timeout_s=OFFER_TIMEOUT_S, lease_s=LEASE_S, now=self.now)
+        self.sender = SenderSession(T, offer_timeout_s=OFFER_TIMEOUT_S, now=self.now)
         self.to_receiver.append(receiving.OfferReceived(R, 20, bytes_per_token=96))
 
     # --- owners ---

@@ -52,7 +52,7 @@ RECEIVER_EVENTS: list[receiving.ReceiverEvent] = [
 
 
 def _sender(*events: sending.SenderEvent) -> SenderSession:
-    machine = SenderSession(T, offer_timeout_s=10.0, lease_s=30.0, now=0.0)
+    machine = SenderSession(T, offer_timeout_s=10.0, now=0.0)
     for event in events:
         machine.handle(event, 0.0)
     return machine
@@ -89,7 +89,7 @@ RECEIVERS: Mapping[ReceiveState, Callable[[], ReceiverSession]] = {
 
 
 def test_the_sender_walks_from_offer_to_ack() -> None:
-    machine = SenderSession(T, offer_timeout_s=10.0, lease_s=30.0, now=0.0)
+    machine = SenderSession(T, offer_timeout_s=10.0, now=0.0)
     assert machine.handle(sending.ReservationGranted(4, 30.0), 1.0) == [sending.StartSending(4)]
     assert machine.handle(sending.FrameSent(), 2.0) == []
     assert machine.tick(11.0) == [sending.SayRenewal()]
@@ -104,7 +104,7 @@ def test_the_receiver_walks_from_reservation_to_ack() -> None:
     assert machine.handle(ONE, 2.0) == []
     assert machine.handle(COMMIT, 3.0) == []
     effects = machine.handle(COVERED, 5.0)
-    assert effects == [receiving.SayAck(2.0), receiving.ReportLanded(9, 2, 100, 4.0, 2.0)]
+    assert effects == [receiving.SayAck(2.0), receiving.ReportLanded(9, COVERED, "none", 4.0, 2.0)]
     assert machine.handle(receiving.AckSaid(), 5.0) == []
     assert machine.next_deadline() is None
 

@@ -1,0 +1,79 @@
+"""Which profile each transfer of a sender uses: asks the chooser once, and tells it once what came of it."""
+
+import logging
+from dataclasses import dataclass
+
+from core.clock import Clock
+from core.ids import TransferId
+from kv_transfer.choice import Choice, ProfileChooser, TransferObservation, TransferQuestion
+from kv_transfer.codec import RAW
+from kv_transfer.metrics import KvTransferMetrics
+
+_log = logging.getLogger(__name__)
+_RATIO_WEIGHT = 0.3
+_FALLBACK = Choice("none", RAW, None, "chooser_failed")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    raw_bytes: int
+    profile: str
+    at: float
+
+
+class ProfileDesk:
+    """Between the sessions of one sender and its chooser. Event loop only."""
+
+    def __init__(self, chooser: ProfileChooser, clock: Clock, metrics: KvTransferMetrics) -> None:
+        self._chooser = chooser
+        self._clock = clock
+        self._metrics = metrics
+        self._asked: dict[TransferId, _Asked] = {}
+        self._coded_share: dict[str, float] = {}  # payload / raw, by profile: what the queue is estimated with
+
+    def choose(self, question: TransferQuestion) -> Choice:
+        """Ask for a transfer that was reserved just now."""
+        try:
+            choice = self._chooser.choose(question)
+        except Exception:  # a defect of the controller costs the compression of a transfer, not the transfer
+            _log.exception("choosing a profile for %s", question.transfer_id)
+            choice = _FALLBACK
+        else:
+            self._asked[question.transfer_id] = _Asked(question.raw_bytes, choice.profile, self._clock.now())
+        self._metrics.profiles.labels(choice.profile, choice.reason).inc()
+        return choice
+
+    def expected_bytes(self, profile: str, raw_bytes: int) -> int:
+        """Estimate the payload of a transfer from the last ones of the profile. Pure."""
+        return round(raw_bytes * self._coded_share.get(profile, 1.0))
+
+    def settle(
+        self, transfer_id: TransferId, payload_bytes: int, *, committed_at: float | None = None, failure: str = ""
+    ) -> None:
+        """Report the outcome of a transfer, if it was asked about.
+
+        Args:
+            payload_bytes: that was sent of it, as coded.
+            committed_at: when its owner said that the prefill had ended; None: it failed before.
+            failure: a NackReason, or "" when it was acknowledged.
+        """
+        asked = self._asked.pop(transfer_id, None)
+        if asked is None:
+            return
+        now = self._clock.now()
+        if not failure and asked.raw_bytes:
+            share = payload_bytes / asked.raw_bytes
+            before = self._coded_share.get(asked.profile, share)
+            self._coded_share[asked.profile] = before + _RATIO_WEIGHT * (share - before)
+        observation = TransferObservation(
+            transfer_id=transfer_id,
+            observed_s=now - asked.at,
+            exposed_s=None if committed_at is None else max(0.0, now - committed_at),
+            raw_bytes=asked.raw_bytes,
+            payload_bytes=payload_bytes,
+            failure=failure,
+        )
+        try:
+            self._chooser.observe(observation)
+        except Exception:  # as above: what it cannot learn must not keep an owner from its outcome
+            _log.exception("observing %s", transfer_id)
