@@ -136,6 +136,11 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     deadline_s: Annotated[float | None, typer.Option("--deadline", help="Seconds for all of it.")] = None,
+    kv_quality: Annotated[
+        str | None,
+        typer.Option("--kv-quality", help="Of the KV cache on its way: exact, high, balanced, or 0 to 1."),
+    ] = None,
+    tenant: Annotated[str, typer.Option("--tenant", help="On whose account.")] = "",
     cluster: Cluster = None,
     address: Address = None,
 ) -> None:
@@ -146,6 +151,8 @@ def generate(
         tandem generate "Return a list of" --temperature 0
 
         tandem generate --chat "What does len() do?" -n 60 --seed 7
+
+        tandem generate "Return a list of" --kv-quality balanced
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     roles = [Message("system", system)] if system else []
@@ -160,12 +167,14 @@ def generate(
     if stop:
         sampling["stop"] = stop
 
+    quality = _quality(kv_quality) if kv_quality is not None else None
+
     async def stream(client: Client) -> None:
-        async for piece in client.generate(messages, deadline_s=deadline_s, **sampling):
+        async for piece in client.generate(messages, deadline_s=deadline_s, kv_quality=quality, **sampling):
             print(piece.text, end="", flush=True)
         print()
 
-    _with_client(_gateway(cluster, address), stream)
+    _with_client(_gateway(cluster, address), stream, tenant)
 
 
 @app.command()
@@ -241,9 +250,17 @@ def _gateway(cluster: str | None, address: str | None) -> str:
     return record.gateway
 
 
-def _with_client(address: str, use: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
+def _quality(text: str) -> str | float:
+    """Return a number if it is one; what a word means is the gateway's affair."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _with_client(address: str, use: Callable[[Client], Coroutine[Any, Any, T]], tenant: str = "") -> T:
     async def run() -> T:
-        async with Client(address) as client:
+        async with Client(address, tenant=tenant) as client:
             return await use(client)
 
     return asyncio.run(run())

@@ -49,8 +49,8 @@ else:
     _FILLED = {"model", "transfer", "host", "port"}
     PrefillPool = section("PrefillPool", __name__, PoolConfig, PrefillWorkerConfig, filled=_FILLED)
     DecodePool = section("DecodePool", __name__, PoolConfig, DecodeWorkerConfig, filled=_FILLED)
-    _OF_MODEL = {"model_path", "served_model_name", "max_model_len"}
-    RouterSection = section("RouterSection", __name__, GatewayConfig, RouterConfig, filled=_OF_MODEL)
+    _SAID_ELSEWHERE = {"model_path", "served_model_name", "max_model_len", "kv_quality"}
+    RouterSection = section("RouterSection", __name__, GatewayConfig, RouterConfig, filled=_SAID_ELSEWHERE)
 
 
 class RedisConfig(ConfigModel):
@@ -137,12 +137,13 @@ class ClusterConfig(ConfigModel):
 
     def gateway(self, **filled: object) -> RouterConfig:
         """Return the gateway's configuration; `filled` are the fields that the launcher chose."""
-        model = {
+        said = {
             "model_path": self.model.path,
             "served_model_name": self.model.name,
             "max_model_len": self.model.max_model_len,
+            "kv_quality": self.transfer.quality,
         }
-        return complete(RouterConfig, self.router, **(model | filled))
+        return complete(RouterConfig, self.router, **(said | filled))
 
 
 def load_cluster_config(path: Path) -> ClusterConfig:

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cluster.demo_traffic import WAVES
-from tandem_client import Generation
+from tandem_client import Generation, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class DemoTotals:
 def request_table(results: Mapping[str, Generation]) -> Table:
     """One row per request: where its time went, what crossed between the workers, who served it."""
     table = Table(
-        title="Requests (times in ms; TTFT = queue + route + prefill; p > d: prefill and decode worker)",
+        title="Requests (ms; TTFT = queue + route + prefill; profile of the KV transfer, * lossy; held in tokens)",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -32,8 +32,10 @@ def request_table(results: Mapping[str, Generation]) -> Table:
     table.add_column("request", no_wrap=True)
     for heading in ("prompt\ntokens", "prefix\nhits", "new\ntokens", "queue", "route", "prefill", "TTFT", "transfer"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("first\ndecode", "TPOT", "KV sent\nKiB", "KV held\ntokens"):
+    for heading in ("first\ndecode", "TPOT", "wire\nKiB"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("profile", no_wrap=True)
+    table.add_column("KV\nheld", justify="right", no_wrap=True)
     table.add_column("p > d", no_wrap=True)
     for name, result in results.items():
         usage, timing, placement = result.summary.usage, result.summary.timing, result.summary.placement
@@ -45,7 +47,8 @@ def request_table(results: Mapping[str, Generation]) -> Table:
             str(usage.cached_tokens),
             str(usage.completion_tokens),
             *(f"{seconds * 1e3:.1f}" for seconds in (*steps, timing.first_decode_s, timing.tpot_s)),
-            f"{placement.kv_bytes / 1024:.0f}",
+            f"{placement.kv_wire_bytes / 1024:.0f}",
+            (placement.kv_profile or "-") + ("" if placement.kv_lossless else "*"),
             str(placement.kv_tokens_held),
             f"{prefill} > {decode or '-'}",
         )
@@ -64,13 +67,19 @@ def totals_table(results: Mapping[str, Generation], totals: DemoTotals) -> Table
         ("tokens", f"{prompt:,} prompt ({cached:,} from prefix caches), {new:,} generated"),
         ("throughput", f"{new / totals.serving_s:.0f} generated tokens/s over {totals.serving_s:.2f} s"),
         ("TTFT", f"median {ttfts[len(ttfts) // 2] * 1e3:.1f} ms, worst {ttfts[-1] * 1e3:.1f} ms"),
-        ("KV moved", f"{sum(summary.placement.kv_bytes for summary in summaries) / 2**20:.2f} MiB between processes"),
+        ("KV moved", _kv_moved([summary.placement for summary in summaries])),
         ("KV not moved", f"{sum(summary.placement.kv_tokens_held for summary in summaries):,} tokens held already"),
         ("memory", f"peak {totals.peak_bytes / 2**20:,.0f} MiB (PSS) over {totals.num_processes} processes"),
         ("wall time", f"up {totals.up_s:.1f} s, serving {totals.serving_s:.1f} s, down {totals.down_s:.1f} s"),
     ):
         table.add_row(what, value)
     return table
+
+
+def _kv_moved(placements: Sequence[Placement]) -> str:
+    raw_bytes = sum(placement.kv_bytes for placement in placements)
+    wire_bytes = sum(placement.kv_wire_bytes for placement in placements)
+    return f"{raw_bytes / 2**20:.2f} MiB between processes, as {wire_bytes / 2**20:.2f} MiB on the wire"
 
 
 def problems(results: Mapping[str, Generation]) -> Sequence[str]:
@@ -82,8 +91,14 @@ def problems(results: Mapping[str, Generation]) -> Sequence[str]:
             found.append(f"{name}: token indices are not contiguous from 0")
         if placement.decode_worker and placement.kv_tokens_held + placement.kv_tokens_sent != usage.prompt_tokens:
             found.append(f"{name}: KV of the prompt is not accounted for")
-        if placement.decode_worker and placement.kv_tokens_sent and not placement.kv_bytes:
+        if (
+            placement.decode_worker
+            and placement.kv_tokens_sent
+            and not (placement.kv_bytes and placement.kv_wire_bytes)
+        ):
             found.append(f"{name}: KV tokens were sent, but no bytes")
+        if not placement.kv_lossless:
+            found.append(f"{name}: its KV came under a lossy profile, which nobody allowed")
     for request in (request for wave in WAVES for request in wave if request.same_as):
         ids = [[token.token_id for token in results[name].tokens] for name in (request.name, request.same_as)]
         if ids[0] != ids[1]:

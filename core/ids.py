@@ -16,6 +16,7 @@ Epoch = NewType("Epoch", int)
 """Incarnation of a worker: grows by one at every start; a message from an older epoch is refused."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}\Z")
+_TENANT = re.compile(r"[A-Za-z0-9_.:-]{0,64}\Z")
 
 
 def new_request_id() -> RequestId:
@@ -51,3 +52,14 @@ def parse_request_id(text: str) -> RequestId:
     if not _REQUEST_ID.match(text):
         raise InvalidRequest("request_id", "must be 1 to 128 characters of [A-Za-z0-9_.:-]")
     return RequestId(text)
+
+
+def parse_tenant(text: str) -> str:
+    """Check the name of a tenant; none at all is a tenant too.
+
+    Raises:
+        InvalidRequest: it is longer than 64 characters or holds characters outside ``[A-Za-z0-9_.:-]``.
+    """
+    if not _TENANT.match(text):
+        raise InvalidRequest("tenant", "must be at most 64 characters of [A-Za-z0-9_.:-]")
+    return text

@@ -97,3 +97,8 @@ def epoch_key(cluster: str, worker_id: WorkerId) -> str:
 def kv_event_stream(cluster: str, worker_id: WorkerId) -> str:
     """Stream of the worker's KV event batches (bytes of `protos` KvEventBatch); epochs share the stream."""
     return f"tandem:{cluster}:kv:{worker_id}"
+
+
+def kv_controller_key(cluster: str, role: Role) -> str:
+    """What the profile controllers of one pool have learned, as bytes of theirs."""
+    return f"tandem:{cluster}:kv_controller:{role}"

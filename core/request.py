@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from core.errors import InvalidRequest
 from core.ids import RequestId
+from core.kv_quality import EXACT
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -114,6 +115,8 @@ class GenerateRequest:
         block_hashes: chained hash of each FULL prompt block (`core.blocks.block_hashes`), computed once by the
             gateway over the cluster's block size; empty means that the engine computes them.
         tenant, adapter: part of the hash namespace; carried for accounting.
+        kv_quality_floor: of the profile that its KV may be transferred under (`core.kv_quality`); 1 is lossless.
+        handoff_budget_s: the KV may arrive so long after the first token; None: as soon as it can.
     """
 
     request_id: RequestId
@@ -122,6 +125,8 @@ class GenerateRequest:
     block_hashes: tuple[bytes, ...] = ()
     tenant: str = ""
     adapter: str = ""
+    kv_quality_floor: float = EXACT
+    handoff_budget_s: float | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

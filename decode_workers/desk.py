@@ -75,12 +75,26 @@ class DecodeDesk:
             self._reserve(machine)
         self.requests.end_turn()
 
+    async def begin(self) -> None:
+        pass
+
+    async def end(self) -> None:
+        await self.transfers.close()
+
     # The receiver's outcomes
 
     def on_landed(self, transfer_id: TransferId, first_token_id: int, stats: LandedStats) -> None:
         machine = self.requests.of_transfer(transfer_id)
         if machine is not None:
-            self.requests.take(machine, m.KvLanded(first_token_id, stats.exposed_s, stats.payload_bytes))
+            landed = m.KvLanded(
+                first_token_id,
+                stats.exposed_s,
+                stats.payload_bytes,
+                stats.payload_bytes,
+                "none",
+                is_lossless=True,
+            )
+            self.requests.take(machine, landed)
 
     def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
         machine = self.requests.of_transfer(transfer_id)
@@ -127,7 +141,7 @@ class DecodeDesk:
         except ServingError as error:
             self.requests.take(machine, TransferFailed("not_expected", str(error)))
 
-    def _activate(self, machine: DecodeRequest, first_token_id: int) -> None:
+    def _activate(self, machine: DecodeRequest, activate: m.ActivateInEngine) -> None:
         def activated(done: Future[None]) -> None:
             match done.exception():
                 case None:
@@ -137,14 +151,17 @@ class DecodeDesk:
                 case error:
                     self.requests.on_defect(error)
 
-        self.requests.ask_engine(lambda engine: engine.activate(machine.request_id, (first_token_id,)), activated)
+        first_tokens, is_exact = (activate.first_token_id,), activate.is_exact
+        self.requests.ask_engine(
+            lambda engine: engine.activate(activate.request_id, first_tokens, exact=is_exact), activated
+        )
 
     def _perform(self, machine: DecodeRequest, stream: Stream, effect: m.OwnEffect) -> None:
         match effect:
             case m.ExpectTransfer():
                 self.requests.spawn(self._expect(machine, effect), f"expect {machine.transfer_id}")
-            case m.ActivateInEngine(first_token_id=first_token_id):
-                self._activate(machine, first_token_id)
+            case m.ActivateInEngine():
+                self._activate(machine, effect)
             case m.SendLanded():
                 self._around.streams.precede(stream, effect)
                 self._metrics.note_landed(effect)

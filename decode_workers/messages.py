@@ -26,11 +26,20 @@ class ReservationRefused:
 
 @dataclass(frozen=True, slots=True)
 class KvLanded:
-    """All KV of the prompt is in our blocks. `exposed_s`: prefill end to landed. `kv_bytes`: what crossed."""
+    """All KV of the prompt is in our blocks.
+
+    Attributes:
+        exposed_s: prefill end to landed.
+        kv_bytes: of what was sent, before compression; `kv_wire_bytes` is what crossed.
+        is_lossless: what was sent is equal bit for bit.
+    """
 
     first_token_id: int
     exposed_s: float
     kv_bytes: int
+    kv_wire_bytes: int
+    kv_profile: str
+    is_lossless: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +87,11 @@ class ExpectTransfer:
 
 @dataclass(frozen=True, slots=True)
 class ActivateInEngine:
-    """The request joins the decode batch; it goes on after `first_token_id`."""
+    """The request joins the decode batch; it goes on after `first_token_id`. Unless its KV is exact, it is private."""
 
     request_id: RequestId
     first_token_id: int
+    is_exact: bool
     cause: str
 
 
@@ -95,6 +105,9 @@ class SendLanded:
     kv_tokens_held: int
     kv_tokens_sent: int
     kv_bytes: int
+    kv_wire_bytes: int
+    kv_profile: str
+    is_lossless: bool
     cause: str
 
 

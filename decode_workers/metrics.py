@@ -28,6 +28,9 @@ class DecodeMetrics:
         self.held_tokens = Counter(
             "tandem_decode_held_tokens", "Prompt tokens that were here before their transfer.", registry=registry
         )
+        self.kv_bytes = Counter(
+            "tandem_decode_kv_bytes", "KV that was sent here, before compression.", ["exact"], registry=registry
+        )
         self.exposed_seconds = Histogram(
             "tandem_decode_exposed_seconds",
             "Prefill end to landed.",
@@ -49,6 +52,7 @@ class DecodeMetrics:
 
     def note_landed(self, landed: m.SendLanded) -> None:
         self.held_tokens.inc(landed.kv_tokens_held)
+        self.kv_bytes.labels("yes" if landed.is_lossless else "no").inc(landed.kv_bytes)
         self.exposed_seconds.observe(landed.exposed_s)
         self.first_decode_seconds.observe(landed.first_decode_s)
 

@@ -10,8 +10,6 @@ from kv_transfer.rpc import add_kv_transfer
 from protos import codec, worker_pb2, worker_pb2_grpc
 from workers.rpc import Context, GatewayCalls, WorkerServer, shared_report_to_wire
 
-_PROFILE = "none"  # frames carry KV as it is
-
 
 def add_decode_worker(desk: DecodeDesk, calls: GatewayCalls, server: WorkerServer) -> None:
     """Serve gateways, and the prefill workers that send KV."""
@@ -53,7 +51,9 @@ def report_to_wire(report: Report) -> worker_pb2.DecodeReport:
                 kv_tokens_held=report.kv_tokens_held,
                 kv_tokens_sent=report.kv_tokens_sent,
                 kv_bytes=report.kv_bytes,
-                kv_profile=_PROFILE,
+                kv_wire_bytes=report.kv_wire_bytes,
+                kv_profile=report.kv_profile,
+                kv_lossless=report.is_lossless,
             )
             return worker_pb2.DecodeReport(landed=landed)
         case _:

@@ -189,7 +189,7 @@ class DecodeRequest:
                 effects.append(SendFailed(self.request_id, error, cause))
             case KvLanded():
                 self._landed, self._landed_at = event, now
-                effects.append(ActivateInEngine(self.request_id, event.first_token_id, cause))
+                effects.append(ActivateInEngine(self.request_id, event.first_token_id, event.is_lossless, cause))
             case TokensProduced(output) | StreamFinished(output):
                 effects.extend(self._tell_landed(now, cause))
                 effects.append(SendOutput(output, cause))
@@ -226,6 +226,15 @@ class DecodeRequest:
         first_decode_s = now - self._landed_at
         return [
             SendLanded(
-                self.request_id, landed.exposed_s, first_decode_s, self.held_tokens, sent, landed.kv_bytes, cause
+                self.request_id,
+                exposed_s=landed.exposed_s,
+                first_decode_s=first_decode_s,
+                kv_tokens_held=self.held_tokens,
+                kv_tokens_sent=sent,
+                kv_bytes=landed.kv_bytes,
+                kv_wire_bytes=landed.kv_wire_bytes,
+                kv_profile=landed.kv_profile,
+                is_lossless=landed.is_lossless,
+                cause=cause,
             )
         ]

@@ -12,11 +12,14 @@ from concurrent.futures import Future
 
 from core.errors import InvalidRequest, RejectedError, ServingError
 from core.ids import RequestId, TransferId
-from core.membership import LoadReport
+from core.kv_quality import quality_floor
+from core.membership import LoadReport, Role, kv_controller_key
 from core.request import GenerateRequest
 from engine.contract import PrefillObserver
 from engine.engine import Engine
 from engine.loop import StepResult
+from kv_transfer.choice import TransferTerms
+from kv_transfer.controller.keeper import MemoryKeeper
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer
 from kv_transfer.sender import KvSender
@@ -24,6 +27,7 @@ from prefill_workers import messages as m
 from prefill_workers import policy
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.metrics import PrefillMetrics
+from prefill_workers.profiles import open_profiles
 from prefill_workers.state import PrefillRequest, PrefillState
 from workers.desk import RequestDesk, Stream
 from workers.messages import EngineFailed, SendAccepted, SendFailed, TransferFailed
@@ -46,6 +50,21 @@ class PrefillDesk:
             engine.model_info.max_model_len,
             self._engine_load.total_blocks,
             engine.layout.block_size,
+        )
+        self.identity = opening.identity
+        self._chooser = open_profiles(
+            config.transfer,
+            config.model.path,
+            engine.layout,
+            around.clock,
+            seed=opening.identity.epoch,
+            registry=around.metrics.registry,
+        )
+        self._keeper = MemoryKeeper(
+            self._chooser,
+            opening.store,
+            kv_controller_key(opening.identity.cluster, Role.PREFILL),
+            interval_s=config.transfer.controller.save_interval_s,
         )
         self.transfers = KvSender(
             config.transfer,
@@ -71,6 +90,18 @@ class PrefillDesk:
                 "queued_prefill_tokens": load.queued_prefill_tokens + unqueued_tokens,
             }
         )
+
+    async def begin(self) -> None:
+        await self._keeper.load()
+        self.requests.spawn(self._keeper.run(), "experience of the controller")
+
+    async def end(self) -> None:
+        await self._keeper.save()
+        await self.transfers.close()
+
+    def kv_decisions(self, last: int) -> list[dict[str, object]]:
+        """Return the last decisions on compression profiles, newest first, as plain values."""
+        return self._chooser.decisions(last)
 
     def submit(self, stream: Stream, request: GenerateRequest, hand_off: m.HandOff | None) -> None:
         """Accept or reject at once, by a report."""
@@ -168,6 +199,16 @@ class PrefillDesk:
                     self.requests.on_defect(error)
 
         self.requests.ask_engine(queue, queued)
+
+    def _terms(self, machine: PrefillRequest, hand_off: m.HandOff) -> TransferTerms:
+        load, floor = self.load, hand_off.quality_floor
+        rate = load.prefill_tokens_per_s
+        return TransferTerms(
+            quality_floor(self._config.transfer.quality) if floor is None else floor,
+            hand_off.budget_s,
+            machine.request.tenant,
+            compute_s=load.queued_prefill_tokens / rate if rate > 0 else 0.0,  # its own tokens are among the queued
+        )
 
     def _perform(self, machine: PrefillRequest, stream: Stream, effect: m.OwnEffect) -> None:
         match effect:

@@ -9,12 +9,19 @@ from workers.messages import SharedEffect, SharedEvent, SharedReport
 
 @dataclass(frozen=True, slots=True)
 class HandOff:
-    """Where the KV goes."""
+    """Where the KV goes, and what is asked of its transfer.
+
+    Attributes:
+        quality_floor: of the compression profile (`core.kv_quality`); None: the worker's default.
+        budget_s: the KV may arrive so long after the first token; None: as soon as it can.
+    """
 
     transfer_id: TransferId
     worker_id: WorkerId
     epoch: Epoch
     address: str
+    quality_floor: float | None = None
+    budget_s: float | None = None
 
 
 # Events: what happened.

@@ -1,13 +1,21 @@
 """gRPC to core types and back, for the prefill worker. The only importer of grpc in this package."""
 
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, TypeVar
 
+from google.protobuf.message import Message
+
+from core.errors import ProtocolError
 from core.ids import Epoch, TransferId, WorkerId
 from core.streams import Outbox
 from prefill_workers.desk import PrefillDesk
 from prefill_workers.messages import HandOff, Report, SendComputed, SendHandedOver
 from protos import codec, worker_pb2, worker_pb2_grpc
 from workers.rpc import Context, GatewayCalls, WorkerServer, shared_report_to_wire
+
+M = TypeVar("M", bound=Message)
+_LAST_DECISIONS = 100
 
 
 def add_prefill_worker(desk: PrefillDesk, calls: GatewayCalls, server: WorkerServer) -> None:
@@ -35,17 +43,55 @@ class _Servicer(worker_pb2_grpc.PrefillWorkerServicer):
     ) -> worker_pb2.ListCachedBlocksResponse:
         return await self._calls.list_cached_blocks(context)
 
+    async def ListKvDecisions(  # noqa: N802
+        self, request: worker_pb2.ListKvDecisionsRequest, context: Context
+    ) -> worker_pb2.ListKvDecisionsResponse:
+        identity = self._desk.identity
+        decisions = self._desk.kv_decisions(request.last or _LAST_DECISIONS)
+        return worker_pb2.ListKvDecisionsResponse(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            decisions=[decision_to_wire(decision) for decision in decisions],
+        )
+
 
 def hand_off_from_wire(submit: worker_pb2.PrefillSubmit) -> HandOff | None:
-    """Return where the KV goes; None for no hand-off. Pure."""
+    """Return where the KV goes; None for no hand-off. Pure.
+
+    Raises:
+        ProtocolError: a floor or a budget that no gateway lets through.
+    """
     if not submit.transfer_id:
         return None
+    floor = submit.kv_quality_floor if submit.HasField("kv_quality_floor") else None
+    budget_s = submit.handoff_budget_s if submit.HasField("handoff_budget_s") else None
+    if not (floor is None or 0.0 <= floor <= 1.0) or not (budget_s is None or budget_s >= 0.0):
+        raise ProtocolError(f"a transfer with floor {floor} and budget {budget_s}")
     return HandOff(
         TransferId(submit.transfer_id),
         WorkerId(submit.decode_worker_id),
         Epoch(submit.decode_epoch),
         submit.decode_address,
+        floor,
+        budget_s,
     )
+
+
+def decision_to_wire(decision: Mapping[str, Any]) -> worker_pb2.KvDecision:
+    """Return what the controller keeps of one transfer (`kv_transfer.controller.decisions`). Pure."""
+    outcome = decision["outcome"]
+    message = _typed(worker_pb2.KvDecision, decision)
+    message.candidates.extend(_typed(worker_pb2.KvCandidate, candidate) for candidate in decision["candidates"])
+    if outcome is not None:
+        message.outcome.CopyFrom(_typed(worker_pb2.KvOutcome, outcome))
+    message.json = json.dumps(decision)
+    return message
+
+
+def _typed(kind: type[M], values: Mapping[str, Any]) -> M:
+    """Return a message with those of the values that it has scalar fields for; what is None stays absent."""
+    scalars = [field.name for field in kind.DESCRIPTOR.fields if field.message_type is None]
+    return kind(**{name: values[name] for name in scalars if values.get(name) is not None})
 
 
 def report_to_wire(report: Report) -> worker_pb2.PrefillReport:

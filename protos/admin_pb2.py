@@ -22,21 +22,26 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\ttandem.v1\"\x19\n\x17GetClusterStatusRequest\"\xc2\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\n \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x15\n\rcached_blocks\x18\r \x01(\r\x12\x11\n\tconnected\x18\x0e \x01(\x08\x12\x11\n\tin_flight\x18\x0f \x01(\r\x12\x14\n\x0cmetrics_port\x18\x10 \x01(\r\"\xc5\x01\n\x18GetClusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x19\n\x11store_staleness_s\x18\x04 \x01(\x01\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r\x12(\n\x07workers\x18\x07 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus2d\n\x05\x41\x64min\x12[\n\x10GetClusterStatus\x12\".tandem.v1.GetClusterStatusRequest\x1a#.tandem.v1.GetClusterStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\ttandem.v1\x1a\x13protos/worker.proto\"\x19\n\x17GetClusterStatusRequest\"\xc2\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\n \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x15\n\rcached_blocks\x18\r \x01(\r\x12\x11\n\tconnected\x18\x0e \x01(\x08\x12\x11\n\tin_flight\x18\x0f \x01(\r\x12\x14\n\x0cmetrics_port\x18\x10 \x01(\r\"\xc5\x01\n\x18GetClusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x19\n\x11store_staleness_s\x18\x04 \x01(\x01\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r\x12(\n\x07workers\x18\x07 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\"@\n\x1dListClusterKvDecisionsRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"U\n\x1eListClusterKvDecisionsResponse\x12\x33\n\x07workers\x18\x01 \x03(\x0b\x32\".tandem.v1.ListKvDecisionsResponse2\xcc\x01\n\x05\x41\x64min\x12[\n\x10GetClusterStatus\x12\".tandem.v1.GetClusterStatusRequest\x1a#.tandem.v1.GetClusterStatusResponse\x12\x66\n\x0fListKvDecisions\x12(.tandem.v1.ListClusterKvDecisionsRequest\x1a).tandem.v1.ListClusterKvDecisionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=33
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=58
-  _globals['_WORKERSTATUS']._serialized_start=61
-  _globals['_WORKERSTATUS']._serialized_end=383
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=386
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=583
-  _globals['_ADMIN']._serialized_start=585
-  _globals['_ADMIN']._serialized_end=685
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=54
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=79
+  _globals['_WORKERSTATUS']._serialized_start=82
+  _globals['_WORKERSTATUS']._serialized_end=404
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=407
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=604
+  _globals['_LISTCLUSTERKVDECISIONSREQUEST']._serialized_start=606
+  _globals['_LISTCLUSTERKVDECISIONSREQUEST']._serialized_end=670
+  _globals['_LISTCLUSTERKVDECISIONSRESPONSE']._serialized_start=672
+  _globals['_LISTCLUSTERKVDECISIONSRESPONSE']._serialized_end=757
+  _globals['_ADMIN']._serialized_start=760
+  _globals['_ADMIN']._serialized_end=964
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,11 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.GetClusterStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.GetClusterStatusResponse.FromString,
                 _registered_method=True)
+        self.ListKvDecisions = channel.unary_unary(
+                '/tandem.v1.Admin/ListKvDecisions',
+                request_serializer=protos_dot_admin__pb2.ListClusterKvDecisionsRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ListClusterKvDecisionsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -50,6 +55,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListKvDecisions(self, request, context):
+        """Which compression profiles the prefill workers chose for their KV transfers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +69,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetClusterStatus,
                     request_deserializer=protos_dot_admin__pb2.GetClusterStatusRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.GetClusterStatusResponse.SerializeToString,
+            ),
+            'ListKvDecisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKvDecisions,
+                    request_deserializer=protos_dot_admin__pb2.ListClusterKvDecisionsRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ListClusterKvDecisionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +103,33 @@ class Admin:
             '/tandem.v1.Admin/GetClusterStatus',
             protos_dot_admin__pb2.GetClusterStatusRequest.SerializeToString,
             protos_dot_admin__pb2.GetClusterStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKvDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Admin/ListKvDecisions',
+            protos_dot_admin__pb2.ListClusterKvDecisionsRequest.SerializeToString,
+            protos_dot_admin__pb2.ListClusterKvDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

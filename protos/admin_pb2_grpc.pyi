@@ -32,11 +32,15 @@ class AdminStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
     GetClusterStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetClusterStatusRequest, _admin_pb2.GetClusterStatusResponse]
+    ListKvDecisions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListClusterKvDecisionsRequest, _admin_pb2.ListClusterKvDecisionsResponse]
+    """Which compression profiles the prefill workers chose for their KV transfers."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetClusterStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetClusterStatusRequest, _admin_pb2.GetClusterStatusResponse]  # type: ignore[assignment]
+    ListKvDecisions: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListClusterKvDecisionsRequest, _admin_pb2.ListClusterKvDecisionsResponse]  # type: ignore[assignment]
+    """Which compression profiles the prefill workers chose for their KV transfers."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -45,5 +49,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetClusterStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetClusterStatusResponse, _abc.Awaitable[_admin_pb2.GetClusterStatusResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListKvDecisions(
+        self,
+        request: _admin_pb2.ListClusterKvDecisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListClusterKvDecisionsResponse, _abc.Awaitable[_admin_pb2.ListClusterKvDecisionsResponse]]:
+        """Which compression profiles the prefill workers chose for their KV transfers."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

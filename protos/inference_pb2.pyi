@@ -19,6 +19,31 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _KvQualityLevel:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvQualityLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvQualityLevel.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_QUALITY_LEVEL_UNSPECIFIED: _KvQualityLevel.ValueType  # 0
+    KV_QUALITY_LEVEL_EXACT: _KvQualityLevel.ValueType  # 1
+    """equal bit for bit"""
+    KV_QUALITY_LEVEL_HIGH: _KvQualityLevel.ValueType  # 2
+    """floor 0.99"""
+    KV_QUALITY_LEVEL_BALANCED: _KvQualityLevel.ValueType  # 3
+    """floor 0.97"""
+
+class KvQualityLevel(_KvQualityLevel, metaclass=_KvQualityLevelEnumTypeWrapper): ...
+
+KV_QUALITY_LEVEL_UNSPECIFIED: KvQualityLevel.ValueType  # 0
+KV_QUALITY_LEVEL_EXACT: KvQualityLevel.ValueType  # 1
+"""equal bit for bit"""
+KV_QUALITY_LEVEL_HIGH: KvQualityLevel.ValueType  # 2
+"""floor 0.99"""
+KV_QUALITY_LEVEL_BALANCED: KvQualityLevel.ValueType  # 3
+"""floor 0.97"""
+Global___KvQualityLevel: _TypeAlias = KvQualityLevel  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -244,6 +269,33 @@ class SamplingParams(_message.Message):
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
+class KvQuality(_message.Message):
+    """How good the KV cache must still be when it arrives at the decode worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEVEL_FIELD_NUMBER: _builtins.int
+    FLOOR_FIELD_NUMBER: _builtins.int
+    level: Global___KvQualityLevel.ValueType
+    floor: _builtins.float
+    """least token agreement of the compression profile (lower confidence bound), in [0, 1]"""
+    def __init__(
+        self,
+        *,
+        level: Global___KvQualityLevel.ValueType = ...,
+        floor: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["floor", b"floor", "level", b"level", "quality", b"quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["floor", b"floor", "level", b"level", "quality", b"quality"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_quality: _TypeAlias = _typing.Literal["level", "floor"]  # noqa: Y015
+    _WhichOneofArgType_quality: _TypeAlias = _typing.Literal["quality", b"quality"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_quality) -> _WhichOneofReturnType_quality | None: ...
+
+Global___KvQuality: _TypeAlias = KvQuality  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -253,17 +305,28 @@ class GenerateRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    KV_QUALITY_FIELD_NUMBER: _builtins.int
+    HANDOFF_BUDGET_S_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """empty: the only model served"""
     request_id: _builtins.str
     """empty: the gateway makes one"""
     text: _builtins.str
+    handoff_budget_s: _builtins.float
+    """the KV may arrive so long after the first token; absent: as soon as it can"""
+    tenant: _builtins.str
+    """on whose account: prefix caches are its own, and the cluster may set it a floor"""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
     def chat(self) -> Global___ChatMessages: ...
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
+    @_builtins.property
+    def kv_quality(self) -> Global___KvQuality:
+        """absent: the cluster's default; never below the tenant's floor"""
+
     def __init__(
         self,
         *,
@@ -273,13 +336,21 @@ class GenerateRequest(_message.Message):
         token_ids: Global___TokenIds | None = ...,
         chat: Global___ChatMessages | None = ...,
         sampling: Global___SamplingParams | None = ...,
+        kv_quality: Global___KvQuality | None = ...,
+        handoff_budget_s: _builtins.float | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "chat", b"chat", "handoff_budget_s", b"handoff_budget_s", "kv_quality", b"kv_quality", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "chat", b"chat", "handoff_budget_s", b"handoff_budget_s", "kv_quality", b"kv_quality", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__handoff_budget_s: _TypeAlias = _typing.Literal["handoff_budget_s"]  # noqa: Y015
+    _WhichOneofArgType__handoff_budget_s: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__handoff_budget_s) -> _WhichOneofReturnType__handoff_budget_s | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
@@ -551,6 +622,8 @@ class Placement(_message.Message):
     KV_TOKENS_SENT_FIELD_NUMBER: _builtins.int
     KV_TOKENS_HELD_FIELD_NUMBER: _builtins.int
     KV_PROFILE_FIELD_NUMBER: _builtins.int
+    KV_LOSSLESS_FIELD_NUMBER: _builtins.int
+    KV_WIRE_BYTES_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     """empty: the prefill worker's first token was the last"""
@@ -559,12 +632,16 @@ class Placement(_message.Message):
     attempts: _builtins.int
     """hand-offs tried, refusals included"""
     kv_bytes: _builtins.int
-    """that crossed between the workers"""
+    """of KV that the decode worker was sent, before compression"""
     kv_tokens_sent: _builtins.int
     kv_tokens_held: _builtins.int
     """prompt tokens whose KV the decode worker had already"""
     kv_profile: _builtins.str
-    """codec profile of the transfer"""
+    """compression profile of the transfer; empty: nothing was transferred"""
+    kv_lossless: _builtins.bool
+    """the decode worker went on from KV that is equal bit for bit"""
+    kv_wire_bytes: _builtins.int
+    """that crossed between the workers: compressed, with metadata and headers"""
     def __init__(
         self,
         *,
@@ -576,10 +653,12 @@ class Placement(_message.Message):
         kv_tokens_sent: _builtins.int = ...,
         kv_tokens_held: _builtins.int = ...,
         kv_profile: _builtins.str = ...,
+        kv_lossless: _builtins.bool = ...,
+        kv_wire_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_worker", b"decode_worker", "kv_bytes", b"kv_bytes", "kv_profile", b"kv_profile", "kv_tokens_held", b"kv_tokens_held", "kv_tokens_sent", b"kv_tokens_sent", "prefill_worker", b"prefill_worker", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_worker", b"decode_worker", "kv_bytes", b"kv_bytes", "kv_lossless", b"kv_lossless", "kv_profile", b"kv_profile", "kv_tokens_held", b"kv_tokens_held", "kv_tokens_sent", b"kv_tokens_sent", "kv_wire_bytes", b"kv_wire_bytes", "prefill_worker", b"prefill_worker", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -172,12 +172,18 @@ class PrefillSubmit(_message.Message):
     DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
     DECODE_EPOCH_FIELD_NUMBER: _builtins.int
     DECODE_ADDRESS_FIELD_NUMBER: _builtins.int
+    KV_QUALITY_FLOOR_FIELD_NUMBER: _builtins.int
+    HANDOFF_BUDGET_S_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     """empty: no hand-off, the first token is the last (max_tokens = 1)"""
     decode_worker_id: _builtins.str
     decode_epoch: _builtins.int
     decode_address: _builtins.str
     """of the KvTransfer service"""
+    kv_quality_floor: _builtins.float
+    """least token agreement of the profile; 1: lossless; absent: the default"""
+    handoff_budget_s: _builtins.float
+    """the KV may arrive so long after the first token"""
     @_builtins.property
     def request(self) -> Global___WorkRequest: ...
     def __init__(
@@ -188,12 +194,21 @@ class PrefillSubmit(_message.Message):
         decode_worker_id: _builtins.str = ...,
         decode_epoch: _builtins.int = ...,
         decode_address: _builtins.str = ...,
+        kv_quality_floor: _builtins.float | None = ...,
+        handoff_budget_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_kv_quality_floor", b"_kv_quality_floor", "handoff_budget_s", b"handoff_budget_s", "kv_quality_floor", b"kv_quality_floor", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_address", b"decode_address", "decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "request", b"request", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_kv_quality_floor", b"_kv_quality_floor", "decode_address", b"decode_address", "decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "handoff_budget_s", b"handoff_budget_s", "kv_quality_floor", b"kv_quality_floor", "request", b"request", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__handoff_budget_s: _TypeAlias = _typing.Literal["handoff_budget_s"]  # noqa: Y015
+    _WhichOneofArgType__handoff_budget_s: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s"]  # noqa: Y015
+    _WhichOneofReturnType__kv_quality_floor: _TypeAlias = _typing.Literal["kv_quality_floor"]  # noqa: Y015
+    _WhichOneofArgType__kv_quality_floor: _TypeAlias = _typing.Literal["_kv_quality_floor", b"_kv_quality_floor"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__handoff_budget_s) -> _WhichOneofReturnType__handoff_budget_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_quality_floor) -> _WhichOneofReturnType__kv_quality_floor | None: ...
 
 Global___PrefillSubmit: _TypeAlias = PrefillSubmit  # noqa: Y015
 
@@ -455,6 +470,8 @@ class KvLanded(_message.Message):
     KV_TOKENS_SENT_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     KV_PROFILE_FIELD_NUMBER: _builtins.int
+    KV_LOSSLESS_FIELD_NUMBER: _builtins.int
+    KV_WIRE_BYTES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     exposed_s: _builtins.float
     """prefill end (Commit received) to landed"""
@@ -463,7 +480,12 @@ class KvLanded(_message.Message):
     kv_tokens_held: _builtins.int
     kv_tokens_sent: _builtins.int
     kv_bytes: _builtins.int
+    """of the tokens sent, before compression"""
     kv_profile: _builtins.str
+    kv_lossless: _builtins.bool
+    """as the frames themselves say"""
+    kv_wire_bytes: _builtins.int
+    """that crossed: compressed, with metadata and headers"""
     def __init__(
         self,
         *,
@@ -474,10 +496,12 @@ class KvLanded(_message.Message):
         kv_tokens_sent: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
         kv_profile: _builtins.str = ...,
+        kv_lossless: _builtins.bool = ...,
+        kv_wire_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_s", b"exposed_s", "first_decode_s", b"first_decode_s", "kv_bytes", b"kv_bytes", "kv_profile", b"kv_profile", "kv_tokens_held", b"kv_tokens_held", "kv_tokens_sent", b"kv_tokens_sent", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_s", b"exposed_s", "first_decode_s", b"first_decode_s", "kv_bytes", b"kv_bytes", "kv_lossless", b"kv_lossless", "kv_profile", b"kv_profile", "kv_tokens_held", b"kv_tokens_held", "kv_tokens_sent", b"kv_tokens_sent", "kv_wire_bytes", b"kv_wire_bytes", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -725,6 +749,205 @@ class ListCachedBlocksResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCachedBlocksResponse: _TypeAlias = ListCachedBlocksResponse  # noqa: Y015
+
+@_typing.final
+class ListKvDecisionsRequest(_message.Message):
+    """The last decisions of a prefill worker's profile controller, newest first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_FIELD_NUMBER: _builtins.int
+    last: _builtins.int
+    """at most so many; 0: 100"""
+    def __init__(
+        self,
+        *,
+        last: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListKvDecisionsRequest: _TypeAlias = ListKvDecisionsRequest  # noqa: Y015
+
+@_typing.final
+class ListKvDecisionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    epoch: _builtins.int
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvDecision]: ...
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        decisions: _abc.Iterable[Global___KvDecision] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "epoch", b"epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListKvDecisionsResponse: _TypeAlias = ListKvDecisionsResponse  # noqa: Y015
+
+@_typing.final
+class KvDecision(_message.Message):
+    """Which profile a transfer used, of which ones, why, what was expected and what came of it. Times in seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PREDICTED_S_FIELD_NUMBER: _builtins.int
+    RAW_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    QUALITY_FLOOR_FIELD_NUMBER: _builtins.int
+    BUDGET_S_FIELD_NUMBER: _builtins.int
+    CARRIER_FIELD_NUMBER: _builtins.int
+    GOODPUT_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    JSON_FIELD_NUMBER: _builtins.int
+    transfer_id: _builtins.str
+    request_id: _builtins.str
+    peer: _builtins.str
+    """decode worker"""
+    age_s: _builtins.float
+    profile: _builtins.str
+    reason: _builtins.str
+    predicted_s: _builtins.float
+    """reserved to acknowledged"""
+    raw_bytes: _builtins.int
+    num_tokens: _builtins.int
+    tenant: _builtins.str
+    quality_floor: _builtins.float
+    budget_s: _builtins.float
+    carrier: _builtins.str
+    goodput_bytes_per_s: _builtins.float
+    """of the link, as the terms were computed with"""
+    json: _builtins.str
+    """all of it, and what has no field here"""
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvCandidate]: ...
+    @_builtins.property
+    def outcome(self) -> Global___KvOutcome:
+        """absent while the transfer lives"""
+
+    def __init__(
+        self,
+        *,
+        transfer_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        profile: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        predicted_s: _builtins.float | None = ...,
+        raw_bytes: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        quality_floor: _builtins.float = ...,
+        budget_s: _builtins.float | None = ...,
+        carrier: _builtins.str = ...,
+        goodput_bytes_per_s: _builtins.float = ...,
+        candidates: _abc.Iterable[Global___KvCandidate] | None = ...,
+        outcome: Global___KvOutcome | None = ...,
+        json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "_predicted_s", b"_predicted_s", "budget_s", b"budget_s", "outcome", b"outcome", "predicted_s", b"predicted_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "_predicted_s", b"_predicted_s", "age_s", b"age_s", "budget_s", b"budget_s", "candidates", b"candidates", "carrier", b"carrier", "goodput_bytes_per_s", b"goodput_bytes_per_s", "json", b"json", "num_tokens", b"num_tokens", "outcome", b"outcome", "peer", b"peer", "predicted_s", b"predicted_s", "profile", b"profile", "quality_floor", b"quality_floor", "raw_bytes", b"raw_bytes", "reason", b"reason", "request_id", b"request_id", "tenant", b"tenant", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget_s: _TypeAlias = _typing.Literal["budget_s"]  # noqa: Y015
+    _WhichOneofArgType__budget_s: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_s: _TypeAlias = _typing.Literal["predicted_s"]  # noqa: Y015
+    _WhichOneofArgType__predicted_s: _TypeAlias = _typing.Literal["_predicted_s", b"_predicted_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_s) -> _WhichOneofReturnType__budget_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_s) -> _WhichOneofReturnType__predicted_s | None: ...
+
+Global___KvDecision: _TypeAlias = KvDecision  # noqa: Y015
+
+@_typing.final
+class KvCandidate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    PREDICTED_S_FIELD_NUMBER: _builtins.int
+    ENCODE_S_FIELD_NUMBER: _builtins.int
+    WIRE_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    profile: _builtins.str
+    predicted_s: _builtins.float
+    encode_s: _builtins.float
+    wire_s: _builtins.float
+    decode_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        profile: _builtins.str = ...,
+        predicted_s: _builtins.float = ...,
+        encode_s: _builtins.float = ...,
+        wire_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "encode_s", b"encode_s", "predicted_s", b"predicted_s", "profile", b"profile", "wire_s", b"wire_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCandidate: _TypeAlias = KvCandidate  # noqa: Y015
+
+@_typing.final
+class KvOutcome(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBSERVED_S_FIELD_NUMBER: _builtins.int
+    EXPOSED_S_FIELD_NUMBER: _builtins.int
+    PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    REGRET_S_FIELD_NUMBER: _builtins.int
+    observed_s: _builtins.float
+    exposed_s: _builtins.float
+    """commit to acknowledged"""
+    payload_bytes: _builtins.int
+    """as coded"""
+    failure: _builtins.str
+    """empty: acknowledged"""
+    regret_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        observed_s: _builtins.float = ...,
+        exposed_s: _builtins.float | None = ...,
+        payload_bytes: _builtins.int = ...,
+        failure: _builtins.str = ...,
+        regret_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exposed_s", b"_exposed_s", "exposed_s", b"exposed_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exposed_s", b"_exposed_s", "exposed_s", b"exposed_s", "failure", b"failure", "observed_s", b"observed_s", "payload_bytes", b"payload_bytes", "regret_s", b"regret_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__exposed_s: _TypeAlias = _typing.Literal["exposed_s"]  # noqa: Y015
+    _WhichOneofArgType__exposed_s: _TypeAlias = _typing.Literal["_exposed_s", b"_exposed_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exposed_s) -> _WhichOneofReturnType__exposed_s | None: ...
+
+Global___KvOutcome: _TypeAlias = KvOutcome  # noqa: Y015
 
 @_typing.final
 class KvEventBatch(_message.Message):

@@ -44,6 +44,11 @@ class PrefillWorkerStub:
                 request_serializer=protos_dot_worker__pb2.ListCachedBlocksRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.ListCachedBlocksResponse.FromString,
                 _registered_method=True)
+        self.ListKvDecisions = channel.unary_unary(
+                '/tandem.v1.PrefillWorker/ListKvDecisions',
+                request_serializer=protos_dot_worker__pb2.ListKvDecisionsRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.ListKvDecisionsResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillWorkerServicer:
@@ -61,6 +66,12 @@ class PrefillWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListKvDecisions(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +84,11 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
                     servicer.ListCachedBlocks,
                     request_deserializer=protos_dot_worker__pb2.ListCachedBlocksRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.ListCachedBlocksResponse.SerializeToString,
+            ),
+            'ListKvDecisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKvDecisions,
+                    request_deserializer=protos_dot_worker__pb2.ListKvDecisionsRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.ListKvDecisionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +145,33 @@ class PrefillWorker:
             '/tandem.v1.PrefillWorker/ListCachedBlocks',
             protos_dot_worker__pb2.ListCachedBlocksRequest.SerializeToString,
             protos_dot_worker__pb2.ListCachedBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKvDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.PrefillWorker/ListKvDecisions',
+            protos_dot_worker__pb2.ListKvDecisionsRequest.SerializeToString,
+            protos_dot_worker__pb2.ListKvDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

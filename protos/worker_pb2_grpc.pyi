@@ -35,12 +35,14 @@ class PrefillWorkerStub:
     def __new__(cls, channel: _aio.Channel) -> PrefillWorkerAsyncStub: ...
     Connect: _grpc.StreamStreamMultiCallable[_worker_pb2.PrefillCommand, _worker_pb2.PrefillReport]
     ListCachedBlocks: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ListCachedBlocksRequest, _worker_pb2.ListCachedBlocksResponse]
+    ListKvDecisions: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ListKvDecisionsRequest, _worker_pb2.ListKvDecisionsResponse]
 
 @_typing.type_check_only
 class PrefillWorkerAsyncStub(PrefillWorkerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Connect: _aio.StreamStreamMultiCallable[_worker_pb2.PrefillCommand, _worker_pb2.PrefillReport]  # type: ignore[assignment]
     ListCachedBlocks: _aio.UnaryUnaryMultiCallable[_worker_pb2.ListCachedBlocksRequest, _worker_pb2.ListCachedBlocksResponse]  # type: ignore[assignment]
+    ListKvDecisions: _aio.UnaryUnaryMultiCallable[_worker_pb2.ListKvDecisionsRequest, _worker_pb2.ListKvDecisionsResponse]  # type: ignore[assignment]
 
 class PrefillWorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -56,6 +58,13 @@ class PrefillWorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.ListCachedBlocksRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.ListCachedBlocksResponse, _abc.Awaitable[_worker_pb2.ListCachedBlocksResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListKvDecisions(
+        self,
+        request: _worker_pb2.ListKvDecisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ListKvDecisionsResponse, _abc.Awaitable[_worker_pb2.ListKvDecisionsResponse]]: ...
 
 def add_PrefillWorkerServicer_to_server(servicer: PrefillWorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

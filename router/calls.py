@@ -5,11 +5,22 @@ from core.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from protos.codec import sampling_from_wire
 from router.intake import ChatPrompt, GenerateCall, Prompt, TextPrompt, TokenPrompt, check_prompt_fits
+from router.kv_terms import KvWish
 from router.tokenizer import ChatTurn
+
+_LEVELS = {
+    pb.KV_QUALITY_LEVEL_UNSPECIFIED: None,
+    pb.KV_QUALITY_LEVEL_EXACT: "exact",
+    pb.KV_QUALITY_LEVEL_HIGH: "high",
+    pb.KV_QUALITY_LEVEL_BALANCED: "balanced",
+}
 
 
 def read_generate(request: pb.GenerateRequest, max_model_len: int) -> GenerateCall:
-    """Raises: PromptTooLong, for more token ids than the context holds: they are not even looked at."""
+    """Raises:
+    PromptTooLong: more token ids than the context holds; they are not even looked at.
+    InvalidRequest: a level of quality that there is not.
+    """
     sampling = request.sampling
     return GenerateCall(
         model=request.model,
@@ -18,6 +29,11 @@ def read_generate(request: pb.GenerateRequest, max_model_len: int) -> GenerateCa
         sampling=sampling_from_wire(sampling),
         has_max_tokens=sampling.HasField("max_tokens"),
         has_seed=sampling.HasField("seed"),
+        tenant=request.tenant,
+        kv=KvWish(
+            _read_quality(request.kv_quality),
+            request.handoff_budget_s if request.HasField("handoff_budget_s") else None,
+        ),
     )
 
 
@@ -30,6 +46,18 @@ def read_tokenize(request: pb.TokenizeRequest) -> Prompt:
             return _read_chat(request.chat)
         case _:
             raise InvalidRequest("input", "is missing: set text or chat")
+
+
+def _read_quality(quality: pb.KvQuality) -> str | float | None:
+    match quality.WhichOneof("quality"):
+        case "level":
+            if quality.level not in _LEVELS:
+                raise InvalidRequest("kv_quality", f"has the unknown level {quality.level}")
+            return _LEVELS[quality.level]
+        case "floor":
+            return quality.floor
+        case _:
+            return None
 
 
 def _read_prompt(request: pb.GenerateRequest, max_model_len: int) -> Prompt | None:

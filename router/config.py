@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field
 
 from core.config import ConfigModel
+from core.kv_quality import KvQuality
 
 
 class RoutingConfig(ConfigModel):
@@ -46,6 +47,14 @@ class WorkerStreamConfig(ConfigModel):
     max_unread_commands: int = Field(16_384, ge=1)
 
 
+class TenantConfig(ConfigModel):
+    """What holds for the requests of one tenant."""
+
+    kv_quality: KvQuality | None = Field(
+        None, description="no transfer of its KV is of less quality than this, whatever its requests ask for"
+    )
+
+
 class RouterConfig(ConfigModel):
     """One gateway."""
 
@@ -74,6 +83,18 @@ class RouterConfig(ConfigModel):
         None, ge=0, le=65535, description="of /metrics; 0 takes a free one; absent: not served"
     )
     metrics_host: str = "127.0.0.1"
+    kv_quality: KvQuality = Field(
+        "exact",
+        description="of requests that ask for none: the least token agreement of the compression profile of their KV "
+        "transfer; exact means lossless, high 0.99, balanced 0.97",
+    )
+    handoff_budget_s: float | None = Field(
+        None,
+        ge=0,
+        description="of requests that ask for none: how long after the first token their KV may arrive; absent: as "
+        "soon as it can",
+    )
+    tenants: dict[str, TenantConfig] = Field(default_factory=dict, description="by name, what holds for a tenant")
     routing: RoutingConfig = RoutingConfig()
     mirror: MirrorConfig = MirrorConfig()
     workers: WorkerStreamConfig = WorkerStreamConfig()

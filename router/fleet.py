@@ -3,16 +3,19 @@
 Turns all of it into the frozen snapshot that the policy sees, and sends work over the links. Knows no request's life;
 the listener (the dispatcher) does."""
 
+import asyncio
+import logging
 import random
 from collections.abc import Mapping
 from typing import Protocol
 
 from core.clock import Clock
-from core.errors import ServingError
+from core.errors import InvalidRequest, ServingError, WorkerLost
 from core.ids import Epoch, GatewayId, TransferId, WorkerId
 from core.membership import LoadReport, Role, WorkerRecord
 from core.request import GenerateRequest
 from core.store import Store
+from protos import worker_pb2
 from router.broadcast import Broadcast
 from router.config import RouterConfig
 from router.credit import CreditLedger
@@ -23,6 +26,8 @@ from router.prompt_hashes import HashKey, PromptHashes
 from router.snapshot import ClusterSnapshot, WorkerView
 from router.worker_codec import WorkEvents
 from router.workers import WorkerPool
+
+_log = logging.getLogger(__name__)
 
 
 class FleetListener(Protocol):
@@ -150,6 +155,35 @@ class Fleet:
             return False
         channel.submit(request, work_id, transfer_id, decode_record)
         return True
+
+    async def list_kv_decisions(self, worker_id: WorkerId, last: int) -> worker_pb2.ListKvDecisionsResponse:
+        """Return the last decisions on compression profiles of one prefill worker.
+
+        Raises:
+            InvalidRequest: there is no such worker, or it is no prefill worker.
+            ServingError: it is not connected, or does not answer.
+        """
+        record = self.records.get(worker_id)
+        if record is None or record.role is not Role.PREFILL:
+            raise InvalidRequest("worker_id", f"{worker_id!r} is no prefill worker of this cluster")
+        channel = self.pool.prefill(worker_id)
+        if channel is None:
+            raise WorkerLost(f"{worker_id} is not connected")
+        return await channel.list_kv_decisions(last)
+
+    async def list_all_kv_decisions(self, last: int) -> list[worker_pb2.ListKvDecisionsResponse]:
+        """Return those of every prefill worker that answers."""
+        names = sorted(record.worker_id for record in self.records.values() if record.role is Role.PREFILL)
+        answers = await asyncio.gather(*(self.list_kv_decisions(name, last) for name in names), return_exceptions=True)
+        found = []
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, ServingError):
+                _log.warning("decisions of %s: %s", name, answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found.append(answer)
+        return found
 
     def _view(self, record: WorkerRecord) -> WorkerView:
         worker_id = record.worker_id

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from core.errors import InvalidRequest, ModelNotFound, PromptTooLong, RejectedError, RejectReason
-from core.ids import new_request_id, parse_request_id
+from core.ids import new_request_id, parse_request_id, parse_tenant
 from core.request import MAX_SEED, GenerateRequest, SamplingParams
 from router.config import RouterConfig
+from router.kv_terms import NO_WISH, KvWish, kv_terms
 from router.prompt_hashes import HashKey, PromptHashes
 from router.tokenizer import ChatTurn, GatewayTokenizer, ModelFacts
 
@@ -55,6 +56,8 @@ class GenerateCall:
     sampling: SamplingParams
     has_max_tokens: bool
     has_seed: bool
+    tenant: str = ""
+    kv: KvWish = NO_WISH
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,8 @@ class Intake:
     async def _prepare(self, call: GenerateCall) -> Prepared:
         self.check_model(call.model)
         request_id = parse_request_id(call.request_id) if call.request_id else new_request_id()
+        tenant = parse_tenant(call.tenant)
+        terms = kv_terms(call.kv, tenant, self._config)
         longest = self._max_model_len()
         # Checked first with any legal length: a bad parameter should not cost a tokenisation.
         sampling = call.sampling
@@ -130,8 +135,15 @@ class Intake:
         token_ids = tuple(await self._tokenize(call.prompt))
         max_tokens = self._fit(len(token_ids), sampling, longest, call.has_max_tokens)
         seed = sampling.seed if call.has_seed else self._rng.randrange(MAX_SEED)
-        request = GenerateRequest(request_id, token_ids, replace(sampling, max_tokens=max_tokens, seed=seed))
-        hashes = PromptHashes(token_ids)
+        request = GenerateRequest(
+            request_id,
+            token_ids,
+            replace(sampling, max_tokens=max_tokens, seed=seed),
+            tenant=tenant,
+            kv_quality_floor=terms.quality_floor,
+            handoff_budget_s=terms.handoff_budget_s,
+        )
+        hashes = PromptHashes(token_ids, tenant=tenant)
         if len(token_ids) * 4 > self._config.inline_prompt_bytes:
             keys = self._hash_keys()
             await self._in_thread(lambda: [hashes.of(key) for key in keys])

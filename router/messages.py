@@ -96,7 +96,7 @@ class KvHandedOver:
 
 @dataclass(frozen=True, slots=True)
 class KvLanded:
-    """The decode worker has it all and put the request into its batch."""
+    """The decode worker has it all and put the request into its batch. `kv_bytes`: before compression."""
 
     exposed_s: float
     first_decode_s: float
@@ -104,6 +104,8 @@ class KvLanded:
     kv_tokens_sent: int
     kv_bytes: int
     kv_profile: str
+    kv_lossless: bool
+    kv_wire_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,12 @@ class GatewayMetrics:
         self._hit_tokens = Counter(
             "tandem_router_prefix_hit_tokens", "Prompt tokens found in prefill caches.", registry=registry
         )
-        self._kv_bytes = Counter("tandem_router_kv_transfer_bytes", "KV bytes moved for requests.", registry=registry)
+        self._kv_bytes = Counter(
+            "tandem_router_kv_transfer_bytes", "KV moved for requests, before compression.", registry=registry
+        )
+        self._kv_wire_bytes = Counter(
+            "tandem_router_kv_wire_bytes", "What that was between the workers.", ["exact"], registry=registry
+        )
         self._decisions = Counter("tandem_router_decisions", "Placements.", ["reason"], registry=registry)
         self._refusals = Counter(
             "tandem_router_worker_refusals", "Work that a worker refused.", ["reason"], registry=registry
@@ -80,6 +85,8 @@ class GatewayMetrics:
             self._transfer.observe(completion.landed.exposed_s)
             self._first_decode.observe(completion.landed.first_decode_s)
             self._kv_bytes.inc(completion.landed.kv_bytes)
+            is_exact = "yes" if completion.landed.kv_lossless else "no"
+            self._kv_wire_bytes.labels(is_exact).inc(completion.landed.kv_wire_bytes)
         self._prompt_tokens.observe(completion.prompt_tokens)
         self._output_tokens.inc(completion.completion_tokens)
         self._hit_tokens.inc(completion.cached_tokens)

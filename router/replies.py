@@ -97,4 +97,6 @@ def _placement(completion: Completion) -> pb.Placement:
         kv_tokens_sent=landed.kv_tokens_sent if landed else 0,
         kv_tokens_held=landed.kv_tokens_held if landed else 0,
         kv_profile=landed.kv_profile if landed else "",
+        kv_lossless=landed.kv_lossless if landed else True,
+        kv_wire_bytes=landed.kv_wire_bytes if landed else 0,
     )

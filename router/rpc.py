@@ -6,7 +6,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from core.errors import InvalidRequest, SlowReader
-from core.ids import RequestId
+from core.ids import RequestId, WorkerId
 from core.rpc import bind, create_server, reply_errors
 from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
@@ -97,6 +97,17 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.GetClusterStatusRequest, context: "admin_pb2_grpc._ServicerContext"
     ) -> admin_pb2.GetClusterStatusResponse:
         return cluster_status(self._front)
+
+    async def ListKvDecisions(  # noqa: N802
+        self, request: admin_pb2.ListClusterKvDecisionsRequest, context: "admin_pb2_grpc._ServicerContext"
+    ) -> admin_pb2.ListClusterKvDecisionsResponse:
+        async with reply_errors(context):
+            fleet, last = self._front.fleet, request.last
+            if request.worker_id:
+                found = [await fleet.list_kv_decisions(WorkerId(request.worker_id), last)]
+            else:
+                found = await fleet.list_all_kv_decisions(last)
+            return admin_pb2.ListClusterKvDecisionsResponse(workers=found)
 
 
 class GatewayServer:

@@ -83,6 +83,8 @@ def read_decode_report(report: worker_pb2.DecodeReport) -> WorkEvents | LoadRepo
                 landed.kv_tokens_sent,
                 landed.kv_bytes,
                 landed.kv_profile,
+                landed.kv_lossless,
+                landed.kv_wire_bytes,
             )
             return [(landed.request_id, event)]
         case "failed":

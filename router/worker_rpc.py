@@ -127,13 +127,30 @@ class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
         """Send the prompt; `decode` is where its KV goes, None for a request of one token."""
         wire = request_to_wire(request)
         wire.request_id = work_id
-        message = pb.PrefillSubmit(request=wire)
+        message = pb.PrefillSubmit(
+            request=wire,
+            kv_quality_floor=request.kv_quality_floor,
+            handoff_budget_s=request.handoff_budget_s,
+        )
         if decode is not None:
             message.transfer_id = transfer_id
             message.decode_worker_id = decode.worker_id
             message.decode_epoch = decode.epoch
             message.decode_address = decode.address
         self._send(pb.PrefillCommand(submit=message))
+
+    async def list_kv_decisions(self, last: int) -> pb.ListKvDecisionsResponse:
+        """Ask for the last decisions on compression profiles.
+
+        Raises:
+            ServingError: no answer, or no proper one.
+        """
+        stub = pb_grpc.PrefillWorkerStub(self._channel)
+        request = pb.ListKvDecisionsRequest(last=last)
+        try:
+            return await stub.ListKvDecisions(request, timeout=self._config.connect_timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self._record.worker_id) from error
 
     def _connect(
         self, commands: AsyncIterator[pb.PrefillCommand]

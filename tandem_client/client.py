@@ -15,7 +15,7 @@ from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
 from tandem_client import rpc
 from tandem_client.sampling import Sampling
-from tandem_client.types import ClusterStatus, Generation, Message, ModelInfo, Piece, Token
+from tandem_client.types import ClusterStatus, Generation, KvDecision, Message, ModelInfo, Piece, Token
 
 _BACKOFF_S = 0.05
 
@@ -27,14 +27,16 @@ class Client:
         timeout_s: of the calls that are no generation.
         max_retries: how often a generation that was refused for now (or whose gateway cannot be reached) is tried again
             before its first token. After the first token nothing is ever tried again.
+        tenant: on whose account everything goes.
 
     Every method raises a `ServingError` of the kind that the gateway reported.
     Concurrency: one event loop; calls may overlap.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0, max_retries: int = 2) -> None:
+    def __init__(self, address: str, *, timeout_s: float = 10.0, max_retries: int = 2, tenant: str = "") -> None:
         self._timeout_s = timeout_s
         self._max_retries = max_retries
+        self._tenant = tenant
         self._channel = connect(address)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminStub(self._channel)
@@ -58,6 +60,8 @@ class Client:
         model: str = "",
         request_id: str = "",
         deadline_s: float | None = None,
+        kv_quality: str | float | None = None,
+        handoff_budget_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[Piece, None]:
         """Stream a generation. Leaving the loop early aborts it (use `contextlib.aclosing` to be sure when).
@@ -66,8 +70,19 @@ class Client:
             prompt: text, token ids, or `Message`s of a chat.
             request_id: a name of yours for `abort` and logs; empty: the gateway makes one.
             deadline_s: for all of it, retries included; the gateway's default otherwise.
+            kv_quality: of the KV cache on its way between two workers: exact, high, balanced, or the least token
+                agreement of its compression profile, in [0, 1]; the cluster's default otherwise.
+            handoff_budget_s: the KV cache may arrive so long after the first token; as soon as it can otherwise.
         """
-        request = rpc.generate_request(prompt, model, request_id, sampling)
+        request = rpc.generate_request(
+            prompt,
+            model,
+            request_id,
+            sampling,
+            kv_quality=kv_quality,
+            handoff_budget_s=handoff_budget_s,
+            tenant=self._tenant,
+        )
         loop = asyncio.get_running_loop()
         ends_at = None if deadline_s is None else loop.time() + deadline_s
         for retries_left in range(self._max_retries, -1, -1):
@@ -95,12 +110,22 @@ class Client:
         model: str = "",
         request_id: str = "",
         deadline_s: float | None = None,
+        kv_quality: str | float | None = None,
+        handoff_budget_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> Generation:
         """Generate to the end and return it whole."""
         texts: list[str] = []
         tokens: list[Token] = []
-        stream = self.generate(prompt, model=model, request_id=request_id, deadline_s=deadline_s, **sampling)
+        stream = self.generate(
+            prompt,
+            model=model,
+            request_id=request_id,
+            deadline_s=deadline_s,
+            kv_quality=kv_quality,
+            handoff_budget_s=handoff_budget_s,
+            **sampling,
+        )
         async for piece in stream:
             texts.append(piece.text)
             tokens.extend(piece.tokens)
@@ -141,6 +166,19 @@ class Client:
         request = admin_pb2.GetClusterStatusRequest()
         try:
             return rpc.cluster_status_of(await self._admin.GetClusterStatus(request, timeout=self._timeout_s))
+        except grpc.aio.AioRpcError as error:
+            raise rpc.error_of(error) from error
+
+    async def kv_decisions(self, worker_id: str = "", *, last: int = 100) -> list[KvDecision]:
+        """Return which compression profiles were chosen for the last KV transfers, newest first per prefill worker.
+
+        Args:
+            worker_id: of one prefill worker; empty: of all.
+            last: per worker.
+        """
+        request = admin_pb2.ListClusterKvDecisionsRequest(worker_id=worker_id, last=last)
+        try:
+            return rpc.kv_decisions_of(await self._admin.ListKvDecisions(request, timeout=self._timeout_s))
         except grpc.aio.AioRpcError as error:
             raise rpc.error_of(error) from error
 

@@ -1,5 +1,6 @@
 """Wire messages and statuses to what the client hands out. Pure."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TypeVar
@@ -17,6 +18,7 @@ from tandem_client.sampling import Sampling
 from tandem_client.types import (
     Alternative,
     ClusterStatus,
+    KvDecision,
     Message,
     ModelInfo,
     Placement,
@@ -31,13 +33,34 @@ Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or the messages of a chat."""
 
 T = TypeVar("T")
+_LEVELS = {
+    "exact": pb.KV_QUALITY_LEVEL_EXACT,
+    "high": pb.KV_QUALITY_LEVEL_HIGH,
+    "balanced": pb.KV_QUALITY_LEVEL_BALANCED,
+}
 _FINISH = {pb.FINISH_REASON_STOP: FinishReason.STOP, pb.FINISH_REASON_LENGTH: FinishReason.LENGTH}
 
 
-def generate_request(prompt: Prompt, model: str, request_id: str, sampling: Sampling) -> pb.GenerateRequest:
+def generate_request(
+    prompt: Prompt,
+    model: str,
+    request_id: str,
+    sampling: Sampling,
+    *,
+    kv_quality: str | float | None = None,
+    handoff_budget_s: float | None = None,
+    tenant: str = "",
+) -> pb.GenerateRequest:
     """Raises: InvalidRequest, for values that the wire has no room for."""
     try:
-        request = pb.GenerateRequest(model=model, request_id=request_id, sampling=pb.SamplingParams(**sampling))
+        request = pb.GenerateRequest(
+            model=model,
+            request_id=request_id,
+            sampling=pb.SamplingParams(**sampling),
+            kv_quality=_quality(kv_quality),
+            handoff_budget_s=handoff_budget_s,
+            tenant=tenant,
+        )
         if isinstance(prompt, str):
             request.text = prompt
         elif prompt and isinstance(prompt[0], tuple):
@@ -48,6 +71,16 @@ def generate_request(prompt: Prompt, model: str, request_id: str, sampling: Samp
     except (TypeError, ValueError) as error:
         raise errors.InvalidRequest("request", f"cannot be sent: {error}") from error
     return request
+
+
+def _quality(wanted: str | float | None) -> pb.KvQuality | None:
+    if wanted is None:
+        return None
+    if not isinstance(wanted, str):
+        return pb.KvQuality(floor=wanted)
+    if wanted not in _LEVELS:
+        raise errors.InvalidRequest("kv_quality", f"must be a number or one of {', '.join(_LEVELS)}, got {wanted!r}")
+    return pb.KvQuality(level=_LEVELS[wanted])
 
 
 def chat_messages(messages: Sequence[tuple[str, str]]) -> pb.ChatMessages:
@@ -87,6 +120,31 @@ def model_info_of(reply: pb.GetModelInfoResponse) -> ModelInfo:
 def cluster_status_of(reply: admin_pb2.GetClusterStatusResponse) -> ClusterStatus:
     workers = tuple(_read(WorkerStatus, worker) for worker in reply.workers)
     return _read(ClusterStatus, reply, workers=workers)
+
+
+def kv_decisions_of(reply: admin_pb2.ListClusterKvDecisionsResponse) -> list[KvDecision]:
+    return [
+        KvDecision(
+            prefill_worker=worker.worker_id,
+            peer=one.peer,
+            transfer_id=one.transfer_id,
+            age_s=one.age_s,
+            profile=one.profile,
+            reason=one.reason,
+            quality_floor=one.quality_floor,
+            tenant=one.tenant,
+            num_tokens=one.num_tokens,
+            raw_bytes=one.raw_bytes,
+            goodput_bytes_per_s=one.goodput_bytes_per_s,
+            predicted_s=one.predicted_s if one.HasField("predicted_s") else None,
+            observed_s=one.outcome.observed_s if one.HasField("outcome") else None,
+            wire_bytes=one.outcome.payload_bytes,
+            failure=one.outcome.failure,
+            details=json.loads(one.json) if one.json else {},
+        )
+        for worker in reply.workers
+        for one in worker.decisions
+    ]
 
 
 def error_of(failed: grpc.aio.AioRpcError) -> errors.ServingError:

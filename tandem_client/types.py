@@ -1,7 +1,8 @@
 """What a client is given: plain frozen facts, no protobuf."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from core.request import FinishReason
 
@@ -55,7 +56,13 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Who served the request, and what its KV cache cost on the way."""
+    """Who served the request, and what its KV cache cost on the way.
+
+    Attributes:
+        kv_bytes: of the KV that was sent, before compression; `kv_wire_bytes` is what crossed.
+        kv_profile: compression profile; empty when nothing was transferred.
+        kv_lossless: the KV that the decode worker went on from is equal bit for bit to the prefill worker's.
+    """
 
     prefill_worker: str
     decode_worker: str
@@ -65,6 +72,8 @@ class Placement:
     kv_tokens_sent: int
     kv_tokens_held: int
     kv_profile: str
+    kv_lossless: bool = True
+    kv_wire_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,3 +158,34 @@ class ClusterStatus:
     queued_requests: int
     active_requests: int
     workers: tuple[WorkerStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvDecision:
+    """Which compression profile a KV transfer used, and why.
+
+    Attributes:
+        prefill_worker, peer: from where to where.
+        age_s: since it was decided.
+        predicted_s, observed_s: reserved to acknowledged; None while that is not known.
+        wire_bytes: as coded; 0 while the transfer lives.
+        failure: why it failed; empty otherwise.
+        details: all that the worker keeps of it, with every candidate's terms.
+    """
+
+    prefill_worker: str
+    peer: str
+    transfer_id: str
+    age_s: float
+    profile: str
+    reason: str
+    quality_floor: float
+    tenant: str
+    num_tokens: int
+    raw_bytes: int
+    goodput_bytes_per_s: float
+    predicted_s: float | None
+    observed_s: float | None
+    wire_bytes: int
+    failure: str
+    details: Mapping[str, Any]

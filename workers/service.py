@@ -43,20 +43,19 @@ _CLOSE_S = 5.0  # what every part is given to close, however late it is
 _GRACE_S = 0.5  # for streams to take what was said last
 
 
-class Transfers(Protocol):
-    """The worker's end of KV transfer."""
-
-    async def close(self) -> None: ...
-
-
 class Desk(Protocol):
     """What a role makes of requests. All on the event loop."""
 
     @property
     def requests(self) -> RequestDesk[Any, Any, Any]: ...
 
-    @property
-    def transfers(self) -> Transfers: ...
+    async def begin(self) -> None:
+        """Get ready; the first submission may come when this has returned."""
+        ...
+
+    async def end(self) -> None:
+        """End all transfers, and whatever else was begun. No request is left, or none that matters any more."""
+        ...
 
     @property
     def load(self) -> LoadReport:
@@ -76,6 +75,7 @@ class Opening:
     """
 
     identity: WorkerIdentity
+    store: Store
     engine: Engine
     around: Surroundings
     server: WorkerServer
@@ -118,6 +118,7 @@ class Worker:
         self._open_desk = open_desk
         self._load_engine = load_engine or _load_engine
         self._config = config
+        self._store = store
         self._clock = clock or MonotonicClock()
         self._life = WorkerLife(
             store,
@@ -178,7 +179,7 @@ class Worker:
             await parts.server.stop(_GRACE_S)
             try:
                 async with asyncio.timeout(_CLOSE_S):
-                    await parts.desk.transfers.close()
+                    await parts.desk.end()
             except TimeoutError:
                 _log.exception("%s: a KV link does not close; its thread is left behind", self.identity.worker_id)
             await parts.desk.requests.close(_CLOSE_S)
@@ -213,7 +214,7 @@ class Worker:
         around = Surroundings(self._life, engine_loop, self._streams, self.metrics, self._clock, self._pacer.ask)
         calls = GatewayCalls(self, config.hello_timeout_s)
         try:
-            desk = self._open_desk(Opening(self.identity, engine, around, server, calls))
+            desk = self._open_desk(Opening(self.identity, self._store, engine, around, server, calls))
         except BaseException:
             await server.stop(0.0)
             raise
@@ -222,6 +223,7 @@ class Worker:
         if config.metrics_port is not None:
             self._metrics_server = MetricsServer(self.metrics.registry, config.host, config.metrics_port)
             self._life.registration.update(metrics_port=self._metrics_server.port)
+        await desk.begin()
         await server.start()
         self._tell_load()
         facts = layout_facts(engine.layout, engine.model_info.max_model_len)

@@ -8,7 +8,7 @@ to die.
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
@@ -319,6 +319,8 @@ class FakePrefillWorker(_FakeWorker[pb.PrefillReport]):
     role = Role.PREFILL
     hands_over = True
     """False: the KV never leaves."""
+    kv_decisions: Sequence[pb.KvDecision] = ()
+    """What it answers when it is asked for them."""
 
     def _add_to(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_PrefillWorkerServicer_to_server(_PrefillServicer(self), server)
@@ -417,6 +419,8 @@ class FakeDecodeWorker(_FakeWorker[pb.DecodeReport]):
             kv_tokens_sent=sent,
             kv_bytes=sent * self.network.bytes_per_token,
             kv_profile="none",
+            kv_lossless=True,
+            kv_wire_bytes=sent * self.network.bytes_per_token + 64,
         )
         outbox.put(pb.DecodeReport(landed=landed))
         reply = self.network.reply(request)
@@ -460,6 +464,13 @@ class _PrefillServicer(pb_grpc.PrefillWorkerServicer):
         self, request: pb.ListCachedBlocksRequest, context: "pb_grpc._ServicerContext"
     ) -> pb.ListCachedBlocksResponse:
         return await self._worker.list_cached()
+
+    async def ListKvDecisions(  # noqa: N802
+        self, request: pb.ListKvDecisionsRequest, context: "pb_grpc._ServicerContext"
+    ) -> pb.ListKvDecisionsResponse:
+        worker = self._worker
+        decisions = worker.kv_decisions[: request.last or None]
+        return pb.ListKvDecisionsResponse(worker_id=worker.worker_id, epoch=worker.epoch, decisions=decisions)
 
 
 class _DecodeServicer(pb_grpc.DecodeWorkerServicer):

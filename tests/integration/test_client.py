@@ -84,6 +84,52 @@ async def test_tells_about_model_and_cluster(checkpoint: Path) -> None:
         assert (status.cluster, status.active_requests) == ("test", 0)
 
 
+async def test_the_quality_of_the_transfer_is_asked_for_and_told(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address, tenant="lab") as client:
+        for wanted in ("balanced", 0.5, None):
+            got = await client.generate_text("hello", max_tokens=3, kv_quality=wanted, handoff_budget_s=1.5)
+            placement = got.summary.placement
+            assert (placement.kv_profile, placement.kv_lossless) == ("none", True)
+            assert placement.kv_wire_bytes == placement.kv_bytes + 64
+        submits = [submit for submit in cluster.prefills[0].submits if isinstance(submit, worker_pb2.PrefillSubmit)]
+        assert [submit.kv_quality_floor for submit in submits] == [0.97, 0.5, 1.0]
+        assert {(submit.handoff_budget_s, submit.request.tenant) for submit in submits} == {(1.5, "lab")}
+        with pytest.raises(InvalidRequest, match="perfect") as invalid:
+            await client.generate_text("x", kv_quality="perfect")
+        assert invalid.value.field == "kv_quality"
+
+
+async def test_decisions_come_from_one_worker_or_from_all(checkpoint: Path) -> None:
+    decided = worker_pb2.KvDecision(
+        transfer_id="r/0",
+        peer="d0",
+        profile="x8",
+        reason="fastest",
+        predicted_s=0.5,
+        raw_bytes=4096,
+        json='{"candidates": []}',
+        outcome=worker_pb2.KvOutcome(observed_s=0.25, payload_bytes=512),
+    )
+    living = worker_pb2.KvDecision(transfer_id="r/1", peer="d0", profile="none", reason="no_profiles")
+    async with fake_cluster(checkpoint, num_prefills=3) as cluster, Client(cluster.address) as client:
+        cluster.prefills[1].kv_decisions = [living, decided]
+        cluster.prefills[2].kv_decisions = [living]
+        got = await client.kv_decisions()
+        assert [(one.prefill_worker, one.transfer_id) for one in got] == [("p1", "r/1"), ("p1", "r/0"), ("p2", "r/1")]
+        assert (got[0].predicted_s, got[0].observed_s, got[0].details) == (None, None, {})
+        assert (got[1].predicted_s, got[1].observed_s, got[1].wire_bytes) == (0.5, 0.25, 512)
+        assert got[1].details == {"candidates": []}
+        assert [one.transfer_id for one in await client.kv_decisions("p1", last=1)] == ["r/1"]
+        for name in ("p9", "d0"):
+            with pytest.raises(InvalidRequest, match=name):
+                await client.kv_decisions(name)
+        await cluster.prefills[2].kill()
+        await cluster.wait_live(3)
+        assert {one.prefill_worker for one in await client.kv_decisions()} == {"p1"}
+        with pytest.raises(WorkerLost):
+            await client.kv_decisions("p2")
+
+
 async def test_errors_are_typed(checkpoint: Path) -> None:
     async with fake_cluster(checkpoint) as cluster, Client(cluster.address, max_retries=0) as client:
         with pytest.raises(InvalidRequest, match="top_p") as invalid:

@@ -34,6 +34,7 @@ async def test_streams_every_token_once_with_usage_timing_and_placement(checkpoi
     placement, timing = got.finished.placement, got.finished.timing
     assert (placement.prefill_worker, placement.decode_worker, placement.attempts) == ("p0", "d0", 1)
     assert (placement.kv_tokens_sent, placement.kv_bytes, placement.kv_profile) == (5, 5 * 1024, "none")
+    assert (placement.kv_lossless, placement.kv_wire_bytes) == (True, 5 * 1024 + 64)
     assert timing.queue_s + timing.route_s + timing.prefill_s == pytest.approx(timing.ttft_s)
     assert 0 < timing.ttft_s <= timing.total_s
     assert (timing.transfer_s, timing.first_decode_s) == (0.003, 0.004)
@@ -217,3 +218,24 @@ async def test_siblings_follow_the_prefix(checkpoint: Path) -> None:
             assert got.started is not None
             explained = cluster.gateway.dispatcher.placer.explain(RequestId(got.started.request_id))
             assert [len(one.decision.candidates) for one in explained] == [4]
+
+
+async def test_the_terms_of_the_transfer_reach_the_prefill_worker(checkpoint: Path) -> None:
+    tenants = {"bank": {"kv_quality": "exact"}}
+    async with fake_cluster(checkpoint, kv_quality="high", tenants=tenants) as cluster:
+        balanced = pb.KvQuality(level=pb.KV_QUALITY_LEVEL_BALANCED)
+        for request in (
+            text_request(),
+            text_request(kv_quality=balanced, handoff_budget_s=0.25),
+            text_request(kv_quality=balanced, tenant="bank"),
+            text_request(kv_quality=pb.KvQuality(floor=0.5)),
+        ):
+            await collect(cluster.inference.Generate(request))
+        found = []
+        for submit in cluster.prefills[0].submits:
+            assert isinstance(submit, worker_pb2.PrefillSubmit)
+            budget_s = submit.handoff_budget_s if submit.HasField("handoff_budget_s") else None
+            found.append((submit.kv_quality_floor, budget_s, submit.request.tenant))
+        assert found == [(0.99, None, ""), (0.97, 0.25, ""), (1.0, None, "bank"), (0.5, None, "")]
+        hashes = [tuple(submit.request.block_hashes) for submit in cluster.prefills[0].submits]
+        assert hashes[0] == hashes[1] != hashes[2], "a tenant's prefix caches are its own"

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -29,6 +30,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sampling(**fields: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(text="x", sampling=pb.SamplingParams(**fields))  # type: ignore[arg-type]
+
+
+def quality(**wanted: Any) -> pb.GenerateRequest:
+    return text_request(kv_quality=pb.KvQuality(**wanted))
 
 
 def chat(*messages: tuple[str, str]) -> pb.GenerateRequest:
@@ -70,6 +75,14 @@ BAD_REQUESTS: list[tuple[str, pb.GenerateRequest, grpc.StatusCode, str]] = [
     ("many-stops", sampling(stop=[str(index) for index in range(17)]), INVALID, "sampling.stop"),
     ("stop-id-outside", sampling(stop_token_ids=[VOCAB_SIZE]), INVALID, "sampling.stop_token_ids"),
     ("bias-outside", sampling(logit_bias={VOCAB_SIZE: 1.0}), INVALID, "sampling.logit_bias"),
+    ("unknown-quality", quality(level=cast("pb.KvQualityLevel", 9)), INVALID, "kv_quality"),
+    ("floor-over-1", quality(floor=1.5), INVALID, "kv_quality"),
+    ("floor-below-0", quality(floor=-0.1), INVALID, "kv_quality"),
+    ("floor-not-a-number", quality(floor=float("nan")), INVALID, "kv_quality"),
+    ("negative-budget", text_request(handoff_budget_s=-1.0), INVALID, "handoff_budget_s"),
+    ("endless-budget", text_request(handoff_budget_s=float("inf")), INVALID, "handoff_budget_s"),
+    ("tenant-with-space", text_request(tenant="a b"), INVALID, "tenant"),
+    ("tenant-too-long", text_request(tenant="a" * 65), INVALID, "tenant"),
     ("big-bias", sampling(logit_bias={1: 101.0}), INVALID, "sampling.logit_bias"),
 ]
 

@@ -362,8 +362,8 @@ async def test_a_kv_service_that_does_not_close_does_not_hold_up_the_end(
         monkeypatch.setattr(service, "_CLOSE_S", 0.2)
         for worker in (pair.prefill, pair.decode):
             assert worker._parts is not None
-            transfers = worker._parts.desk.transfers
-            monkeypatch.setattr(transfers, "close", hangs(transfers.close))
+            desk = worker._parts.desk
+            monkeypatch.setattr(desk, "end", hangs(desk.end))
             async with asyncio.timeout(PATIENCE_S):
                 await worker.stop(PATIENCE_S)
                 await worker.run()

@@ -15,7 +15,9 @@ NAMES = [request.name for wave in WAVES for request in wave]
 
 
 def generation(number: int) -> Generation:
-    placement = Placement(f"prefill-{number % 2}", f"decode-{number % 2}", "cheapest", 1, 4096, 8, 2, "none")
+    placement = Placement(
+        f"prefill-{number % 2}", f"decode-{number % 2}", "cheapest", 1, 4096, 8, 2, "none", True, 4224
+    )
     summary = Summary("r", "m", 1, FinishReason.LENGTH, None, Usage(10, 2, 4), Timing(*[0.001] * 8), placement)
     return Generation("text", (Token(0, 5, None, ()), Token(1, 6, None, ())), summary)
 

@@ -41,7 +41,7 @@ R = RequestId("r")
 T = TransferId("r/0")
 MORE = TokensProduced(RequestOutput(R, (TokenOutput(1, 43),)))
 END = StreamFinished(RequestOutput(R, (TokenOutput(2, 44),), Finish(FinishReason.LENGTH)))
-LANDED = KvLanded(42, 0.25, 4096)
+LANDED = KvLanded(42, 0.25, 4096, 512, "x8", is_lossless=False)
 LOST = WorkerLost("gone")
 RESERVED = BlocksReserved(16)
 FULL = ReservationRefused(RejectedError(RejectReason.NO_BLOCKS))
@@ -91,10 +91,10 @@ def test_the_good_way_lands_runs_and_finishes() -> None:
         SendAccepted(R, 16, "BlocksReserved"),
     ]
     assert it.next_deadline() == 15.0
-    assert it.handle(LANDED, 11.0) == [ActivateInEngine(R, 42, "KvLanded")]
+    assert it.handle(LANDED, 11.0) == [ActivateInEngine(R, 42, False, "KvLanded")]
     assert it.next_deadline() is None
     assert it.handle(MORE, 11.5) == [
-        SendLanded(R, 0.25, 0.5, 16, 4, 4096, "TokensProduced"),
+        SendLanded(R, 0.25, 0.5, 16, 4, 4096, 512, "x8", False, "TokensProduced"),
         SendOutput(MORE.output, "TokensProduced"),
     ]
     assert it.handle(MORE, 12.0) == [SendOutput(MORE.output, "TokensProduced")]

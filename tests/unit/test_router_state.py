@@ -55,7 +55,7 @@ def rejected(reason: RejectReason = RejectReason.QUEUE_FULL, retry_after_s: floa
     return RejectedError(reason, "", retry_after_s)
 
 
-LANDED = m.KvLanded(0.1, 0.2, 0, 10, 1000, "none")
+LANDED = m.KvLanded(0.1, 0.2, 0, 10, 1000, "none", kv_lossless=True, kv_wire_bytes=1100)
 NOBODY = m.NothingFits(NoCandidate(Role.DECODE, Obstacle.REFUSED))
 SAMPLES: dict[type[m.Event], m.Event] = {
     type(event): event
