@@ -5,13 +5,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kv_transfer.codec import Encoded, FramePlace
-from kv_transfer.codecs import reference
 from kv_transfer.codecs.entropy import expand, squeeze
 from kv_transfer.codecs.frame_params import STORED, FrameParams, HalfParams, unpack
 from kv_transfer.codecs.frame_plan import (
@@ -88,7 +88,7 @@ class QuantisedEncoder:
         symbols: list[U8] = []
         for half in HALVES:
             plan, lengths = plan_half(params, shape, half, classes, self._factors[half])
-            codes = reference.encode(planes, plan)
+            codes = _fused().encode(planes, plan)
             if codes is None:
                 return None
             if plan.is_centred:
@@ -170,6 +170,7 @@ class _Reading:
         self._dtype = dtype
 
     def decode(self) -> Tensor:
+        arithmetic = _fused()
         params, shape = self._params, self._shape
         meta = _Cursor(self._section(META_SECTION, meta_bytes(params, shape)))
         low = np.zeros(shape.planes, dtype=np.uint8)
@@ -182,10 +183,8 @@ class _Reading:
         for idx in HALVES:
             plan, lengths = plan_half(params, shape, idx, classes)
             codes = self._codes(meta, plan, lengths, idx, means[idx])
-            planes = reference.decode(codes, plan, self._dtype)
-            if planes is None:
+            if not arithmetic.decode(codes, plan, kv.view(-1, shape.tokens, shape.head_dim)):
                 raise FrameRefused(NackReason.CODEC, "a digit that is not a level")
-            kv[:, idx, :, plan.start : plan.stop] = planes.view(shape.layers, shape.heads, -1, shape.head_dim)
         self._fill_raw(kv, raw)
         return kv
 
@@ -234,6 +233,13 @@ class _Cursor:
     def take(self, num_bytes: int) -> U8:
         self._at += num_bytes
         return self._held[self._at - num_bytes : self._at].copy()
+
+
+def _fused() -> ModuleType:
+    """Import numba when the first frame needs it, not when somebody imports `kv_transfer`."""
+    from kv_transfer.codecs import fused
+
+    return fused
 
 
 def _stored(sections: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -78,14 +78,14 @@ def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
     return codes
 
 
-def decode(codes: HalfCodes, plan: HalfPlan, dtype: torch.dtype) -> Tensor | None:
-    """Return the planes of a half ``[P, T, D]``; None when a digit is not a level. Pure."""
+def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
+    """Write one half into ``kv[L * 2 * K, T, D]``; False when a digit is not a level."""
     parts_of_y = []
     for idx, segment in enumerate(plan.segments):
         for plane in range(plan.num_planes):
             part = _decode_plane(codes, segment, plane, int(codes.bases[idx, plane]), plan.head_dim)
             if part is None:
-                return None
+                return False
             parts_of_y.append(part)
     planes = plan.num_planes
     y = torch.cat([torch.stack(parts_of_y[i : i + planes]) for i in range(0, len(parts_of_y), planes)], dim=1)
@@ -95,7 +95,8 @@ def decode(codes: HalfCodes, plan: HalfPlan, dtype: torch.dtype) -> Tensor | Non
     x = y + (torch.from_numpy(codes.mean_codes.copy()).float() * step[:, None])[:, None, :]
     if plan.rope is not None:
         x = _redo_rope(x, *plan.rope)
-    return x.to(dtype)
+    kv[torch.from_numpy(plan.planes_at), plan.start : plan.stop] = x.to(kv.dtype)
+    return True
 
 
 def _encode_plane(y: Tensor, z: Tensor, codes: HalfCodes, segment: Segment, plane: int) -> int | None:

@@ -1,0 +1,129 @@
+"""Plans for `kernels`: hands plain arrays over, and nothing that could be out of bounds.
+
+Every extent comes from a `HalfPlan`, and the arrays are made here or have been checked against it; so the kernels, which
+check nothing, stay inside.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kv_transfer.codecs.kernels import decode_half, encode_half
+from kv_transfer.codecs.planes import F32, I64, HalfCodes, HalfPlan, digits_per_byte, plane_scales
+from kv_transfer.codecs.rotation import parts
+
+_AXES = ("token", "group", "channel", "tensor")
+_Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+_DIGITS = np.array([0, 0, *(digits_per_byte(count) for count in range(2, 257))], dtype=np.int64)
+_NO_SIGNS = np.zeros((0, 0), dtype=np.float32)
+
+
+def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
+    """As `reference.encode`."""
+    codes = HalfCodes(
+        mean_steps=np.zeros(plan.num_planes, dtype=np.uint16),
+        mean_codes=np.zeros((plan.num_planes, plan.head_dim), dtype=np.int8),
+        bases=np.empty((len(plan.segments), plan.num_planes), dtype=np.uint16),
+        scales=np.empty(plan.num_scales, dtype=np.uint8),
+        mins=np.zeros(plan.num_mins, dtype=np.uint16),
+        symbols=np.empty(plan.num_symbols, dtype=np.uint8),
+    )
+    _check(kv, plan, codes)
+    factors = np.stack([segment.factors for segment in plan.segments])
+    ints, levels, digits, symbols_at, scales_at, num_scales = _segments(plan)
+    is_coded: bool = encode_half(
+        _bits(kv if kv.dtype == torch.bfloat16 else kv.float()),
+        kv.shape[1] * plan.head_dim,
+        plan.planes_at,
+        plan.start,
+        plan.stop,
+        plan.is_centred,
+        *_transforms(plan),
+        ints,
+        levels,
+        digits,
+        factors,
+        symbols_at,
+        scales_at,
+        num_scales,
+        *_arrays(codes),
+    )
+    return codes if is_coded else None
+
+
+def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
+    """As `reference.decode`."""
+    _check(kv, plan, codes)
+    wide = kv if kv.dtype != torch.float16 else torch.empty_like(kv, dtype=torch.float32)
+    is_decoded: bool = decode_half(
+        _bits(wide),
+        kv.shape[1] * plan.head_dim,
+        plan.planes_at,
+        plan.start,
+        plan.is_centred,
+        *_transforms(plan),
+        *_segments(plan),
+        *_arrays(codes),
+    )
+    if wide is not kv:
+        at = torch.from_numpy(plan.planes_at)
+        kv[at, plan.start : plan.stop] = wide[at, plan.start : plan.stop].to(kv.dtype)
+    return is_decoded
+
+
+def _check(kv: Tensor, plan: HalfPlan, codes: HalfCodes) -> None:
+    assert kv.is_contiguous() and kv.shape[2] == plan.head_dim
+    assert 0 <= plan.start < plan.stop <= kv.shape[1] and 0 <= plan.planes_at.min()
+    assert plan.planes_at.max() < kv.shape[0] and plan.segments
+    assert codes.mean_codes.shape == (plan.num_planes, plan.head_dim) and codes.mean_steps.shape == (plan.num_planes,)
+    assert codes.bases.shape == (len(plan.segments), plan.num_planes) and codes.scales.shape == (plan.num_scales,)
+    assert codes.mins.shape == (plan.num_mins,) and codes.symbols.shape == (plan.num_symbols,)
+
+
+def _bits(kv: Tensor) -> _Bits:
+    bits: _Bits = kv.reshape(-1).view(torch.uint8).numpy().view(np.uint16 if kv.dtype == torch.bfloat16 else np.uint32)
+    return bits
+
+
+def _transforms(plan: HalfPlan) -> tuple[bool, F32, I64, F32, bool, F32, F32]:
+    cos, sin = plan.rope or (_NO_SIGNS, _NO_SIGNS)
+    signs = _NO_SIGNS if plan.signs is None else plan.signs
+    return plan.signs is not None, signs, *_parts(plan.head_dim), plan.rope is not None, cos, sin
+
+
+@lru_cache(maxsize=16)
+def _parts(head_dim: int) -> tuple[I64, F32]:
+    sizes = parts(head_dim)
+    return np.array(sizes, dtype=np.int64), np.array([1.0 / math.sqrt(size) for size in sizes], dtype=np.float32)
+
+
+def _segments(plan: HalfPlan) -> tuple[I64, I64, I64, I64, I64, I64]:
+    ints = [
+        (
+            segment.start,
+            segment.stop,
+            _AXES.index(segment.rule.axis),
+            segment.rule.group_tokens,
+            segment.rule.is_symmetric,
+            segment.rule.has_step_rms,
+        )
+        for segment in plan.segments
+    ]
+    levels = np.stack([segment.levels for segment in plan.segments])
+    scales = [plane_scales(segment.rule, segment.num_tokens, plan.head_dim) for segment in plan.segments]
+    return (
+        np.array(ints, dtype=np.int64),
+        levels,
+        _DIGITS[levels],
+        np.stack([segment.symbols_at for segment in plan.segments]),
+        np.stack([segment.scales_at for segment in plan.segments]),
+        np.array(scales, dtype=np.int64),
+    )
+
+
+def _arrays(codes: HalfCodes) -> tuple[npt.NDArray[np.generic], ...]:
+    return codes.mean_steps, codes.mean_codes, codes.bases, codes.scales, codes.mins, codes.symbols
