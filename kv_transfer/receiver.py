@@ -84,7 +84,7 @@ class KvReceiver:
         self._links = links or open_links(config)
         self._metrics = metrics or process_metrics()
         self._threads = CodecThreads(config.codec_threads, identity.worker_id)
-        parts = ReceiverParts(
+        self._parts = ReceiverParts(
             identity,
             config,
             layout,
@@ -96,7 +96,7 @@ class KvReceiver:
             self._threads,
             Buffers(),
         )
-        self._streams = ReceiverStreams(parts, owner=self, on_detached=self._on_detached)
+        self._streams = ReceiverStreams(self._parts, owner=self, on_detached=self._on_detached)
         self._transfers: dict[TransferId, _Transfer] = {}
         self._ended: OrderedDict[TransferId, ReceiverSession] = OrderedDict()
         self._timer = Alarm(clock, self.tick)

@@ -185,7 +185,11 @@ class MemoryStream:
 
     async def until_offered(self) -> None:
         """Wait until the sender has said an offer."""
-        await self._until(lambda: any(message.WhichOneof("message") == "offer" for message in self.sent))
+        await self.until_said("offer")
+
+    async def until_said(self, kind: str) -> None:
+        """Wait until the sender has said a message of a kind."""
+        await self._until(lambda: any(message.WhichOneof("message") == kind for message in self.sent))
 
     async def until_served(self) -> None:
         """Wait until the receiver has taken everything that was said."""
