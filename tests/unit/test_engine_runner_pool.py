@@ -47,6 +47,18 @@ def test_pools_of_other_block_sizes_exchange_frames() -> None:
     assert torch.equal(large.read(torch.tensor([3]), range(3), range(13)), frame)
 
 
+@pytest.mark.parametrize("tokens", [range(64), range(5, 50)])
+def test_a_frame_with_large_blocks_lands_as_one_with_small_ones(tokens: range) -> None:
+    layout = KvLayout("w", 16, 4, 64, "bfloat16", 16)  # a block of 256 KiB: copied block by block
+    pool, other = KvPool(layout, 9), KvPool(layout, 9)
+    frame = torch.randn(pool.frame_shape(range(16), tokens)).to(torch.bfloat16)
+    pool.write(BLOCKS, range(16), tokens, frame)
+    for layer in range(16):
+        other.write(BLOCKS, range(layer, layer + 1), tokens, frame[layer : layer + 1].clone())
+    assert torch.equal(pool.kv, other.kv)
+    assert torch.equal(pool.read(BLOCKS, range(16), tokens), frame)
+
+
 def test_tokens_written_by_slot_are_read_by_position() -> None:
     pool = make_pool()
     batch = build_batch([SequenceChunk([0] * 11, 4, BLOCKS.tolist())], 8)
