@@ -1,9 +1,11 @@
-"""What a hand-off costs beyond moving its bytes, between two real processes over gloo on loopback.
+"""What a hand-off costs beyond moving its bytes, between two real processes, per carrier: shared memory, TCP, gloo.
 
-Two questions, each answered with both sides in one run, in turn, one JSON line per result:
+Questions, each answered with all sides in one run, in turn, one JSON line per result:
 
-- `goodput`: gather from a paged pool, checksum, send, verify, scatter into a paged pool, ACK; against ONE raw gloo send
-  of as many bytes from a warm contiguous buffer into a warm contiguous buffer, with a one-byte answer.
+- `goodput`: gather from a paged pool, checksum, send, verify, scatter into a paged pool, ACK; against a raw send of as
+  many bytes from a warm contiguous buffer into a warm contiguous buffer over the same class of carrier, against the
+  same buffers over the links alone (`contiguous`), and, where NIXL is installed, against a write of NIXL's. A hand-off
+  does more than any of the others: it is what a prefill worker and a decode worker need.
 - `exposed`: prefill end to ACK when finished (chunk, layer group) parts are sent while the prefill goes on, against
   sending everything after it. The prefill is paced: it waits as a GPU would compute, and leaves the cores alone.
 
@@ -30,6 +32,8 @@ import torch
 import xxhash
 
 from benchmarks.link_peers import LAYOUT, MIB, WAIT_S, PagedPool, RawPair, names_of, run_far_side
+from benchmarks.link_ways import Way
+from benchmarks.nixl_peer import UCX_TLS, NixlPair
 from core.clock import MonotonicClock
 from core.ids import Epoch, TransferId, WorkerId
 from core.membership import WorkerIdentity
@@ -86,8 +90,17 @@ class Bench:
         async with asyncio.timeout(WAIT_S):
             return await self.acks.at[transfer_id] - started
 
+    def over(self, name: str, way: Way) -> float:
+        """Return the seconds of one send over a way that is not gloo."""
+        self.pair.prepare_way(name)
+        started = time.perf_counter()
+        self.pair.send_over(way)
+        seconds = time.perf_counter() - started
+        self.pair.wait_done()
+        return seconds
+
     def raw(self) -> float:
-        """Return the seconds of one raw send."""
+        """Return the seconds of one raw send of gloo."""
         self.pair.prepare_raw()
         started = time.perf_counter()
         self.pair.send_raw()
@@ -153,7 +166,7 @@ async def run_near_side(
     pair = RawPair("near", port, goodput_tokens * LAYOUT.bytes_per_token)
     bench = Bench(pair, pool, config)
     await _goodput(bench, goodput_tokens, args, config, emit)
-    await _exposed(bench, args, emit)
+    await _exposed(bench, args, config, emit)
     pair.stop()
     written = pair.store.get("checksum").decode()
     assert written == pool.checksum(), "the pools differ"
@@ -163,33 +176,85 @@ async def run_near_side(
 async def _goodput(
     bench: Bench, num_tokens: int, args: argparse.Namespace, config: KvTransferConfig, emit: Callable[..., None]
 ) -> None:
-    raw: list[float] = []
-    ours: list[float] = []
+    """Every side once per round, in a new order each time, so that what else the machine does hits all of them."""
+    ways = bench.pair.open_ways(config)
+    sides: dict[str, Callable[[], float]] = {"contiguous": lambda: bench.over("carrier", ways["carrier"])}
+    match config.backend:
+        case "gloo":
+            sides["raw"] = bench.raw
+        case "tcp":
+            sides["raw"] = lambda: bench.over("tcp", ways["tcp"])
+        case _:
+            pass  # slots are all there is to send over: contiguous is the raw send
+    nixl, nixl_problem = _open_nixl(args, config)
+    if nixl is not None:
+        sides["nixl"] = nixl.write
+    times: dict[str, list[float]] = {name: [] for name in (*sides, "hand_off")}
     for repetition in range(-args.warmup, args.repetitions):
-        turns: list[tuple[list[float], bool]] = [(raw, True), (ours, False)]
-        random.shuffle(turns)
-        for times, is_raw in turns:
-            seconds = bench.raw() if is_raw else await bench.hand_off(num_tokens)
+        names = list(times)
+        random.shuffle(names)
+        for name in names:
+            seconds = await bench.hand_off(num_tokens) if name == "hand_off" else sides[name]()
             if repetition >= 0:
-                times.append(seconds)
+                times[name].append(seconds)
+    if nixl is not None:
+        nixl.close()
+    for way in ways.values():
+        way.close()
     num_bytes = num_tokens * LAYOUT.bytes_per_token
+    ours = times["hand_off"]
+    raw = times.get("raw", times["contiguous"])
     emit(
         "link.goodput",
+        carrier=config.backend,
         mib=num_bytes // MIB,
         slot_bytes=config.slot_bytes,
         num_slots=config.num_slots,
         repetitions=args.repetitions,
         raw_gb_s=_rate(num_bytes, raw),
+        contiguous_gb_s=_rate(num_bytes, times["contiguous"]),
         hand_off_gb_s=_rate(num_bytes, ours),
         raw_best_gb_s=round(num_bytes / min(raw) / 1e9, 3),
+        contiguous_best_gb_s=round(num_bytes / min(times["contiguous"]) / 1e9, 3),
         hand_off_best_gb_s=round(num_bytes / min(ours) / 1e9, 3),
         ratio=round(statistics.median(raw) / statistics.median(ours), 3),
         ratio_best=round(min(raw) / min(ours), 3),
-        ratio_of_pairs=round(statistics.median(a / b for a, b in zip(raw, ours, strict=True)), 3),
+        ratio_of_pairs=_ratio_of_pairs(raw, ours),
+        **_beside_nixl(times, num_bytes),
+        nixl_problem=nixl_problem,
     )
 
 
-async def _exposed(bench: Bench, args: argparse.Namespace, emit: Callable[..., None]) -> None:
+def _open_nixl(args: argparse.Namespace, config: KvTransferConfig) -> tuple[NixlPair | None, str]:
+    """Return what to compare with, or why there is nothing."""
+    tls = UCX_TLS.get(config.backend)
+    if args.no_nixl or tls is None:
+        return None, "not asked for" if args.no_nixl else f"not compared over {config.backend}"
+    pair = NixlPair(tls, args.goodput_mib)
+    if pair.problem:
+        pair.close()
+        return None, pair.problem
+    return pair, ""
+
+
+def _beside_nixl(times: dict[str, list[float]], num_bytes: int) -> dict[str, float]:
+    if "nixl" not in times:
+        return {}
+    nixl = times["nixl"]
+    return {
+        "nixl_gb_s": _rate(num_bytes, nixl),
+        "nixl_best_gb_s": round(num_bytes / min(nixl) / 1e9, 3),
+        "contiguous_against_nixl": _ratio_of_pairs(nixl, times["contiguous"]),
+        "hand_off_against_nixl": _ratio_of_pairs(nixl, times["hand_off"]),
+    }
+
+
+def _ratio_of_pairs(theirs: list[float], ours: list[float]) -> float:
+    """Return how much faster ours is, as the median over the rounds."""
+    return round(statistics.median(a / b for a, b in zip(theirs, ours, strict=True)), 3)
+
+
+async def _exposed(bench: Bench, args: argparse.Namespace, config: KvTransferConfig, emit: Callable[..., None]) -> None:
     for mib in args.exposed_mib:
         num_tokens = mib * MIB // LAYOUT.bytes_per_token
         whole, pipelined = [], []
@@ -198,6 +263,7 @@ async def _exposed(bench: Bench, args: argparse.Namespace, emit: Callable[..., N
             pipelined.append(await bench.exposed(num_tokens, args.tokens_per_s, is_pipelined=True))
         emit(
             "link.exposed",
+            carrier=config.backend,
             mib=mib,
             prefill_s=round(num_tokens / args.tokens_per_s, 4),
             repetitions=args.exposed_repetitions,
@@ -213,11 +279,19 @@ def _rate(num_bytes: int, seconds: list[float]) -> float:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.link", description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--carrier",
+        nargs="*",
+        default=["shm", "tcp", "gloo"],
+        choices=["shm", "tcp", "gloo", "auto"],
+        help="carriers, one after the other (default shm tcp gloo)",
+    )
+    parser.add_argument("--no-nixl", action="store_true", help="compare with raw sends only")
     parser.add_argument("--goodput-mib", type=int, default=64, help="size of a hand-off (default 64)")
-    parser.add_argument("--repetitions", type=int, default=30, help="of each side (default 30)")
+    parser.add_argument("--repetitions", type=int, default=20, help="of each side (default 20)")
     parser.add_argument("--warmup", type=int, default=3, help="repetitions that are not counted (default 3)")
-    parser.add_argument("--exposed-mib", type=int, nargs="*", default=[4, 16, 64, 128], help="sizes (default 4..128)")
-    parser.add_argument("--exposed-repetitions", type=int, default=7, help="of each side and size (default 7)")
+    parser.add_argument("--exposed-mib", type=int, nargs="*", default=[4, 16, 64], help="sizes (default 4 16 64)")
+    parser.add_argument("--exposed-repetitions", type=int, default=5, help="of each side and size (default 5)")
     parser.add_argument("--tokens-per-s", type=float, default=20_000, help="pace of the prefill (default 20000)")
     parser.add_argument("--slot-mib", type=float, help="frame size; default: the configuration's")
     parser.add_argument("--num-slots", type=int, help="frames outstanding; default: the configuration's")
@@ -233,14 +307,13 @@ def main() -> None:
         changes["slot_bytes"] = int(args.slot_mib * MIB) + HEADER_BYTES
     if args.num_slots:
         changes["num_slots"] = args.num_slots
-    config = KvTransferConfig.model_validate({"host": "127.0.0.1", **changes})
-    max_tokens = max(args.goodput_mib, *args.exposed_mib) * MIB // LAYOUT.bytes_per_token
+    max_tokens = max([args.goodput_mib, *args.exposed_mib]) * MIB // LAYOUT.bytes_per_token
     if args.far_port:
-        asyncio.run(run_far_side(args.far_port, max_tokens, config))
+        (carrier,) = args.carrier
+        config = KvTransferConfig.model_validate({"backend": carrier, "host": "127.0.0.1", **changes})
+        asyncio.run(run_far_side(args.far_port, max_tokens, args.goodput_mib * MIB, config))
         return
     machine = _machine()
-    with create_listener(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
 
     def emit(name: str, **values: object) -> None:
         line = json.dumps({"benchmark": name, **values, "machine": machine})
@@ -249,16 +322,20 @@ def main() -> None:
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    far = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.link", *sys.argv[1:], "--far-port", str(port)],
-        cwd=Path(__file__).parent.parent,
-    )
-    try:
-        asyncio.run(run_near_side(args, port, max_tokens, config, emit))
-        far.wait(WAIT_S)
-    finally:
-        far.kill()
-        far.wait(WAIT_S)
+    for carrier in args.carrier:
+        config = KvTransferConfig.model_validate({"backend": carrier, "host": "127.0.0.1", **changes})
+        with create_listener(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        far = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.link", *sys.argv[1:], "--carrier", carrier, "--far-port", str(port)],
+            cwd=Path(__file__).parent.parent,
+        )
+        try:
+            asyncio.run(run_near_side(args, port, max_tokens, config, emit))
+            far.wait(WAIT_S)
+        finally:
+            far.kill()
+            far.wait(WAIT_S)
 
 
 if __name__ == "__main__":

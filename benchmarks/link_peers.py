@@ -117,9 +117,8 @@ class RawPair:
         return open_near_ways(config, json.loads(self.store.get("ways")))
 
     def send_over(self, way: Way) -> None:
-        """The whole payload over another way, and the far side's word that it is there."""
+        """The whole payload over another way; call `wait_done` afterwards."""
         way.send(self._payload)
-        self.wait_done()
 
     def prepare_way(self, name: str) -> None:
         self.command(_WAY, _WAYS.index(name))
@@ -128,7 +127,7 @@ class RawPair:
     def receive_over(self, way: Way) -> None:
         self.say_done()  # listening
         way.receive(self._payload)
-        self.say_done()  # arrived
+        self.say_done()  # ready for the next command
 
     def expect(self, sequence: int, num_tokens: int) -> None:
         self.command(_EXPECT, sequence << 32 | num_tokens)
