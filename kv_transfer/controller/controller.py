@@ -139,7 +139,10 @@ class ControllerPolicy:
         return prices
 
     def _shortlist(self, estimates: Sequence[_Estimate], prices: Sequence[float]) -> list[tuple[_Estimate, float]]:
-        """Return the best, its neighbours on the envelope over 1/B, and `none`, with their prices."""
+        """Return the best, its neighbours on the envelope over 1/B, and `none`, with their prices.
+
+        One that is about as fast and less lossy takes the place of a neighbour: it may be nowhere on the envelope.
+        """
         best = min(range(len(estimates)), key=lambda idx: estimates[idx].total_s + prices[idx])
         order = sorted(range(len(estimates)), key=lambda idx: -estimates[idx].times.wire_s)
         hull = lower_envelope(
@@ -157,8 +160,19 @@ class ControllerPolicy:
             elif at > best_at:
                 after = order[at]
                 break
+        near = self._less_lossy(estimates, prices, best)
+        if near is not None and near not in (before, after):
+            before = near
         shortlist = {best: None, before: None, after: None, 0: None}
         return [(estimates[idx], prices[idx]) for idx in shortlist if idx is not None]
+
+    def _less_lossy(self, estimates: Sequence[_Estimate], prices: Sequence[float], best: int) -> int | None:
+        """Return the least lossy arm within the quality margin of the best one, if there is one. Arms are in order."""
+        limit_s = (estimates[best].total_s + prices[best]) * (1.0 + self._config.quality_margin_ratio)
+        for idx in range(1, best):
+            if estimates[idx].total_s + prices[idx] <= limit_s:
+                return idx
+        return None
 
     def _entries(
         self, shortlist: Sequence[tuple[_Estimate, float]], where: Place, budget_s: float | None, now: float

@@ -137,6 +137,7 @@ class World:
     def question(self, job: Job, idx: int) -> TransferQuestion:
         """Let the time pass until the job's, and return what is asked."""
         self._pass_time(job.at_s)
+        self._estimator.exchanged(self._truth.rtt_s)  # the offer and the reservation
         self._queued = [(end_s, num_bytes) for end_s, num_bytes in self._queued if end_s > job.at_s]
         link = LinkView(
             self._truth.carrier,
