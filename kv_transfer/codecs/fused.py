@@ -1,7 +1,7 @@
 """Plans for `kernels`: hands plain arrays over, and nothing that could be out of bounds.
 
-Every extent comes from a `HalfPlan`, and the arrays are made here or have been checked against it; so the kernels, which
-check nothing, stay inside.
+Every extent comes from a `HalfPlan`, and the arrays are made here or have been checked against it; so the kernels,
+which check nothing, stay inside.
 """
 
 import math

@@ -3,9 +3,6 @@
 Nothing here checks bounds: callers hand over arrays whose extents a `HalfPlan` has fixed. No fast-math: LLVM then
 neither contracts to fused multiply-adds nor reorders. Numbers are typed with care, because numba widens ``float32 *
 float64`` and ``uint32 + int64``; reductions over magnitudes run on the bits, since integers vectorise.
-
-Butterflies are done in constant geometry (each stage reads i and i + n/2, and writes 2 i and 2 i + 1): the same pairs
-in the same order as the reference, at distances n/2 ... 1, but every stage is the same straight loop.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -14,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+
+from kv_transfer.codecs.butterflies import hadamard
 
 BLOCK = 32
 _F0 = np.float32(0)
@@ -103,26 +102,11 @@ def _mean(y: Any, total: Any, block: Any, word: Any, codes: Any, mean: Any) -> i
 
 
 @_compiled
-def _hadamard(row: Any, spare: Any, sizes: Any, scales: Any) -> None:
-    """In place; `spare` is as long."""
+def _rotate(row: Any, sizes: Any, scales: Any) -> None:
     start = 0
     for part in range(sizes.shape[0]):
-        size = sizes[part]
-        half = size >> 1
-        a, b = row[start : start + size], spare[start : start + size]
-        width = half
-        while width:
-            for i in range(half):
-                u = a[i]
-                w = a[half + i]
-                b[2 * i] = u + w
-                b[2 * i + 1] = u - w
-            a, b = b, a
-            width >>= 1
-        out = row[start : start + size]
-        for i in range(size):
-            out[i] = a[i] * scales[part]
-        start += size
+        hadamard(row, start, sizes[part], scales[part])
+        start += sizes[part]
 
 
 @_compiled
@@ -258,8 +242,8 @@ def encode_half(
     head_dim = mean_codes.shape[1]
     num_tokens = stop - start
     y = np.empty((num_tokens, head_dim), np.float32)
-    rows = np.empty((5, head_dim), np.float32)
-    total, block, mean, row, spare = rows[0], rows[1], rows[2], rows[3], rows[4]
+    rows = np.empty((4, head_dim), np.float32)
+    total, block, mean, row = rows[0], rows[1], rows[2], rows[3]
     word = np.zeros(1, np.float32)
     most = 0
     for g in range(num_scales.shape[0]):
@@ -295,9 +279,8 @@ def encode_half(
                 for t in range(part.shape[0]):
                     line = part[t]
                     for d in range(head_dim):
-                        row[d] = line[d] * sign[d]
-                    _hadamard(row, spare, sizes, part_scales)
-                    line[:] = row
+                        line[d] *= sign[d]
+                    _rotate(line, sizes, part_scales)
             at = scales_at[g, p]
             if not has_rms:
                 if is_symmetric:
@@ -425,7 +408,7 @@ def decode_half(
                             value = row[d] * steps[i]
                             row[d] = value + lows[i]
                 if is_rotated:
-                    _hadamard(row, spare, sizes, part_scales)
+                    _rotate(row, sizes, part_scales)
                     for d in range(head_dim):
                         row[d] *= sign[d]
                 for d in range(head_dim):

@@ -1,0 +1,101 @@
+"""Hadamard butterflies of one row as vector instructions: what LLVM does not find in a loop by itself.
+
+For each power of two a numba intrinsic that loads the row into vectors of 16 floats, does all stages in registers and
+stores it. Between vectors a stage is an addition and a subtraction; inside of a vector, at distance h, lane i meets
+lane i ^ h: ``u + w`` where bit h of i is clear, ``u - w`` where it is set. LLVM lowers the vectors to whatever the CPU
+has; the operations and their order are those of `reference` everywhere.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+import operator
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_LANES = 16
+LARGEST = 1024  # of a part; a head_dim has none larger
+
+
+def _make(size: int) -> Callable[..., Any]:
+    @intrinsic
+    def butterflies(typing_context: Any, row: Any, at: Any, scale: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            array = context.make_array(signature.args[0])(context, builder, arguments[0])
+            first = cgutils.gep_inbounds(builder, array.data, arguments[1])
+            _emit(builder, first, arguments[2], size)
+            return context.get_dummy_value()
+
+        return types.void(row, types.intp, types.float32), emit
+
+    return butterflies  # type: ignore[no-any-return]
+
+
+def _emit(builder: ir.IRBuilder, first: ir.Value, scale: ir.Value, size: int) -> None:
+    lanes = min(size, _LANES)
+    vector = ir.VectorType(ir.FloatType(), lanes)
+    pointer = builder.bitcast(first, vector.as_pointer())
+    places = [builder.gep(pointer, [ir.Constant(ir.IntType(64), idx)]) for idx in range(size // lanes)]
+    loads = [builder.load(place) for place in places]
+    for load in loads:
+        load.align = 4
+    values: list[ir.Value] = list(loads)
+    distance = size // 2
+    while distance >= lanes:
+        step = distance // lanes
+        for idx in range(len(values)):
+            if idx & step == 0:
+                u, w = values[idx], values[idx + step]
+                values[idx], values[idx + step] = builder.fadd(u, w), builder.fsub(u, w)
+        distance //= 2
+    while distance:
+        swap = _lanes([lane ^ distance for lane in range(lanes)])
+        blend = _lanes([lane + lanes if lane & distance else lane for lane in range(lanes)])
+        for idx, value in enumerate(values):
+            other = builder.shuffle_vector(value, ir.Constant(vector, ir.Undefined), swap)
+            values[idx] = builder.shuffle_vector(builder.fadd(value, other), builder.fsub(other, value), blend)
+        distance //= 2
+    spread = builder.insert_element(ir.Constant(vector, ir.Undefined), scale, ir.Constant(ir.IntType(32), 0))
+    spread = builder.shuffle_vector(spread, ir.Constant(vector, ir.Undefined), _lanes([0] * lanes))
+    for place, value in zip(places, values, strict=True):
+        builder.store(builder.fmul(value, spread), place).align = 4
+
+
+def _lanes(indices: list[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), indices)
+
+
+_h1, _h2, _h4, _h8, _h16, _h32, _h64, _h128, _h256, _h512, _h1024 = (_make(1 << bit) for bit in range(11))
+assert reduce(operator.mul, [2] * 10) == LARGEST
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def hadamard(row: Any, at: int, size: int, scale: Any) -> None:
+    """Transform ``row[at : at + size]`` in place; `size` is a power of two up to `LARGEST`."""
+    if size == 64:
+        _h64(row, at, scale)
+    elif size == 128:
+        _h128(row, at, scale)
+    elif size == 32:
+        _h32(row, at, scale)
+    elif size == 16:
+        _h16(row, at, scale)
+    elif size == 256:
+        _h256(row, at, scale)
+    elif size == 8:
+        _h8(row, at, scale)
+    elif size == 4:
+        _h4(row, at, scale)
+    elif size == 2:
+        _h2(row, at, scale)
+    elif size == 1:
+        _h1(row, at, scale)
+    elif size == 512:
+        _h512(row, at, scale)
+    else:
+        _h1024(row, at, scale)
