@@ -9,6 +9,7 @@ from typing import Protocol
 
 from core.ids import RequestId, TransferId, WorkerId
 from kv_transfer.codec import RAW, Encoder
+from kv_transfer.token_selection import TokenSelection
 
 EXACT = 1.0  # a quality floor that only lossless profiles meet
 
@@ -72,12 +73,14 @@ class Choice:
         profile: its name; "none" is raw.
         predicted_s: reserved to acknowledged; None when nothing is known yet.
         reason: of `controller` enumerations; for metrics and people.
+        selection: which tokens are handed over; None: all.
     """
 
     profile: str
     encoder: Encoder
     predicted_s: float | None
     reason: str
+    selection: TokenSelection | None = None
 
 
 @dataclass(frozen=True, slots=True)

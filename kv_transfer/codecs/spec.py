@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from core.config import ConfigModel
+from kv_transfer.token_selection import TokenSelection
 
 CODEC_VERSION = 1  # of the coded bytes: frames of another version are refused, measurements of another are void
 
@@ -52,6 +53,9 @@ class PipelineSpec(ConfigModel):
     """One pipeline. Everything but `kind` matters to kind `quantised` only; `zstd_level` to lossless too.
 
     Attributes:
+        keep_ratio: part of the prompt's tokens that is handed over at all (`token_selection`); below 1 the transfer
+            begins when the whole prompt is computed. With every kind.
+        keep_sinks, keep_recent: first and last tokens that are kept whatever their score.
         kind: raw; byte planes and zstd; 8-bit floats; all stages.
         sink_tokens, tail_tokens: the first and the last tokens of the prompt that stay raw.
         rope_theta: base of the model's rotary embedding (rotated halves, all channels), to undo it in K for the wire; a
@@ -68,6 +72,9 @@ class PipelineSpec(ConfigModel):
         entropy, zstd_level: what is done with the packed digits and the scales.
     """
 
+    keep_ratio: float = Field(default=1.0, gt=0.0, le=1.0)
+    keep_sinks: int = Field(default=4, ge=0, le=4096)
+    keep_recent: int = Field(default=32, ge=0, le=65536)
     kind: Literal["none", "lossless", "fp8", "quantised"] = "quantised"
     sink_tokens: int = Field(default=0, ge=0, le=4096)
     tail_tokens: int = Field(default=0, ge=0, le=4096)
@@ -110,4 +117,11 @@ class PipelineSpec(ConfigModel):
 
     @property
     def is_lossless(self) -> bool:
-        return self.kind in ("none", "lossless")
+        return self.kind in ("none", "lossless") and self.keep_ratio == 1.0
+
+    @property
+    def selection(self) -> TokenSelection | None:
+        """Which tokens are handed over; None: all."""
+        if self.keep_ratio == 1.0:
+            return None
+        return TokenSelection(self.keep_ratio, self.keep_sinks, self.keep_recent)
