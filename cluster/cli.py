@@ -18,6 +18,7 @@ from cluster import detach, run_file
 from cluster.config import ClusterConfig, json_schema, load_cluster_config
 from cluster.launcher import Launcher
 from cluster.own_session import enter_own_session
+from cluster.profile_cli import profile_app
 from cluster.progress import LineProgress, LiveProgress
 from cluster.serve import Interrupted, serve
 from cluster.view import status_table
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="The configuration file.")
 app.add_typer(config_app, name="config")
+app.add_typer(profile_app, name="profile")
 
 T = TypeVar("T")
 _PAGE_WIDTH = 120  # of tables that go to a file or a pipe

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint import ModelInfo
+from engine.checkpoint import ModelInfo, read_checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.forward import SequenceChunk
 from engine.runner import ModelRunner
@@ -156,3 +156,16 @@ class InjectionHarness:
             tables.append(list(range(start, end)))
             start = end
         return tables
+
+
+def rope_theta_of(path: Path) -> float | None:
+    """Return the base of the model's rotary embedding; None where it is not the plain one over all of head_dim.
+
+    Raises:
+        ConfigError: `path` is not a checkpoint that this engine serves.
+    """
+    config, _ = read_checkpoint(ModelConfig(path=path))
+    rope = getattr(config, "rope_parameters", None) or {}
+    is_plain = rope.get("rope_type", "default") == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0
+    theta = rope.get("rope_theta")
+    return float(theta) if is_plain and theta else None

@@ -1,0 +1,119 @@
+"""What a search tries: a grid over pipelines, some hundred of them, with what a surrogate needs to compare them. Pure.
+
+Families (everything but how coarse): uniform steps for the entropy coder on whole planes, with and without undoing the
+rotary embedding, with and without finer recent tokens, with one step for all planes or steps by how much each plane
+matters to the model (`sensitivity`); levels by token with and without rotation; K by channel or by groups of tokens;
+8-bit rungs. Within a family two knobs: how coarse K is, and how coarse V is.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from itertools import product
+from typing import Any
+
+from kv_transfer.codecs.spec import PipelineSpec, Quantiser
+from profile_search.sensitivity import PlaneSteps
+
+_STEPS = (0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.8)  # of a plane, in its own root mean squares
+_V_FACTORS = (0.8, 1.0, 1.25)
+_TOKEN_LEVELS = ((16, 16), (16, 8), (12, 8), (8, 8), (8, 6), (6, 6), (6, 4), (5, 4), (4, 4), (4, 3))
+RECENT = {"no recent": (0, 1.0), "recent": (24, 0.15), "more recent": (48, 0.25)}  # tokens, factor on their steps
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One pipeline of the grid.
+
+    Attributes:
+        traits: what it is made of; candidates of equal traits are a family.
+        coarseness: minus the nominal bits of K and of V: larger is coarser; comparable within a family.
+    """
+
+    spec: PipelineSpec
+    traits: tuple[str, ...]
+    coarseness: tuple[float, float]
+
+    @cached_property
+    def key(self) -> str:
+        """Names the pipeline in a journal."""
+        text = json.dumps(self.spec.model_dump(mode="json"), sort_keys=True)
+        return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def grid(rope_theta: float | None, steps: PlaneSteps) -> list[Candidate]:
+    """Return all lossy candidates for a model.
+
+    Args:
+        rope_theta: None where the rotary embedding cannot be undone.
+        steps: what `sensitivity` found.
+    """
+    made = [*_uniform_steps(rope_theta, steps), *_by_token(), *_by_channel(), *_eight_bits()]
+    return list({candidate.key: candidate for candidate in made}.values())
+
+
+def exact() -> dict[str, PipelineSpec]:
+    """Return the pipelines that need no judge, by name."""
+    return {"none": PipelineSpec(kind="none"), "lossless": PipelineSpec(kind="lossless")}
+
+
+def _uniform_steps(rope_theta: float | None, steps: PlaneSteps) -> Iterator[Candidate]:
+    thetas = (None,) if rope_theta is None else (None, rope_theta)
+    for theta, is_weighted, (recent, (tokens, finer)) in product(thetas, (False, True), RECENT.items()):
+        traits = ("uniform", "rotary" if theta is None else "unrotary", recent, "weighted" if is_weighted else "flat")
+        for k_step, factor in product(_STEPS, _V_FACTORS):
+            v_step = k_step * factor
+            spec = PipelineSpec(
+                rope_theta=theta,
+                center_v=True,
+                rotate_v=True,
+                k=_uniform(16, k_step),
+                v=_uniform(16, v_step),
+                **(_plane_steps(steps) if is_weighted else {}),
+                recent_tokens=tokens,
+                k_recent=_uniform(255, k_step * finer) if tokens else None,
+                v_recent=_uniform(255, v_step * finer) if tokens else None,
+            )
+            yield Candidate(spec, traits, (math.log2(k_step), math.log2(v_step)))
+
+
+def _plane_steps(steps: PlaneSteps) -> dict[str, Any]:
+    if "k_plane_steps" not in PipelineSpec.model_fields:
+        return {}
+    return {"k_plane_steps": steps.k, "v_plane_steps": steps.v}
+
+
+def _uniform(levels: int, step: float) -> Quantiser:
+    return Quantiser(levels=levels, axis="tensor", step_rms=round(step, 4))
+
+
+def _by_token() -> Iterator[Candidate]:
+    for is_rotated, entropy, (k, v) in product((True, False), ("zstd", "none"), _TOKEN_LEVELS):
+        spec = PipelineSpec(
+            center_k=is_rotated,
+            rotate_k=is_rotated,
+            rotate_v=is_rotated,
+            k=Quantiser(levels=k),
+            v=Quantiser(levels=v),
+            entropy="zstd" if entropy == "zstd" else "none",
+        )
+        traits = ("token", "rotated" if is_rotated else "unrotated", f"entropy {entropy}")
+        yield Candidate(spec, traits, (-math.log2(k), -math.log2(v)))
+
+
+def _by_channel() -> Iterator[Candidate]:
+    for axis, (k, v) in product(("channel", "group"), _TOKEN_LEVELS):
+        quantiser = Quantiser(levels=k, axis="channel" if axis == "channel" else "group", symmetric=False)
+        spec = PipelineSpec(center_k=False, rotate_k=False, rotate_v=True, k=quantiser, v=Quantiser(levels=v))
+        yield Candidate(spec, (f"K by {axis}",), (-math.log2(k), -math.log2(v)))
+
+
+def _eight_bits() -> Iterator[Candidate]:
+    yield Candidate(PipelineSpec(kind="fp8"), ("fp8",), (-7.0, -7.0))
+    for levels in (255, 127, 63, 31):
+        quantiser = Quantiser(levels=levels)
+        spec = PipelineSpec(center_k=False, rotate_k=False, k=quantiser, v=quantiser)
+        yield Candidate(spec, ("8 bits",), (-math.log2(levels), -math.log2(levels)))

@@ -1,0 +1,156 @@
+"""Which candidates are worth a judge's time: constrained Bayesian optimisation over quality alone.
+
+Ratio and codec time of every candidate are known; quality is what costs. For each floor in turn (all share what was
+seen): the candidate of the best acquisition (gain in ratio over what is feasible at its speed, times the probability
+of being feasible, plus a decaying bonus for the unknown) is judged on 8, then 32, then all prompts, as long as it may
+still be feasible. What is dropped without asking:
+
+- what is dominated: a feasible candidate has at least its ratio at no slower a codec;
+- what is coarser in every knob, of one family, than a candidate that is not feasible (quality is monotone there).
+
+Stops when nothing is left, or when nothing promises a gain any more. Time is compared in classes (half an octave):
+a front that consists of timing noise helps nobody. Pure but for `Observations`, through which the judge is asked.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from profile_search.candidates import Candidate
+from profile_search.cost import Cost
+from profile_search.observations import Observations
+from profile_search.scores import PromptScore, disagreement, quality_of
+from profile_search.surrogate import features_of, guess
+
+FLOORS = (0.99, 0.98, 0.97, 0.95, 0.90)
+RUNGS = (8, 32)  # prompts of the first steps of successive halving; the last step is all of them
+COLD_STARTS = 6
+_CLEARLY = 2.6  # standard errors below the floor
+_PATIENCE = 4  # judged candidates in a row without a gain
+_HOPELESS = 0.03  # expected gain in ratio, relative to the best, below which asking is not worth it
+
+
+class Verdict(StrEnum):
+    """About one candidate at one floor."""
+
+    FEASIBLE = "feasible"
+    INFEASIBLE = "infeasible"
+    OPEN = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class Costed:
+    """A lossy candidate with its cost; `speed` is its class of codec time, lower is faster."""
+
+    candidate: Candidate
+    cost: Cost
+    speed: int
+
+
+def costed(candidate: Candidate, cost: Cost, raw_bytes: int) -> Costed:
+    """Pure. Args: raw_bytes: of a typical frame."""
+    return Costed(candidate, cost, round(2 * math.log2(max(cost.codec_s(raw_bytes), 1e-9))))
+
+
+def verdict(scores: Sequence[PromptScore], floor: float, num_prompts: int) -> Verdict:
+    """Judge by the lower confidence bound once all prompts are in; before, only what is clearly below. Pure."""
+    if not scores:
+        return Verdict.OPEN
+    if len(scores) >= num_prompts:
+        return Verdict.FEASIBLE if quality_of(scores).agreement_low >= floor else Verdict.INFEASIBLE
+    ratio, error = disagreement(scores, len(scores))
+    return Verdict.INFEASIBLE if 1.0 - ratio + _CLEARLY * error < floor else Verdict.OPEN
+
+
+def is_dominated(one: Costed, feasible: Sequence[Costed]) -> bool:
+    """Tell whether a feasible candidate has at least the ratio at no slower a codec. Pure."""
+    return any(other.cost.ratio >= one.cost.ratio and other.speed <= one.speed for other in feasible)
+
+
+def is_coarser(one: Candidate, infeasible: Sequence[Candidate]) -> bool:
+    """Tell whether `one` is at least as coarse in every knob as one of its family that is infeasible. Pure."""
+    return any(
+        other.traits == one.traits and all(a >= b for a, b in zip(one.coarseness, other.coarseness, strict=True))
+        for other in infeasible
+    )
+
+
+def gain(one: Costed, feasible: Sequence[Costed]) -> float:
+    """Return how much more ratio it has than anything feasible that is no slower; 1 is the ratio of none. Pure."""
+    return one.cost.ratio - max((other.cost.ratio for other in feasible if other.speed <= one.speed), default=1.0)
+
+
+def search(
+    pool: Sequence[Costed],
+    observations: Observations,
+    floors: Sequence[float] = FLOORS,
+    told: Callable[[float, int], None] = lambda floor, num_left: None,
+) -> None:
+    """Judge candidates until the front of every floor is known; what was found is in `observations`.
+
+    Args:
+        pool: lossy candidates.
+        told: (floor, candidates that are left) after every judged candidate.
+    """
+    features = features_of([one.candidate for one in pool], [one.cost.ratio for one in pool])
+    for floor in floors:
+        _search_floor(pool, features, observations, floor, told)
+
+
+def _search_floor(
+    pool: Sequence[Costed],
+    features: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    observations: Observations,
+    floor: float,
+    told: Callable[[float, int], None],
+) -> None:
+    num_prompts = observations.num_prompts
+    idle = iteration = 0
+    while True:
+        verdicts = [verdict(observations.scores(one.candidate), floor, num_prompts) for one in pool]
+        feasible = [one for one, is_ in zip(pool, verdicts, strict=True) if is_ is Verdict.FEASIBLE]
+        infeasible = [one.candidate for one, is_ in zip(pool, verdicts, strict=True) if is_ is Verdict.INFEASIBLE]
+        left = [
+            at
+            for at, one in enumerate(pool)
+            if verdicts[at] is Verdict.OPEN
+            and not is_dominated(one, feasible)
+            and not is_coarser(one.candidate, infeasible)
+        ]
+        told(floor, len(left))
+        if not left:
+            return
+        seen = [at for at, one in enumerate(pool) if observations.scores(one.candidate)]
+        if len(seen) < COLD_STARTS:
+            chosen = _cold_start(pool, left, len(seen))
+        else:
+            guessed = guess(features, seen, [observations.scores(pool[at].candidate) for at in seen], num_prompts)
+            gains = np.array([gain(pool[at], feasible) for at in left])
+            expected = gains * guessed.feasible(floor)[left]
+            best = max((one.cost.ratio for one in feasible), default=1.0)
+            if idle >= _PATIENCE and expected.max() < _HOPELESS * best:
+                return
+            unknown = guessed.std[left] / max(float(guessed.std.max()), 1e-9)
+            weight = max(0.02, 0.3 * 0.85**iteration)
+            chosen = left[int(np.argmax(expected + weight * unknown * gains.mean()))]
+        won = _halve(pool[chosen], observations, floor) is Verdict.FEASIBLE
+        idle, iteration = (0 if won else idle + 1), iteration + 1
+
+
+def _cold_start(pool: Sequence[Costed], left: Sequence[int], num_seen: int) -> int:
+    """Return one of evenly spaced candidates over the ratio, aggressive first."""
+    ordered = sorted(left, key=lambda at: -pool[at].cost.ratio)
+    return ordered[min(len(ordered) - 1, num_seen * len(ordered) // COLD_STARTS)]
+
+
+def _halve(one: Costed, observations: Observations, floor: float) -> Verdict:
+    """Judge on more and more prompts while it may be feasible."""
+    num_prompts = observations.num_prompts
+    for rung in (*(rung for rung in RUNGS if rung < num_prompts), num_prompts):
+        found = verdict(observations.judged(one.candidate, rung), floor, num_prompts)
+        if found is not Verdict.OPEN:
+            return found
+    raise AssertionError("with all prompts judged the verdict is not open")
