@@ -24,7 +24,7 @@ class MemoryKeeper:
         self._store = store
         self._key = key
         self._interval_s = interval_s
-        self._saved_version = chooser.experience_version
+        self._saved_version = 0  # of a chooser that has learned nothing
 
     async def load(self) -> bool:
         """Give the chooser what was saved. Returns False when there was nothing, or nothing that it can use."""
