@@ -48,13 +48,20 @@ class ProfileDesk:
         return round(raw_bytes * self._coded_share.get(profile, 1.0))
 
     def settle(
-        self, transfer_id: TransferId, payload_bytes: int, *, committed_at: float | None = None, failure: str = ""
+        self,
+        transfer_id: TransferId,
+        payload_bytes: int,
+        *,
+        committed_at: float | None = None,
+        goodput_bytes_per_s: float | None = None,
+        failure: str = "",
     ) -> None:
         """Report the outcome of a transfer, if it was asked about.
 
         Args:
             payload_bytes: that was sent of it, as coded.
             committed_at: when its owner said that the prefill had ended; None: it failed before.
+            goodput_bytes_per_s: of its link, by now.
             failure: a NackReason, or "" when it was acknowledged.
         """
         asked = self._asked.pop(transfer_id, None)
@@ -72,6 +79,7 @@ class ProfileDesk:
             raw_bytes=asked.raw_bytes,
             payload_bytes=payload_bytes,
             failure=failure,
+            goodput_bytes_per_s=goodput_bytes_per_s,
         )
         try:
             self._chooser.observe(observation)

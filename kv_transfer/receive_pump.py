@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 from core.clock import Clock
@@ -33,6 +34,14 @@ _log = logging.getLogger(__name__)
 # A slow link would be blind while a whole portion of credit crosses it: so much later, so much is told.
 _NEWS_S = 0.02
 _NEWS_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Payload that arrived on a link, and how long ago the last of it did."""
+
+    num_bytes: int
+    ago_s: float
 
 
 class ReceiveHooks(Protocol):
@@ -90,27 +99,28 @@ class ReceivePump:
         self._is_closing = False
         self._consumed_bytes = 0
         self._received_bytes = self._told_bytes = 0
-        self._told_at = clock.now()
+        self._told_at = self._received_at = clock.now()
         self.finished: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"kv-receive-{plan.name}", daemon=True)
 
     @property
-    def received_bytes(self) -> int:
-        """Payload that arrived on this link."""
-        return self._received_bytes
+    def received(self) -> Received:
+        """What arrived on this link."""
+        with self._lock:
+            return Received(self._received_bytes, self._clock.now() - self._received_at)
 
     def start(self) -> None:
         self._thread.start()
 
-    def take_news(self) -> tuple[int, int] | None:
-        """Return (payload bytes consumed since the last news, payload bytes received at all), None when it is early."""
+    def take_news(self) -> tuple[int, Received] | None:
+        """Return (payload bytes consumed since the last news, what was received at all), None when it is early."""
         with self._lock:
             if not self._is_news_due():
                 return None
             consumed, self._consumed_bytes = self._consumed_bytes, 0
             self._told_bytes = self._received_bytes
             self._told_at = self._clock.now()
-            return consumed, self._received_bytes
+            return consumed, Received(self._received_bytes, self._told_at - self._received_at)
 
     def close(self) -> None:
         """Break the link and end the thread; `finished` is set when it is over."""
@@ -216,6 +226,7 @@ class ReceivePump:
     def _count(self, payload_bytes: int) -> None:
         with self._lock:
             self._received_bytes += payload_bytes
+            self._received_at = self._clock.now()
 
     def _consume(self, payload_bytes: int, *, is_telling: bool = False) -> None:
         with self._lock:

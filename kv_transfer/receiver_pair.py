@@ -104,8 +104,10 @@ class ReceiverPair:
 
     def say_ack(self, transfer_id: TransferId, exposed_s: float) -> None:
         """Acknowledge a transfer, and with it what has arrived on the link."""
-        received = 0 if self._pump is None else self._pump.received_bytes
-        ack = pb.Ack(transfer_id=transfer_id, exposed_s=exposed_s, link_epoch=self._link_epoch, received_bytes=received)
+        ack = pb.Ack(transfer_id=transfer_id, exposed_s=exposed_s, link_epoch=self._link_epoch)
+        if self._pump is not None:
+            received = self._pump.received
+            ack.received_bytes, ack.received_ago_s = received.num_bytes, received.ago_s
         self.say(pb.ReceiverMessage(ack=ack))
 
     def close_link(self) -> None:
@@ -183,7 +185,12 @@ class ReceiverPair:
                 self._owner.feed_from(self, landing.transfer_id, written)
         if self._pump is not None and (news := self._pump.take_news()):
             consumed, received = news
-            credit = pb.Credit(bytes=consumed, link_epoch=self._link_epoch, received_bytes=received)
+            credit = pb.Credit(
+                bytes=consumed,
+                link_epoch=self._link_epoch,
+                received_bytes=received.num_bytes,
+                received_ago_s=received.ago_s,
+            )
             self.say(pb.ReceiverMessage(credit=credit))
 
     def _lost(self, link_epoch: int, detail: str) -> None:

@@ -329,7 +329,7 @@ class KvSender:
             raw_bytes=raw_bytes,
             num_tokens=outgoing.num_tokens,
             terms=transfer.terms,
-            link=transfer.pair.pump.gauge.view(unsent),
+            link=transfer.pair.pump.link.gauge.view(unsent),
         )
         choice = self._profiles.choose(question)
         transfer.profile = choice.profile
@@ -341,7 +341,11 @@ class KvSender:
     def _observe(self, transfer: _Transfer, failure: str) -> None:
         outgoing = transfer.outgoing
         self._profiles.settle(
-            outgoing.transfer_id, outgoing.payload_bytes, committed_at=transfer.committed_at, failure=failure
+            outgoing.transfer_id,
+            outgoing.payload_bytes,
+            committed_at=transfer.committed_at,
+            goodput_bytes_per_s=transfer.pair.pump.link.gauge.view(0).goodput_bytes_per_s,
+            failure=failure,
         )
 
     def _settle_when_unread(self, transfer: _Transfer, tell: Callable[[], None]) -> None:

@@ -158,22 +158,22 @@ class SenderPair:
             case "link_opened":
                 opened = message.link_opened
                 if self._asked is not None and self._asked[0] == opened.link_epoch:
-                    self.pump.gauge.exchanged(self._clock.now() - self._asked[1])
-                self.pump.link_opened(
+                    self.pump.link.gauge.exchanged(self._clock.now() - self._asked[1])
+                self.pump.link.opened(
                     OpenedLink(opened.link_epoch, opened.rendezvous, opened.slot_bytes, opened.backend)
                 )
             case "link_lost":
                 lost = message.link_lost
-                self.pump.distrust(lost.link_epoch)
+                self.pump.link.distrust(lost.link_epoch)
                 self._owner.on_receiver_lost_link(self, lost.link_epoch, lost.detail)
             case "credit":
-                self.pump.grant(message.credit.bytes)
-                self.pump.gauge.arrived(message.credit.link_epoch, message.credit.received_bytes)
+                self.pump.link.grant(message.credit.bytes)
+                self._hear_received(message.credit)
             case "reserved":
                 granted = session.ReservationGranted(message.reserved.held_tokens, message.reserved.lease_s)
                 self._owner.feed(TransferId(message.reserved.transfer_id), granted)
             case "ack":
-                self.pump.gauge.arrived(message.ack.link_epoch, message.ack.received_bytes)
+                self._hear_received(message.ack)
                 self._owner.feed(TransferId(message.ack.transfer_id), session.AckReceived(message.ack.exposed_s))
             case "nack":
                 nack = message.nack
@@ -181,6 +181,9 @@ class SenderPair:
                 self._owner.feed(TransferId(nack.transfer_id), received)
             case unexpected:
                 raise ProtocolError(f"{self.peer.worker_id} said {unexpected or 'nothing that is known here'}")
+
+    def _hear_received(self, news: pb.Credit | pb.Ack) -> None:
+        self.pump.link.gauge.arrived(news.link_epoch, news.received_bytes, news.received_ago_s)
 
     # --- hooks of the pump, on its thread -----------------------------------------------------------------------------
 

@@ -320,20 +320,24 @@ class Credit(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     LINK_EPOCH_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    RECEIVED_AGO_S_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
     link_epoch: _builtins.int
     received_bytes: _builtins.int
     """payload that arrived on this link since it was opened"""
+    received_ago_s: _builtins.float
+    """since the last of it arrived; the rest of the time was decoding and waiting"""
     def __init__(
         self,
         *,
         bytes: _builtins.int = ...,
         link_epoch: _builtins.int = ...,
         received_bytes: _builtins.int = ...,
+        received_ago_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "link_epoch", b"link_epoch", "received_bytes", b"received_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "link_epoch", b"link_epoch", "received_ago_s", b"received_ago_s", "received_bytes", b"received_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -383,12 +387,14 @@ class Ack(_message.Message):
     EXPOSED_S_FIELD_NUMBER: _builtins.int
     LINK_EPOCH_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    RECEIVED_AGO_S_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     exposed_s: _builtins.float
     """commit received to landed"""
     link_epoch: _builtins.int
     """as in Credit"""
     received_bytes: _builtins.int
+    received_ago_s: _builtins.float
     def __init__(
         self,
         *,
@@ -396,10 +402,11 @@ class Ack(_message.Message):
         exposed_s: _builtins.float = ...,
         link_epoch: _builtins.int = ...,
         received_bytes: _builtins.int = ...,
+        received_ago_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_s", b"exposed_s", "link_epoch", b"link_epoch", "received_bytes", b"received_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_s", b"exposed_s", "link_epoch", b"link_epoch", "received_ago_s", b"received_ago_s", "received_bytes", b"received_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack
 from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.rpc import KvTransferService
+from kv_transfer.send_link import SendLink
 from kv_transfer.send_pump import SendPump
 from kv_transfer.session import NackReason
 from protos import kv_transfer_pb2 as pb
@@ -60,7 +61,7 @@ async def test_a_defect_in_the_listener_loses_the_pair_aloud(
         def explode(*args: object) -> None:
             raise KeyError("a defect")
 
-        monkeypatch.setattr(SendPump, "grant", explode)
+        monkeypatch.setattr(SendLink, "grant", explode)
         stream.to_sender.put_nowait(pb.ReceiverMessage(credit=pb.Credit(bytes=1)))
         assert await duo.sent.outcome(transfer_id) == "peer_lost"
         assert "a defect" in duo.sent.told[transfer_id][0][1]
@@ -113,5 +114,5 @@ async def test_an_idle_pump_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
         duo.sender.push(transfer_id, range(LAYOUT.num_layers), range(8))
         duo.sender.commit(transfer_id, 1)
         assert await duo.sent.outcome(transfer_id) == "acked"
-        await asyncio.sleep(0.5)  # ten times as long as an idle pump waits before it looks after frames in flight
+        await asyncio.sleep(1.0)  # twice as long as an idle pump waits before it looks after frames in flight
         assert len(looks) <= 3  # what was in flight, and being woken when the transfer ended
