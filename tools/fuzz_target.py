@@ -33,7 +33,7 @@ SLOT_BYTES = HEADER_BYTES + 16384
 _ODD_SPECS: Mapping[str, PipelineSpec] = {
     "groups": PipelineSpec(
         k=Quantiser(levels=7, axis="group", group_tokens=5, symmetric=False),
-        v=Quantiser(levels=3, axis="channel", order="channel"),
+        v=Quantiser(levels=3, axis="channel"),
         center_v=True,
     ),
     "classes": PipelineSpec(
@@ -89,7 +89,7 @@ def _frame(encoder: Encoder, box: Box) -> bytes:
         section_bytes=encoded.section_bytes,
         raw_bytes=kv.numel() * kv.element_size(),
     )
-    num_bytes = seal(header, memoryview(message.numpy()))
+    num_bytes = seal(header, Slot(0, message).view())
     return message[:num_bytes].numpy().tobytes()
 
 
@@ -129,10 +129,10 @@ class FrameTarget:
             header = None
         if self._defect is not None:
             raise Finding(f"a decoder raised {type(self._defect).__name__}") from self._defect
-        if self._writes != (outcome == "landed"):
-            raise Finding(f"{self._writes} writes of a frame that was {outcome}")
         if outcome == NackReason.POOL:
             raise Finding("a frame that does not fit got as far as the pool")
+        if self._writes != (outcome == "landed"):
+            raise Finding(f"{self._writes} writes of a frame that was {outcome}")
         if header is not None and outcome == "landed" and landing.written.num_frames != 1:
             raise Finding("a frame that landed was not accounted for")
         return outcome
@@ -223,17 +223,16 @@ def _lie(header: FrameHeader, rng: Random) -> dict[str, object]:
         sections[idx] = max(0, sections[idx] + rng.choice((-1, 1, -sections[idx], 64, -64, 2**40)))
     odd = range(rng.randrange(4), rng.randrange(70))
     other = dataclasses.replace(box, **{rng.choice(("layers", "heads", "tokens")): odd})
-    return rng.choice(
-        (
-            {"section_bytes": tuple(sections)},
-            {"section_bytes": header.section_bytes[:-1]},
-            {"section_bytes": (*header.section_bytes, 0)[:16]},
-            {"codec_id": rng.randrange(6)},
-            {"box": other},
-            {"box": other, "raw_bytes": 2 * other.volume * header.head_dim * 2},
-            {"raw_bytes": rng.choice((0, 1, 2**63, header.raw_bytes * 2))},
-            {"head_dim": rng.choice((0, 1, 8, 32, 65535))},
-            {"dtype": rng.choice(("float32", "float16"))},
-            {"link_epoch": rng.randrange(3)},
-        )
+    lies: tuple[dict[str, object], ...] = (
+        {"section_bytes": tuple(sections)},
+        {"section_bytes": header.section_bytes[:-1]},
+        {"section_bytes": (*header.section_bytes, 0)[:16]},
+        {"codec_id": rng.randrange(6)},
+        {"box": other},
+        {"box": other, "raw_bytes": 2 * other.volume * header.head_dim * 2},
+        {"raw_bytes": rng.choice((0, 1, 2**63, header.raw_bytes * 2))},
+        {"head_dim": rng.choice((0, 1, 8, 32, 65535))},
+        {"dtype": rng.choice(("float32", "float16"))},
+        {"link_epoch": rng.randrange(3)},
     )
+    return rng.choice(lies)
