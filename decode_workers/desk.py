@@ -8,6 +8,7 @@ goes from the receiver's threads straight into the pool.
 Concurrency: the event loop's thread only.
 """
 
+import asyncio
 from concurrent.futures import Future
 
 from core.errors import RejectedError, ServingError, WorkerLost
@@ -27,6 +28,7 @@ from kv_transfer.receiver import KvReceiver
 from kv_transfer.session import NackReason
 from workers.desk import RequestDesk, Stream
 from workers.messages import EngineFailed, TransferFailed
+from workers.profiles import get_ready, profiles_for
 from workers.service import Opening
 
 
@@ -45,6 +47,8 @@ class DecodeDesk:
             self._engine_load.total_blocks,
             engine.layout.block_size,
         )
+        self._layout = engine.layout
+        self._profiles = profiles_for(config.transfer, config.model.path, engine.layout)
         self.transfers = KvReceiver(
             config.transfer,
             opening.identity,
@@ -76,7 +80,7 @@ class DecodeDesk:
         self.requests.end_turn()
 
     async def begin(self) -> None:
-        pass
+        await asyncio.to_thread(get_ready, self._profiles, self._layout)
 
     async def end(self) -> None:
         await self.transfers.close()
@@ -90,9 +94,9 @@ class DecodeDesk:
                 first_token_id,
                 stats.exposed_s,
                 stats.payload_bytes,
-                stats.payload_bytes,
-                "none",
-                is_lossless=True,
+                stats.wire_bytes,
+                stats.profile,
+                stats.profile_is_lossless,
             )
             self.requests.take(machine, landed)
 

@@ -8,6 +8,7 @@ KV that is ready goes from the engine's thread straight to the sender: sending o
 Concurrency: the event loop's thread only, but for `_Pusher`.
 """
 
+import asyncio
 from concurrent.futures import Future
 
 from core.errors import InvalidRequest, RejectedError, ServingError
@@ -20,6 +21,7 @@ from engine.engine import Engine
 from engine.loop import StepResult
 from kv_transfer.choice import TransferTerms
 from kv_transfer.controller.keeper import MemoryKeeper
+from kv_transfer.controller.opening import open_chooser
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer
 from kv_transfer.sender import KvSender
@@ -27,10 +29,10 @@ from prefill_workers import messages as m
 from prefill_workers import policy
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.metrics import PrefillMetrics
-from prefill_workers.profiles import open_profiles
 from prefill_workers.state import PrefillRequest, PrefillState
 from workers.desk import RequestDesk, Stream
 from workers.messages import EngineFailed, SendAccepted, SendFailed, TransferFailed
+from workers.profiles import get_ready, profiles_for
 from workers.service import Opening
 
 
@@ -52,10 +54,11 @@ class PrefillDesk:
             engine.layout.block_size,
         )
         self.identity = opening.identity
-        self._chooser = open_profiles(
+        self._layout = engine.layout
+        self._profiles = profiles_for(config.transfer, config.model.path, engine.layout)
+        self._chooser = open_chooser(
             config.transfer,
-            config.model.path,
-            engine.layout,
+            self._profiles,
             around.clock,
             seed=opening.identity.epoch,
             registry=around.metrics.registry,
@@ -74,6 +77,7 @@ class PrefillDesk:
             self,
             around.clock,
             metrics=KvTransferMetrics(around.metrics.registry),
+            chooser=self._chooser,
         )
         self.requests = RequestDesk[PrefillRequest, m.OwnEvent, m.OwnEffect](
             around, self._perform, self.transfers.abort
@@ -92,6 +96,7 @@ class PrefillDesk:
         )
 
     async def begin(self) -> None:
+        await asyncio.to_thread(get_ready, self._profiles, self._layout)
         await self._keeper.load()
         self.requests.spawn(self._keeper.run(), "experience of the controller")
 
@@ -173,7 +178,13 @@ class PrefillDesk:
             peer = Peer(hand_off.worker_id, hand_off.epoch, hand_off.address)
             observer = _Pusher(self.transfers, hand_off.transfer_id)
             try:
-                await self.transfers.offer(hand_off.transfer_id, request.request_id, request.num_prompt_tokens, peer)
+                await self.transfers.offer(
+                    hand_off.transfer_id,
+                    request.request_id,
+                    request.num_prompt_tokens,
+                    peer,
+                    self._terms(machine, hand_off),
+                )
             except ServingError as error:
                 self._unqueued.discard(machine)
                 self.requests.take(machine, TransferFailed("not_offered", str(error)))

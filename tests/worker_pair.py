@@ -168,6 +168,12 @@ class WorkerStream:
         )
         return reply
 
+    async def list_kv_decisions(self, last: int) -> worker_pb2.ListKvDecisionsResponse:
+        reply: worker_pb2.ListKvDecisionsResponse = await self._stub.ListKvDecisions(
+            worker_pb2.ListKvDecisionsRequest(last=last), timeout=PATIENCE_S
+        )
+        return reply
+
     async def until(self, is_wanted: Callable[[_Report], bool]) -> Any:
         """Return the first report that is wanted, come or to come."""
         async with asyncio.timeout(PATIENCE_S), self._changed:
@@ -263,6 +269,7 @@ class Pair:
 
     async def submit_prefill(self, request: GenerateRequest, *, attempt: int = 0, hand_off: bool = True) -> None:
         submit = worker_pb2.PrefillSubmit(request=codec.request_to_wire(request))
+        submit.kv_quality_floor = request.kv_quality_floor
         if hand_off:
             submit.transfer_id = f"{request.request_id}/{attempt}"
             submit.decode_worker_id, submit.decode_epoch = D, EPOCH
@@ -347,22 +354,26 @@ async def worker_pair(
     hello_timeout_s: float = 10.0,
     backend: Any = "memory",
     store: Store | None = None,
-    model: Path | None = None,
+    model: ModelConfig | None = None,
     engine: EngineConfig | None = None,
+    transfer: Mapping[str, object] = MappingProxyType({}),
     replaced: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Pair]:
     """Start both; stop both; then every block of both must be free or cached.
 
     Args:
         model: a checkpoint to load in place of the fake.
+        transfer: settings of KV transfer that differ from the test's usual ones.
         replaced: `prefill_address` or `decode_address`, of a worker elsewhere that takes the place of ours.
     """
     store = store or MemoryStore()
     sides = Side(num_blocks, max_batch_tokens), Side(num_blocks, max_batch_tokens)
     shared: dict[str, Any] = {
-        "model": ModelConfig(path=model or Path("fake")),
+        "model": model or ModelConfig(path=Path("fake")),
         "engine": engine or EngineConfig(),
-        "transfer": KvTransferConfig(backend=backend, slot_bytes=4096, credit_bytes=65536, lease_s=15.0),
+        "transfer": KvTransferConfig.model_validate(
+            {"backend": backend, "slot_bytes": 4096, "credit_bytes": 65536, "lease_s": 15.0, **transfer}
+        ),
         "registration": RegistrationConfig(lease_s=0.6),
         "load_interval_s": 0.001,
         "metrics_port": metrics_port,

@@ -31,6 +31,15 @@ class Failing(admin_pb2_grpc.AdminServicer):
             raise self.error
         raise AssertionError("unreachable")
 
+    async def ListKvDecisions(  # noqa: N802
+        self,
+        request: admin_pb2.ListClusterKvDecisionsRequest,
+        context: grpc.aio.ServicerContext[
+            admin_pb2.ListClusterKvDecisionsRequest, admin_pb2.ListClusterKvDecisionsResponse
+        ],
+    ) -> admin_pb2.ListClusterKvDecisionsResponse:
+        raise AssertionError("nobody asks")
+
 
 async def served(error: errors.ServingError) -> AsyncIterator[str]:
     server = rpc.create_server()

@@ -16,7 +16,7 @@ NAMES = [request.name for wave in WAVES for request in wave]
 
 def generation(number: int) -> Generation:
     placement = Placement(
-        f"prefill-{number % 2}", f"decode-{number % 2}", "cheapest", 1, 4096, 8, 2, "none", True, 4224
+        f"prefill-{number % 2}", f"decode-{number % 2}", "cheapest", 1, 4096, 8, 2, "lossless", True, 4224
     )
     summary = Summary("r", "m", 1, FinishReason.LENGTH, None, Usage(10, 2, 4), Timing(*[0.001] * 8), placement)
     return Generation("text", (Token(0, 5, None, ()), Token(1, 6, None, ())), summary)
@@ -60,6 +60,11 @@ def test_unsent_kv_is_found() -> None:
     assert any("no bytes" in one for one in problems(good() | {"chat": placed(generation(0), kv_bytes=0)}))
     nothing = {name: placed(result, kv_bytes=0, kv_tokens_sent=0, kv_tokens_held=10) for name, result in good().items()}
     assert "no KV crossed between workers" in problems(nothing)
+
+
+def test_lossy_kv_is_found() -> None:
+    (found,) = problems(good() | {"chat": placed(generation(0), kv_lossless=False)})
+    assert "lossy" in found
 
 
 def test_idle_workers_are_found() -> None:

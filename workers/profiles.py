@@ -1,19 +1,17 @@
-"""Which compression profiles a prefill worker may use: finds the library of its model, and opens the chooser.
+"""Which compression profiles hold for a worker's model, and getting ready to use them.
 
-Who calls what: the desk, once, when the model is loaded.
+Both kinds of worker find the library when the model is loaded: the prefill worker chooses from it, the decode worker
+only gets ready for what may come. What it is sent describes itself.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
-from core.clock import Clock
 from core.layout import KvLayout
 from kv_transfer.codecs.ladder import ladder
+from kv_transfer.codecs.warming import warm_up
 from kv_transfer.config import KvTransferConfig
-from kv_transfer.controller.chooser import Chooser
-from kv_transfer.controller.opening import open_chooser
 from kv_transfer.profile import CodecTime, Profile, ProfileRefused, find_library
 
 _log = logging.getLogger(__name__)
@@ -53,18 +51,6 @@ def profiles_for(config: KvTransferConfig, model_path: Path, layout: KvLayout) -
     return found
 
 
-def open_profiles(
-    config: KvTransferConfig,
-    model_path: Path,
-    layout: KvLayout,
-    clock: Clock,
-    *,
-    seed: int,
-    registry: CollectorRegistry,
-) -> Chooser:
-    """Return the chooser of one worker.
-
-    Raises:
-        ConfigError: as `profiles_for`; or `transfer.policy` names a profile that there is not.
-    """
-    return open_chooser(config, profiles_for(config, model_path, layout), clock, seed=seed, registry=registry)
+def get_ready(profiles: Sequence[Profile], layout: KvLayout) -> None:
+    """Compile what these profiles need. Blocking; takes seconds on a machine that never did it before."""
+    warm_up([profile.pipeline for profile in profiles], layout)
