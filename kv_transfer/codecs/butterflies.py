@@ -8,9 +8,7 @@ has; the operations and their order are those of `reference` everywhere.
 
 # mypy: disable-error-code="untyped-decorator"
 
-import operator
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -71,31 +69,44 @@ def _lanes(indices: list[int]) -> ir.Constant:
 
 
 _h1, _h2, _h4, _h8, _h16, _h32, _h64, _h128, _h256, _h512, _h1024 = (_make(1 << bit) for bit in range(11))
-assert reduce(operator.mul, [2] * 10) == LARGEST
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def hadamard(row: Any, at: int, size: int, scale: Any) -> None:
-    """Transform ``row[at : at + size]`` in place; `size` is a power of two up to `LARGEST`."""
+def rotate_rows(flat: Any, num_rows: int, width: int, start: int, size: int, scale: Any) -> None:
+    """Transform channels [start, start + size) of each row of ``flat[num_rows * width]`` in place.
+
+    `size` is a power of two up to `LARGEST`. One call for many rows: the choice of the intrinsic costs as much as a row.
+    """
     if size == 64:
-        _h64(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h64(flat, at, scale)
     elif size == 128:
-        _h128(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h128(flat, at, scale)
     elif size == 32:
-        _h32(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h32(flat, at, scale)
     elif size == 16:
-        _h16(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h16(flat, at, scale)
     elif size == 256:
-        _h256(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h256(flat, at, scale)
     elif size == 8:
-        _h8(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h8(flat, at, scale)
     elif size == 4:
-        _h4(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h4(flat, at, scale)
     elif size == 2:
-        _h2(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h2(flat, at, scale)
     elif size == 1:
-        _h1(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h1(flat, at, scale)
     elif size == 512:
-        _h512(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h512(flat, at, scale)
     else:
-        _h1024(row, at, scale)
+        for at in range(start, num_rows * width, width):
+            _h1024(flat, at, scale)

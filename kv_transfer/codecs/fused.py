@@ -1,10 +1,11 @@
-"""Plans for `kernels`: hands plain arrays over, and nothing that could be out of bounds.
+"""Plans for the compiled arithmetic: hands plain arrays over, and nothing that could be out of bounds.
 
 Every extent comes from a `HalfPlan`, and the arrays are made here or have been checked against it; so the kernels,
 which check nothing, stay inside.
 """
 
 import math
+import threading
 from functools import lru_cache
 
 import numpy as np
@@ -12,13 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kv_transfer.codecs.kernels import decode_half, encode_half
+from kv_transfer.codecs.decode_kernel import decode_half
+from kv_transfer.codecs.encode_kernel import encode_half
 from kv_transfer.codecs.planes import F32, I64, HalfCodes, HalfPlan, digits_per_byte, plane_scales
 from kv_transfer.codecs.rotation import parts
 
 _AXES = ("token", "group", "channel", "tensor")
 _Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _DIGITS = np.array([0, 0, *(digits_per_byte(count) for count in range(2, 257))], dtype=np.int64)
+_own = threading.local()
 _NO_SIGNS = np.zeros((0, 0), dtype=np.float32)
 
 
@@ -37,6 +40,7 @@ def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
     ints, levels, digits, symbols_at, scales_at, num_scales = _segments(plan)
     is_coded: bool = encode_half(
         _bits(kv if kv.dtype == torch.bfloat16 else kv.float()),
+        kv.dtype == torch.bfloat16,
         kv.shape[1] * plan.head_dim,
         plan.planes_at,
         plan.start,
@@ -51,6 +55,7 @@ def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
         scales_at,
         num_scales,
         *_arrays(codes),
+        _working_memory(plan.stop - plan.start, plan.head_dim),
     )
     return codes if is_coded else None
 
@@ -61,10 +66,10 @@ def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
     wide = kv if kv.dtype != torch.float16 else torch.empty_like(kv, dtype=torch.float32)
     is_decoded: bool = decode_half(
         _bits(wide),
+        kv.dtype == torch.bfloat16,
         kv.shape[1] * plan.head_dim,
         plan.planes_at,
         plan.start,
-        plan.is_centred,
         *_transforms(plan),
         *_segments(plan),
         *_arrays(codes),
@@ -75,13 +80,29 @@ def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
     return is_decoded
 
 
+def _working_memory(num_tokens: int, head_dim: int) -> F32:
+    """Return the thread's own, kept because fresh pages cost as much as the arithmetic."""
+    held: F32 | None = getattr(_own, "memory", None)
+    if held is None or held.size < num_tokens * head_dim:
+        held = _own.memory = np.empty(num_tokens * head_dim, dtype=np.float32)
+    return held[: num_tokens * head_dim].reshape(num_tokens, head_dim)
+
+
 def _check(kv: Tensor, plan: HalfPlan, codes: HalfCodes) -> None:
-    assert kv.is_contiguous() and kv.shape[2] == plan.head_dim
-    assert 0 <= plan.start < plan.stop <= kv.shape[1] and 0 <= plan.planes_at.min()
-    assert plan.planes_at.max() < kv.shape[0] and plan.segments
-    assert codes.mean_codes.shape == (plan.num_planes, plan.head_dim) and codes.mean_steps.shape == (plan.num_planes,)
-    assert codes.bases.shape == (len(plan.segments), plan.num_planes) and codes.scales.shape == (plan.num_scales,)
-    assert codes.mins.shape == (plan.num_mins,) and codes.symbols.shape == (plan.num_symbols,)
+    """Our own invariants: what has come from outside was checked by the decoder."""
+    num_planes, num_segments = plan.num_planes, len(plan.segments)
+    assert kv.is_contiguous()
+    assert kv.shape[2] == plan.head_dim
+    assert 0 <= plan.start < plan.stop <= kv.shape[1]
+    assert plan.segments
+    assert plan.planes_at.min() >= 0
+    assert plan.planes_at.max() < kv.shape[0]
+    assert codes.mean_steps.shape == (num_planes,)
+    assert codes.mean_codes.shape == (num_planes, plan.head_dim)
+    assert codes.bases.shape == (num_segments, num_planes)
+    assert codes.scales.shape == (plan.num_scales,)
+    assert codes.mins.shape == (plan.num_mins,)
+    assert codes.symbols.shape == (plan.num_symbols,)
 
 
 def _bits(kv: Tensor) -> _Bits:

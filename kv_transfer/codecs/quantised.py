@@ -31,11 +31,10 @@ from kv_transfer.codecs.frame_plan import (
     raw_bytes,
 )
 from kv_transfer.codecs.planes import U8, U16, HalfCodes, HalfPlan, SegmentRule
+from kv_transfer.codecs.reference import LAST_BFLOAT16, LAST_WORD
 from kv_transfer.codecs.spec import PipelineSpec, Quantiser
 from kv_transfer.frame import FrameRefused, section_spans
 from kv_transfer.session import NackReason
-
-_LAST_WORD = 0xFF0  # the first bits >> 19 that are not of a finite float32
 
 
 class QuantisedEncoder:
@@ -195,7 +194,7 @@ class _Reading:
         held = _Cursor(self._section(SCALES_SECTION + idx, plan.num_scales + 2 * plan.num_mins))
         scales = held.take(plan.num_scales)
         mins = held.take(2 * plan.num_mins).view(np.uint16)
-        if int(bases.max()) + 255 >= _LAST_WORD or _has_not_finite(mins):
+        if int(bases.max()) + 255 >= LAST_WORD or _is_too_large(mins):
             raise FrameRefused(NackReason.CODEC, "a scale that is not finite")
         first = SYMBOLS_SECTION + idx * SYMBOLS_PER_HALF
         symbols = [self._section(first + at, length) for at, length in enumerate(lengths)]
@@ -206,7 +205,7 @@ class _Reading:
         if not half.is_centred:
             return np.zeros(shape.planes, np.uint16), np.zeros((shape.planes, shape.head_dim), np.int8)
         steps = meta.take(2 * shape.planes).view(np.uint16)
-        if _has_not_finite(steps):
+        if _is_too_large(steps):
             raise FrameRefused(NackReason.CODEC, "a mean that is not finite")
         codes = meta.take(shape.planes * shape.head_dim).view(np.int8)
         return steps, codes.reshape(shape.planes, shape.head_dim)
@@ -251,8 +250,9 @@ def _stored(sections: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
     return sections[0].view(dtype).view(*shape)
 
 
-def _has_not_finite(bits: U16) -> bool:
-    return bool(((bits & 0x7F80) == 0x7F80).any())
+def _is_too_large(bits: U16) -> bool:
+    """Tell whether a bfloat16 is larger than any that is coded, or not a number."""
+    return bool(((bits & 0x7FFF) >= LAST_BFLOAT16).any())
 
 
 def _half_params(spec: PipelineSpec) -> tuple[HalfParams, HalfParams]:

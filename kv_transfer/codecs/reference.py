@@ -1,4 +1,4 @@
-"""The arithmetic of the quantised codec, slow and plain. `kernels` and every GPU kernel equal it bit for bit.
+"""The arithmetic of the quantised codec, slow and plain. the compiled and every GPU kernel equal it bit for bit.
 
 Everything is float32, round to nearest even, one operation at a time: no fused multiply-add, no reordering. ``f32(e)``
 is a constant computed in double and rounded once. Per plane ``x[T, D]``, values exact from bfloat16, float16, float32:
@@ -23,7 +23,7 @@ is a constant computed in double and rounded once. Per plane ``x[T, D]``, values
 5. Back. ``y = (q - (levels - 1) / 2) * step``, or ``q * step + low``; the butterflies of 2, ``* f32(1 / sqrt(n))``,
    ``* sign``; ``x = y + m'``; the embedding again: ``u * cos - w * sin``, ``w * cos + u * sin``; rounded to the dtype.
 
-An input that is not finite, or whose steps are not, is not coded.
+An input that is not finite, or has a step, mean or least value from 2 ** 96 on, is not coded.
 """
 
 import math
@@ -46,6 +46,8 @@ from kv_transfer.codecs.planes import (
 )
 from kv_transfer.codecs.rotation import parts
 
+LAST_WORD = 3568  # steps from 2 ** 96 on are not coded: nothing that is decoded can overflow
+LAST_BFLOAT16 = 0x6F80  # the same for means and least values
 _BLOCK = 32
 _TINY = 2.0**-126
 
@@ -58,6 +60,8 @@ def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
     if plan.rope is not None:
         x = _undo_rope(x, *plan.rope)
     mean_steps, mean_codes, means = _means(x, plan.is_centred)
+    if (mean_steps >= LAST_BFLOAT16).any():
+        return None
     z = x - means[:, None, :]
     y = z if plan.signs is None else _hadamard(z * torch.from_numpy(plan.signs.copy())[:, None, :])
     codes = HalfCodes(
@@ -111,6 +115,8 @@ def _encode_plane(y: Tensor, z: Tensor, codes: HalfCodes, segment: Segment, plan
         raw = groups.abs().amax(-1) * factor
     else:
         low_bits = _bfloat16_down(groups.amin(-1))
+        if bool(((low_bits & 0x7FFF) >= LAST_BFLOAT16).any()):
+            return None
         low = _from_bfloat16(low_bits)
         raw = (groups.amax(-1) - low) * factor
         mins_out[:] = low_bits.numpy().astype(np.uint16)
@@ -119,7 +125,7 @@ def _encode_plane(y: Tensor, z: Tensor, codes: HalfCodes, segment: Segment, plan
     words = (raw.view(torch.int32) + 0x7FFFF) >> 19
     base = max(0, int(words.max()) - 255)
     scales = (words - base).clamp(min=0)
-    if base + int(scales.max()) >= 0xFF0:
+    if base + int(scales.max()) >= LAST_WORD:
         return None
     scales_out[:] = scales.numpy().astype(np.uint8)
     steps = ((scales + base) << 19).view(torch.float32)
@@ -179,7 +185,7 @@ def _means(y: Tensor, is_centred: bool) -> tuple[U16, I8, Tensor]:
         steps = np.zeros(num_planes, dtype=np.uint16)
         return steps, np.zeros((num_planes, head_dim), dtype=np.int8), torch.zeros(num_planes, head_dim)
     mean = _sum_tokens(y) * _f32(1.0 / num_tokens)
-    step_bits = (((mean.abs().amax(-1) / 127.0).view(torch.int32) + 0xFFFF) >> 16).clamp(max=0x7F7F)
+    step_bits = ((mean.abs().amax(-1) / 127.0).view(torch.int32) + 0xFFFF) >> 16
     step = _from_bfloat16(step_bits)
     inverse = torch.where(step < _TINY, torch.zeros_like(step), 1.0 / step)
     codes = (mean * inverse[:, None]).clamp(-127, 127).round()
