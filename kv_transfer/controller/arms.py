@@ -21,7 +21,7 @@ class StageCost(Protocol):
     def s_per_byte(self) -> float: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # itself only: hashed in every decision
 class Arm:
     """One profile.
 

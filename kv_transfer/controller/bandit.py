@@ -85,6 +85,20 @@ class Experience:
         prior = PRIOR_VARIANCES[key.kind]
         return mean * left, prior + (variance - prior) * left * left
 
+    def means(self, keys: Iterable[Key], now: float) -> list[float]:
+        """Return the means of many factors' logarithms at `now`: what a decision asks most. Changes nothing."""
+        get = self._beliefs.get
+        found = []
+        for key in keys:
+            belief = get(key)
+            if belief is None:
+                found.append(0.0)
+                continue
+            mean, _, at_s = belief
+            age_s = now - at_s
+            found.append(mean if age_s < 1.0 else mean * math.exp(-age_s / self._knowledge_s))
+        return found
+
     def learn(
         self, link_class: str, log_ratio: float, noise_variance: float, causes: Iterable[Cause], now: float
     ) -> bool:

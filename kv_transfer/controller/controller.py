@@ -7,38 +7,24 @@ from collections.abc import Mapping, Sequence
 
 from kv_transfer.choice import TransferObservation, TransferQuestion
 from kv_transfer.controller.arms import Arm
-from kv_transfer.controller.bandit import NOISE_VARIANCE, Cause, Experience, Key
+from kv_transfer.controller.bandit import NOISE_VARIANCE, Experience
 from kv_transfer.controller.choosing import Entry, Incumbent, choose
 from kv_transfer.controller.config import ControllerConfig
 from kv_transfer.controller.cooldown import BLAMED_ON_PROFILES, Cooldowns
 from kv_transfer.controller.crowding import Crowding
-from kv_transfer.controller.decisions import Candidate, Decision, DecisionReason
+from kv_transfer.controller.decisions import Decision, DecisionReason
 from kv_transfer.controller.envelope import lower_envelope
+from kv_transfer.controller.estimates import Estimate, Estimator, ratio_key
 from kv_transfer.controller.floors import FloorFilter
-from kv_transfer.controller.model import Prediction, exposed_s, predict, sensitivity
+from kv_transfer.controller.model import MIN_EXPOSED_S
 from kv_transfer.controller.policy import Pipeline, Place, place
 
 _RATIO_NOISE_VARIANCE = 0.05**2
 _QUEUE_NOISE_VARIANCE = 0.3**2  # of the queue's part of the time
-_MACHINE = Key("machine")
+_OPTIMISM = 0.06  # doubt of a goodput that so many transfers in a row have not put to the test, per root of them
+_MAX_UNTESTED = 100
+_TESTS_WIRE = 0.5  # sensitivity from which a transfer does
 _UNMEASURED = {DecisionReason.FASTEST, DecisionReason.LESS_LOSSY, DecisionReason.KEPT}
-
-
-class _Estimate:
-    """One arm in one place, with what is believed of it."""
-
-    __slots__ = ("arm", "codec_factor", "exposed_s", "residual", "times", "total_s", "wire_factor")
-
-    def __init__(
-        self, arm: Arm, times: Prediction, compute_s: float, codec_factor: float, wire_factor: float, residual: float
-    ) -> None:
-        self.arm = arm
-        self.times = times
-        self.codec_factor = codec_factor
-        self.wire_factor = wire_factor
-        self.residual = residual
-        self.exposed_s = exposed_s(times.total_s, compute_s) * residual
-        self.total_s = compute_s + self.exposed_s
 
 
 class ControllerPolicy:
@@ -55,6 +41,8 @@ class ControllerPolicy:
         self._floors = FloorFilter(arms)
         self._cooldowns = Cooldowns(misses=config.cooldown_misses, duration_s=config.cooldown_s)
         self._crowding = Crowding(config.crowding)
+        self._estimator = Estimator(self._experience)
+        self._untested: OrderedDict[str, int] = OrderedDict()
         self._incumbents: OrderedDict[tuple[str, int, float], Incumbent] = OrderedDict()
 
     @property
@@ -78,10 +66,9 @@ class ControllerPolicy:
         resting = self._cooldowns.resting(where.link_class, now)
         if resting:
             allowed = tuple(arm for arm in allowed if arm.loss_rank == 0 or arm.name not in resting)
-        estimates = self._estimates(allowed, where, now)
-        arrival_rate = self._crowding.asked(question.peer, now)
-        prices = self._prices(estimates, where, arrival_rate, terms.budget_s)
-        entries = self._entries(self._shortlist(estimates, prices), where, terms.budget_s, now)
+        estimates = self._estimator.estimates(allowed, where, now)
+        self._set_prices(estimates, where, self._crowding.asked(question.peer, now), terms.budget_s)
+        entries = self._entries(self._shortlist(estimates), where, question, now)
         context = (question.peer, where.size_bucket, terms.quality_floor)
         chosen = choose(entries, self._incumbents.get(context), terms.budget_s, where.situation.compute_s, self._config)
         self._remember(context, chosen.incumbent)
@@ -105,54 +92,30 @@ class ControllerPolicy:
             chosen.meets_budget,
         )
 
-    def _estimates(self, arms: Sequence[Arm], where: Place, now: float) -> list[_Estimate]:
-        believe, exp, at = self._experience.believe, math.exp, where.situation
-        machine = believe(_MACHINE, now)[0]
-        wire = believe(self._wire_key(where), now)[0]
-        estimates = []
-        for arm in arms:
-            name = arm.name
-            codec_factor = 1.0
-            wire_factor = wire
-            if arm.loss_rank:
-                codec_factor = exp(machine + believe(Key("codec", "", name), now)[0])
-                wire_factor -= believe(Key("ratio", "", name, 0, where.size_bucket), now)[0]
-            wire_factor = exp(wire_factor)
-            rest = believe(Key("rest", where.link_class, name, where.goodput_class, where.size_bucket), now)[0]
-            times = predict(arm, at, codec_factor, wire_factor)
-            estimates.append(_Estimate(arm, times, at.compute_s, codec_factor, wire_factor, exp(rest)))
-        return estimates
-
-    def _prices(
-        self, estimates: Sequence[_Estimate], where: Place, arrival_rate: float, budget_s: float | None
-    ) -> list[float]:
-        """Return the price of crowding of each, in seconds; none when only the fastest may meet the budget."""
-        least_s = min(estimate.times.occupancy_s for estimate in estimates)
-        queue_s = where.situation.queue_s
-        prices = [
-            self._crowding.price_s(estimate.times.occupancy_s, least_s, queue_s, arrival_rate) for estimate in estimates
-        ]
+    def _set_prices(
+        self, estimates: Sequence[Estimate], where: Place, arrival_rate: float, budget_s: float | None
+    ) -> None:
+        """Set the price of crowding of each, in seconds; none when only the fastest may meet the budget."""
+        least_s = min([estimate.times.occupancy_s for estimate in estimates])
+        price_of = self._crowding.pricing(least_s, where.situation.queue_s, arrival_rate)
+        for estimate in estimates:
+            estimate.price_s = price_of(estimate.times.occupancy_s)
         if budget_s is not None:
-            best = min(range(len(estimates)), key=lambda idx: estimates[idx].total_s + prices[idx])
-            if estimates[best].exposed_s > budget_s:
-                return [0.0] * len(estimates)
-        return prices
+            best = min(estimates, key=_score)
+            if best.exposed_s > budget_s:
+                for estimate in estimates:
+                    estimate.price_s = 0.0
 
-    def _shortlist(self, estimates: Sequence[_Estimate], prices: Sequence[float]) -> list[tuple[_Estimate, float]]:
-        """Return the best, its neighbours on the envelope over 1/B, and `none`, with their prices.
+    def _shortlist(self, estimates: Sequence[Estimate]) -> list[Estimate]:
+        """Return the best, its neighbours on the envelope over 1/B, and `none`: four at most.
 
-        One that is about as fast and less lossy takes the place of a neighbour: it may be nowhere on the envelope.
+        One that is about as fast as the best and less lossy takes the place of a neighbour: it may be nowhere on the
+        envelope.
         """
-        best = min(range(len(estimates)), key=lambda idx: estimates[idx].total_s + prices[idx])
-        order = sorted(range(len(estimates)), key=lambda idx: -estimates[idx].times.wire_s)
-        hull = lower_envelope(
-            [
-                (estimates[idx].times.encode_s + estimates[idx].times.decode_s, estimates[idx].times.wire_s)
-                for idx in order
-            ]
-        )
-        before: int | None = None
-        after: int | None = None
+        best = min(estimates, key=_score)
+        order = sorted(estimates, key=_wire, reverse=True)
+        hull = lower_envelope([(each.times.encode_s + each.times.decode_s, each.times.wire_s) for each in order])
+        before = after = best
         best_at = order.index(best)
         for at in hull:
             if at < best_at:
@@ -160,49 +123,45 @@ class ControllerPolicy:
             elif at > best_at:
                 after = order[at]
                 break
-        near = self._less_lossy(estimates, prices, best)
-        if near is not None and near not in (before, after):
-            before = near
-        shortlist = {best: None, before: None, after: None, 0: None}
-        return [(estimates[idx], prices[idx]) for idx in shortlist if idx is not None]
-
-    def _less_lossy(self, estimates: Sequence[_Estimate], prices: Sequence[float], best: int) -> int | None:
-        """Return the least lossy arm within the quality margin of the best one, if there is one. Arms are in order."""
-        limit_s = (estimates[best].total_s + prices[best]) * (1.0 + self._config.quality_margin_ratio)
-        for idx in range(1, best):
-            if estimates[idx].total_s + prices[idx] <= limit_s:
-                return idx
-        return None
+        limit_s = _score(best) * (1.0 + self._config.quality_margin_ratio)
+        for estimate in estimates[1 : best.arm.loss_rank]:
+            if _score(estimate) <= limit_s and estimate.arm.loss_rank < best.arm.loss_rank:
+                before = before if estimate is after else estimate
+                break
+        return list(dict.fromkeys((best, before, after, estimates[0])))
 
     def _entries(
-        self, shortlist: Sequence[tuple[_Estimate, float]], where: Place, budget_s: float | None, now: float
+        self, shortlist: Sequence[Estimate], where: Place, question: TransferQuestion, now: float
     ) -> list[Entry]:
-        config = self._config
+        config, budget_s = self._config, question.terms.budget_s
         may_try = config.exploration > 0.0 and not where.is_prior and len(shortlist) > 1
-        limit_s = min(estimate.total_s + price for estimate, price in shortlist) * config.max_exploration_ratio
-        machine_error = wire_error = 0.0
+        limit_s = min(map(_score, shortlist)) * config.max_exploration_ratio
+        gauss = self._gauss
+        machine_error = wire_error = untested = 0.0
         if may_try:
-            machine_error, wire_error = self._gauss(0.0, 1.0), self._gauss(0.0, 1.0)
+            machine_error, wire_error = gauss(0.0, 1.0), gauss(0.0, 1.0)
+            untested = abs(gauss(0.0, 1.0)) * _OPTIMISM * math.sqrt(self._untested.get(question.peer, 0))
         entries = []
-        for estimate, price_s in shortlist:
-            causes = self._causes(estimate, where)
-            deviations = [
-                cause.sensitivity * math.sqrt(self._experience.believe(cause.key, now)[1]) for cause in causes
-            ]
-            doubt = math.sqrt(sum(deviation * deviation for deviation in deviations))
-            score_s = sampled_s = estimate.total_s + price_s
+        for estimate in shortlist:
+            score_s = sampled_s = _score(estimate)
+            variance = error = 0.0
+            for cause in self._estimator.causes(estimate, where):
+                spread = cause.sensitivity * math.sqrt(self._experience.believe(cause.key, now)[1])
+                variance += spread * spread
+                kind = cause.key.kind
+                if not may_try:
+                    continue
+                if kind == "machine":
+                    error += spread * machine_error
+                elif kind == "wire":
+                    error += spread * wire_error - cause.sensitivity * untested
+                else:
+                    error += spread * gauss(0.0, 1.0)
+            doubt = math.sqrt(variance)
             has_slack = budget_s is None or estimate.exposed_s * math.exp(doubt) <= budget_s
             if may_try and has_slack and score_s <= limit_s:
-                error = 0.0
-                for cause, deviation in zip(causes, deviations, strict=True):
-                    if cause.key.kind == "machine":
-                        error += deviation * machine_error
-                    elif cause.key.kind == "wire":
-                        error += deviation * wire_error
-                    else:
-                        error += deviation * self._gauss(0.0, 1.0)
                 sampled_s += estimate.exposed_s * (math.exp(config.exploration * error) - 1.0)
-            entries.append(Entry(estimate.arm, _candidate(estimate, price_s, doubt, where), score_s, sampled_s))
+            entries.append(Entry(estimate.arm, estimate.candidate(doubt), score_s, sampled_s))
         return entries
 
     def _remember(self, context: tuple[str, int, float], incumbent: Incumbent) -> None:
@@ -229,12 +188,12 @@ class ControllerPolicy:
         arm = self.arms[name]
         if arm.loss_rank and observation.payload_bytes > 0:
             log_ratio = math.log(observation.raw_bytes / observation.payload_bytes / arm.ratio)
-            ratio_key = Key("ratio", "", name, 0, where.size_bucket)
-            self._experience.learn_directly(ratio_key, log_ratio, _RATIO_NOISE_VARIANCE, now)
-        (estimate,) = self._estimates((arm,), where, now)
-        log_error = math.log(max(observation.exposed_s, 1e-6) / estimate.exposed_s)
-        causes = self._causes(estimate, where)
-        self._experience.learn(where.link_class, log_error, self._noise(decision, where, estimate), causes, now)
+            self._experience.learn_directly(ratio_key(arm, where), log_ratio, _RATIO_NOISE_VARIANCE, now)
+        (estimate,) = self._estimator.estimates((arm,), where, now)
+        causes = self._estimator.causes(estimate, where)
+        log_error = math.log(max(observation.exposed_s, MIN_EXPOSED_S) / estimate.exposed_s)
+        self._experience.learn(where.link_class, log_error, _noise(decision, where, estimate), causes, now)
+        self._note_test(question.peer, tests_wire=causes[1].sensitivity >= _TESTS_WIRE)
         return self._regret_s(decision, where, now)
 
     def _hindsight(self, decision: Decision, observation: TransferObservation) -> Place:
@@ -250,54 +209,33 @@ class ControllerPolicy:
             encode_backlog_s=decision.encode_backlog_s,
         )
 
-    def _noise(self, decision: Decision, where: Place, estimate: _Estimate) -> float:
-        """Return the variance of the log of the exposed time that is nobody's fault."""
-        magnified = estimate.total_s / estimate.exposed_s  # the error of a difference, as a part of it
-        noise = NOISE_VARIANCE * min(magnified, 10.0) ** 2
-        noise += _QUEUE_NOISE_VARIANCE * min(1.0, where.situation.queue_s / estimate.exposed_s) ** 2
-        if not decision.is_prior:
-            moved = math.log(where.goodput_bytes_per_s / decision.goodput_bytes_per_s)
-            noise += moved * moved
-        return noise
+    def _note_test(self, peer: str, *, tests_wire: bool) -> None:
+        """Count the transfers in a row that said nothing of the goodput: it may have risen since, and nobody knows."""
+        untested = self._untested.pop(peer, 0)
+        self._untested[peer] = 0 if tests_wire else min(_MAX_UNTESTED, untested + 1)
+        if len(self._untested) > self._config.max_contexts:
+            self._untested.popitem(last=False)
 
     def _regret_s(self, decision: Decision, where: Place, now: float) -> float:
-        arms = [self.arms[candidate.profile] for candidate in decision.candidates]
-        totals = {estimate.arm.name: estimate.total_s for estimate in self._estimates(arms, where, now)}
+        arms = tuple(self.arms[candidate.profile] for candidate in decision.candidates)
+        totals = {estimate.arm.name: estimate.total_s for estimate in self._estimator.estimates(arms, where, now)}
         return totals[decision.chosen.profile] - min(totals.values())
 
-    # --- causes -------------------------------------------------------------------------------------------------------
 
-    def _causes(self, estimate: _Estimate, where: Place) -> list[Cause]:
-        name = estimate.arm.name
-        depends = sensitivity(
-            estimate.arm, where.situation, estimate.codec_factor, estimate.wire_factor, estimate.times
-        )
-        causes = [
-            Cause(Key("rest", where.link_class, name, where.goodput_class, where.size_bucket), 1.0),
-            Cause(self._wire_key(where), depends.wire),
-        ]
-        if estimate.arm.loss_rank:
-            causes.append(Cause(Key("codec", "", name), depends.codec))
-            causes.append(Cause(_MACHINE, depends.codec))
-        return causes
-
-    def _wire_key(self, where: Place) -> Key:
-        return Key("guess" if where.is_prior else "wire", where.link_class)
+def _score(estimate: Estimate) -> float:
+    return estimate.total_s + estimate.price_s
 
 
-def _candidate(estimate: _Estimate, price_s: float, doubt: float, where: Place) -> Candidate:
-    times = estimate.times
-    return Candidate(
-        estimate.arm.name,
-        times.total_s,
-        estimate.total_s,
-        price_s,
-        times.encode_s,
-        times.wire_s,
-        times.decode_s,
-        doubt,
-        estimate.codec_factor,
-        estimate.wire_factor,
-        estimate.residual,
-        times.is_hidden,
-    )
+def _wire(estimate: Estimate) -> float:
+    return estimate.times.wire_s
+
+
+def _noise(decision: Decision, where: Place, estimate: Estimate) -> float:
+    """Return the variance of the log of the exposed time that is nobody's fault."""
+    magnified = estimate.total_s / estimate.exposed_s  # the error of a difference, as a part of it
+    noise = NOISE_VARIANCE * min(magnified, 10.0) ** 2
+    noise += _QUEUE_NOISE_VARIANCE * min(1.0, where.situation.queue_s / estimate.exposed_s) ** 2
+    if not decision.is_prior:
+        moved = math.log(where.goodput_bytes_per_s / decision.goodput_bytes_per_s)
+        noise += moved * moved
+    return noise

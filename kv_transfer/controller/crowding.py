@@ -10,6 +10,7 @@ Source: the mean busy period of an M/G/1 queue (Kleinrock, Queueing Systems I, 5
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 
 _RATE_MEMORY = 0.1  # weight of the newest gap between arrivals
 _MAX_UTILISATION = 0.8
@@ -43,10 +44,11 @@ class Crowding:
             self._last.popitem(last=False)
         return 1.0 / max(mean_gap_s, 1e-4)
 
-    def price_s(self, occupancy_s: float, least_occupancy_s: float, queue_s: float, arrival_rate: float) -> float:
-        """Return the expected sum of the delays of others. Changes nothing."""
+    def pricing(self, least_occupancy_s: float, queue_s: float, arrival_rate: float) -> Callable[[float], float]:
+        """Return the function from an occupancy to the expected sum of the delays of others. Changes nothing."""
         utilisation = min(_MAX_UTILISATION, arrival_rate * least_occupancy_s)
-        return self._weight * arrival_rate * occupancy_s * (queue_s + occupancy_s / 2) / (1.0 - utilisation)
+        scale = self._weight * arrival_rate / (1.0 - utilisation)
+        return lambda occupancy_s: scale * occupancy_s * (queue_s + occupancy_s / 2)
 
     def encode_backlog_s(self, now: float) -> float:
         """Return the estimate of the time until the codec threads are free."""

@@ -1,0 +1,119 @@
+"""Estimates: the model's predictions for arms in a place, corrected by what experience says of each.
+
+This is the hot part of a decision: plain floats, one object per arm, keys made once per kind of place.
+"""
+
+import math
+from collections.abc import Sequence
+
+from kv_transfer.controller.arms import Arm
+from kv_transfer.controller.bandit import Cause, Experience, Key
+from kv_transfer.controller.decisions import Candidate
+from kv_transfer.controller.model import MIN_EXPOSED_S, Prediction, predict, sensitivity
+from kv_transfer.controller.policy import Place
+
+_MACHINE = Key("machine")
+_MAX_REMEMBERED = 1024
+
+
+class Estimate:
+    """One arm in one place.
+
+    Attributes:
+        codec_factor, wire_factor, residual: that experience puts on the model's stages, and on the exposed time.
+        total_s, exposed_s: after all of them.
+        price_s: of crowding; set by the policy.
+    """
+
+    __slots__ = ("arm", "codec_factor", "exposed_s", "price_s", "residual", "times", "total_s", "wire_factor")
+
+    def __init__(
+        self, arm: Arm, times: Prediction, compute_s: float, codec_factor: float, wire_factor: float, residual: float
+    ) -> None:
+        exposed = times.total_s - compute_s
+        if exposed < MIN_EXPOSED_S:
+            exposed = MIN_EXPOSED_S
+        self.arm = arm
+        self.times = times
+        self.codec_factor = codec_factor
+        self.wire_factor = wire_factor
+        self.residual = residual
+        self.exposed_s = exposed = exposed * residual
+        self.total_s = compute_s + exposed
+        self.price_s = 0.0
+
+    def candidate(self, doubt: float) -> Candidate:
+        """Return the terms as they are told."""
+        times = self.times
+        return Candidate(
+            self.arm.name,
+            times.total_s,
+            self.total_s,
+            self.price_s,
+            times.encode_s,
+            times.wire_s,
+            times.decode_s,
+            doubt,
+            self.codec_factor,
+            self.wire_factor,
+            self.residual,
+            times.is_hidden,
+        )
+
+
+class Estimator:
+    """Experience, asked about arms in places."""
+
+    def __init__(self, experience: Experience) -> None:
+        self._experience = experience
+        self._keys: dict[tuple[tuple[Arm, ...], str, int, int], list[Key]] = {}
+
+    def estimates(self, arms: tuple[Arm, ...], where: Place, now: float) -> list[Estimate]:
+        """Return one estimate per arm, in order. Changes nothing."""
+        place_key = (arms, where.link_class, where.goodput_class, where.size_bucket)
+        keys = self._keys.get(place_key)
+        if keys is None:
+            if len(self._keys) >= _MAX_REMEMBERED:
+                self._keys.clear()
+            keys = self._keys[place_key] = _keys(arms, where)
+        exp, at = math.exp, where.situation
+        compute_s = at.compute_s
+        believed = iter(self._experience.means(keys, now))
+        machine, wire = next(believed), next(believed)
+        estimates = []
+        for arm, codec, ratio, rest in zip(arms, believed, believed, believed, strict=True):
+            codec_factor = exp(machine + codec) if arm.loss_rank else 1.0
+            wire_factor = exp(wire - ratio)
+            times = predict(arm, at, codec_factor, wire_factor)
+            estimates.append(Estimate(arm, times, compute_s, codec_factor, wire_factor, exp(rest)))
+        return estimates
+
+    def causes(self, estimate: Estimate, where: Place) -> list[Cause]:
+        """Return what the arm's exposed time depends on, and how much; the wire is the second."""
+        arm = estimate.arm
+        depends = sensitivity(arm, where.situation, estimate.codec_factor, estimate.wire_factor, estimate.times)
+        causes = [Cause(_rest_key(arm, where), 1.0), Cause(_wire_key(where), depends.wire)]
+        if arm.loss_rank:
+            causes.append(Cause(_MACHINE, depends.codec))
+            causes.append(Cause(Key("codec", "", arm.name), depends.codec))
+        return causes
+
+
+def ratio_key(arm: Arm, where: Place) -> Key:
+    """Return whose belief the achieved ratio is. Pure."""
+    return Key("ratio", "", arm.name, 0, where.size_bucket)
+
+
+def _rest_key(arm: Arm, where: Place) -> Key:
+    return Key("rest", where.link_class, arm.name, where.goodput_class, where.size_bucket)
+
+
+def _wire_key(where: Place) -> Key:
+    return Key("guess" if where.is_prior else "wire", where.link_class)
+
+
+def _keys(arms: Sequence[Arm], where: Place) -> list[Key]:
+    keys = [_MACHINE, _wire_key(where)]
+    for arm in arms:
+        keys += (Key("codec", "", arm.name), ratio_key(arm, where), _rest_key(arm, where))
+    return keys
