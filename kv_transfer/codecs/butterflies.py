@@ -6,7 +6,7 @@ lane i ^ h: ``u + w`` where bit h of i is clear, ``u - w`` where it is set. LLVM
 has; the operations and their order are those of `reference` everywhere.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator,import-untyped,no-untyped-call,unused-ignore"
 
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +75,7 @@ _h1, _h2, _h4, _h8, _h16, _h32, _h64, _h128, _h256, _h512, _h1024 = (_make(1 << 
 def rotate_rows(flat: Any, num_rows: int, width: int, start: int, size: int, scale: Any) -> None:
     """Transform channels [start, start + size) of each row of ``flat[num_rows * width]`` in place.
 
-    `size` is a power of two up to `LARGEST`. One call for many rows: the choice of the intrinsic costs as much as a row.
+    `size` is a power of two up to `LARGEST`. One call for many rows: choosing the intrinsic costs as much as a row.
     """
     if size == 64:
         for at in range(start, num_rows * width, width):

@@ -1,6 +1,6 @@
 """The decoding arithmetic of `reference` in numba; see `encode_kernel` for how such code is written."""
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator,return-value"
 
 from typing import Any
 

@@ -8,7 +8,7 @@ A function works on a whole tile, never on one row: passing a row costs as much 
 and write another, or LLVM does not vectorise them.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator,return-value,assignment,arg-type,operator"
 
 from typing import Any
 
@@ -201,7 +201,7 @@ def _ranges(y: Any, axis: int, group: int, factor: Any, raws: Any, lows: Any, mi
 
 @compiled
 def _code_steps(raws: Any, scales: Any) -> int:
-    """Round steps up, code them, and turn them into what levels are multiplied by; return the base, -1 if not finite."""
+    """Round steps up, code them, turn them into what levels are multiplied by. Return the base, -1 if not finite."""
     bits = raws.view(np.uint32)
     largest = 0
     for i in range(raws.shape[0]):

@@ -6,6 +6,7 @@ which check nothing, stay inside.
 
 import math
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -15,11 +16,10 @@ from torch import Tensor
 
 from kv_transfer.codecs.decode_kernel import decode_half
 from kv_transfer.codecs.encode_kernel import encode_half
-from kv_transfer.codecs.planes import F32, I64, HalfCodes, HalfPlan, digits_per_byte, plane_scales
+from kv_transfer.codecs.planes import F32, I64, U8, HalfCodes, HalfPlan, digits_per_byte, plane_scales
 from kv_transfer.codecs.rotation import parts
 
 _AXES = ("token", "group", "channel", "tensor")
-_Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _DIGITS = np.array([0, 0, *(digits_per_byte(count) for count in range(2, 257))], dtype=np.int64)
 _own = threading.local()
 _NO_SIGNS = np.zeros((0, 0), dtype=np.float32)
@@ -38,7 +38,8 @@ def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
     _check(kv, plan, codes)
     factors = np.stack([segment.factors for segment in plan.segments])
     ints, levels, digits, symbols_at, scales_at, num_scales = _segments(plan)
-    is_coded: bool = encode_half(
+    encode_all: Callable[..., bool] = encode_half  # numba's stubs do not follow `*`
+    is_coded = encode_all(
         _bits(kv if kv.dtype == torch.bfloat16 else kv.float()),
         kv.dtype == torch.bfloat16,
         kv.shape[1] * plan.head_dim,
@@ -64,7 +65,8 @@ def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
     """As `reference.decode`."""
     _check(kv, plan, codes)
     wide = kv if kv.dtype != torch.float16 else torch.empty_like(kv, dtype=torch.float32)
-    is_decoded: bool = decode_half(
+    decode_all: Callable[..., bool] = decode_half
+    is_decoded = decode_all(
         _bits(wide),
         kv.dtype == torch.bfloat16,
         kv.shape[1] * plan.head_dim,
@@ -105,9 +107,9 @@ def _check(kv: Tensor, plan: HalfPlan, codes: HalfCodes) -> None:
     assert codes.symbols.shape == (plan.num_symbols,)
 
 
-def _bits(kv: Tensor) -> _Bits:
-    bits: _Bits = kv.reshape(-1).view(torch.uint8).numpy().view(np.uint16 if kv.dtype == torch.bfloat16 else np.uint32)
-    return bits
+def _bits(kv: Tensor) -> npt.NDArray[np.generic]:
+    held: U8 = kv.reshape(-1).view(torch.uint8).numpy()
+    return held.view(np.uint16 if kv.dtype == torch.bfloat16 else np.uint32)
 
 
 def _transforms(plan: HalfPlan) -> tuple[bool, F32, I64, F32, bool, F32, F32]:

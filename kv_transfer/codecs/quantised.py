@@ -5,13 +5,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.errors import ConfigError
 from kv_transfer.codec import Encoded, FramePlace
+from kv_transfer.codecs import reference
 from kv_transfer.codecs.entropy import expand, squeeze
 from kv_transfer.codecs.frame_params import STORED, FrameParams, HalfParams, unpack
 from kv_transfer.codecs.frame_plan import (
@@ -86,8 +89,8 @@ class QuantisedEncoder:
         scales: list[U8] = []
         symbols: list[U8] = []
         for half in HALVES:
-            plan, lengths = plan_half(params, shape, half, classes, self._factors[half])
-            codes = _fused().encode(planes, plan)
+            plan, lengths = plan_half(params, shape, half, classes, self._factors_of(half, place))
+            codes = _arithmetic().encode(planes, plan)
             if codes is None:
                 return None
             if plan.is_centred:
@@ -134,6 +137,21 @@ class QuantisedEncoder:
             halves=self._halves,
         )
 
+    def _factors_of(self, half: int, place: FramePlace) -> Factors:
+        """Return the factors of a frame.
+
+        Raises:
+            ConfigError: there are steps of planes, of a smaller model.
+        """
+        steps = (self._spec.k_plane_steps, self._spec.v_plane_steps)[half]
+        if not steps:
+            return self._factors[half]
+        if len(steps) < place.num_layers or min(map(len, steps)) < place.num_heads:
+            raise ConfigError(f"plane steps are of {len(steps)} layers, the model has {place.num_layers}")
+        box = place.box
+        by_plane = [steps[layer][head] for layer in box.layers for head in box.heads]
+        return replace(self._factors[half], by_plane=np.array(by_plane, dtype=np.float32))
+
     def _low_map(self, place: FramePlace) -> U8:
         pairs = [(layer, head) for layer in place.box.layers for head in place.box.heads]
         return np.array([pair in self._low_heads for pair in pairs], dtype=np.uint8)
@@ -169,7 +187,7 @@ class _Reading:
         self._dtype = dtype
 
     def decode(self) -> Tensor:
-        arithmetic = _fused()
+        arithmetic = _arithmetic()
         params, shape = self._params, self._shape
         meta = _Cursor(self._section(META_SECTION, meta_bytes(params, shape)))
         low = np.zeros(shape.planes, dtype=np.uint8)
@@ -234,8 +252,10 @@ class _Cursor:
         return self._held[self._at - num_bytes : self._at].copy()
 
 
-def _fused() -> ModuleType:
-    """Import numba when the first frame needs it, not when somebody imports `kv_transfer`."""
+def _arithmetic() -> ModuleType:
+    """Import numba when the first frame needs it, not when somebody imports `kv_transfer`; without it, be slow."""
+    if find_spec("numba") is None:
+        return reference
     from kv_transfer.codecs import fused
 
     return fused
