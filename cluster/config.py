@@ -158,7 +158,11 @@ def load_cluster_config(path: Path) -> ClusterConfig:
 def _rooted(config: ClusterConfig, folder: Path) -> ClusterConfig:
     model = config.model.model_copy(update={"path": folder / config.model.path.expanduser()})
     logs = None if config.log_folder is None else folder / config.log_folder.expanduser()
-    return config.model_copy(update={"model": model, "log_folder": logs})
+    transfer = config.transfer
+    if transfer.profiles not in ("auto", "none"):
+        library = folder / Path(transfer.profiles).expanduser()
+        transfer = transfer.model_copy(update={"profiles": str(library)})
+    return config.model_copy(update={"model": model, "transfer": transfer, "log_folder": logs})
 
 
 def json_schema() -> dict[str, Any]:

@@ -5,11 +5,13 @@ would be seen in that request's tokens.
 """
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from core.clock import MonotonicClock
 from core.errors import ConfigError
 from core.ids import RequestId
 from core.kv_quality import EXACT
@@ -23,6 +25,9 @@ from kv_transfer.profile import CodecTime, Profile, ProfileLibrary, Quality, sav
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.service import prefill_worker
 from protos import worker_pb2
+from router.config import RouterConfig, TenantConfig
+from router.service import Gateway
+from tandem_client import Client
 from tests.fake_model import greedy, run_to_end, token_ids
 from tests.worker_pair import EPOCH, P, Pair, Side, request, worker_pair
 
@@ -146,6 +151,31 @@ async def test_the_floor_decides_and_every_decision_is_told(alone: Engine, profi
         assert 0 < oldest.outcome.payload_bytes < oldest.raw_bytes
         assert json.loads(oldest.json)["transfer_id"] == oldest.transfer_id
         assert [one.profile for one in oldest.candidates] == ["rough"]
+
+
+async def test_through_a_gateway_the_client_is_told_and_the_tenant_is_protected(
+    alone: Engine, profiles: Mapping[str, object]
+) -> None:
+    config = RouterConfig(model_path=TINY.path, port=0, tenants={"bank": TenantConfig(kv_quality="exact")})
+    store, expected = MemoryStore(), tokens_alone(alone, asked("reference-3"))
+    async with worker_pair(model=TINY, engine=ENGINE, transfer=profiles, store=store):
+        gateway = Gateway(config, "test", store, MonotonicClock(), rng=random.Random(1))
+        address = await gateway.start()
+        try:
+            async with Client(address, tenant="lab") as lab, Client(address, tenant="bank") as bank:
+                got = []
+                for client in (lab, bank):
+                    got.append(await client.generate_text(PROMPT, temperature=0.0, max_tokens=12, kv_quality=0.5))
+                lossy, exact = (one.summary.placement for one in got)
+                assert (lossy.kv_profile, lossy.kv_lossless) == ("rough", False)
+                assert lossy.kv_wire_bytes < lossy.kv_bytes / 4
+                assert (exact.kv_lossless, exact.kv_tokens_sent) == (True, len(PROMPT))
+                assert [token.token_id for token in got[1].tokens] == expected
+                decisions = await lab.kv_decisions()
+                assert [(one.tenant, one.quality_floor) for one in decisions] == [("bank", 1.0), ("lab", 0.5)]
+                assert decisions[1].profile == "rough"
+        finally:
+            await gateway.stop(1.0)
 
 
 async def test_without_a_library_transfers_are_exact_whatever_is_asked_for() -> None:

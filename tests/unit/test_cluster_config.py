@@ -24,6 +24,23 @@ def test_the_example_is_valid_and_its_model_path_is_relative_to_it() -> None:
     assert (config.prefill.replicas, config.decode.replicas) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"), [("auto", "auto"), ("none", "none"), ("lib.yaml", "{folder}/lib.yaml"), ("/l.yaml", "/l.yaml")]
+)
+def test_a_library_of_profiles_is_relative_to_the_file(given: str, meant: str, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"model: {{path: m}}\ntransfer: {{profiles: {given}}}\n")
+    assert load_cluster_config(path).transfer.profiles == meant.format(folder=tmp_path)
+
+
+def test_the_gateway_knows_the_quality_that_transfers_have_by_default() -> None:
+    config = parse(transfer={"quality": "high"}, router={"tenants": {"bank": {"kv_quality": 1.0}}})
+    gateway = config.gateway()
+    assert (gateway.kv_quality, gateway.tenants["bank"].kv_quality) == ("high", 1.0)
+    with pytest.raises(ConfigError, match="kv_quality: unknown key"):
+        parse(router={"kv_quality": "high"})
+
+
 def test_workers_get_the_shared_sections_and_their_own() -> None:
     config = parse(
         transfer={"slot_bytes": 65536},
