@@ -49,12 +49,17 @@ class FrameShape:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The encoder's own: what spreads are multiplied by to give steps, of each class and of recent tokens."""
+    """The encoder's own: what spreads are multiplied by to give steps, of each class and of recent tokens.
+
+    Attributes:
+        by_plane: further factors, of each plane of the frame ``[P]``; None: 1.
+    """
 
     by_class: tuple[float, ...]
     recent: float
     has_step_rms: bool
     recent_has_step_rms: bool
+    by_plane: F32 | None = None
 
 
 _NO_FACTORS = Factors((0.0,) * NUM_CLASSES, 0.0, has_step_rms=False, recent_has_step_rms=False)
@@ -104,6 +109,7 @@ def plan_half(
     start, stop = params.raw_head, shape.tokens - params.raw_tail
     body_stop = stop - params.recent
     levels = np.array(half.levels, dtype=np.int64)[classes]
+    by_plane = np.ones(shape.planes, dtype=np.float32) if factors.by_plane is None else factors.by_plane
     segments: list[Segment] = []
     lengths = [0] * SYMBOLS_PER_HALF
     num_scales = 0
@@ -116,7 +122,7 @@ def plan_half(
             symbols_at[members] = at + each * np.arange(members.size)
             lengths[cls] = each * members.size
             at += lengths[cls]
-        of_class = np.array(factors.by_class, dtype=np.float32)[classes]
+        of_class = np.array(factors.by_class, dtype=np.float32)[classes] * by_plane
         rule = _with_rms(half.rule, factors.has_step_rms)
         segments.append(_segment(start, body_stop, rule, levels, of_class, symbols_at, 0, shape))
         num_scales += shape.planes * plane_scales(rule, body_stop - start, shape.head_dim)
@@ -125,7 +131,7 @@ def plan_half(
         symbols_at = sum(lengths) + each * np.arange(shape.planes, dtype=np.int64)
         lengths[NUM_CLASSES] = each * shape.planes
         levels = np.full(shape.planes, half.recent_levels, dtype=np.int64)
-        same = np.full(shape.planes, factors.recent, dtype=np.float32)
+        same = np.full(shape.planes, factors.recent, dtype=np.float32) * by_plane
         rule = _with_rms(half.recent_rule, factors.recent_has_step_rms)
         segments.append(_segment(body_stop, stop, rule, levels, same, symbols_at, num_scales, shape))
         num_scales += shape.planes * plane_scales(rule, params.recent, shape.head_dim)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
+from core.errors import ConfigError
 from kv_transfer.codec import Encoded, FramePlace
 from kv_transfer.codecs import reference
 from kv_transfer.codecs.entropy import expand, squeeze
@@ -136,6 +137,21 @@ class QuantisedEncoder:
             rope_theta=None if shape.head_dim % 2 else spec.rope_theta,
             halves=self._halves,
         )
+
+    def _factors_of(self, half: int, place: FramePlace) -> Factors:
+        """Return the factors of a frame.
+
+        Raises:
+            ConfigError: there are steps of planes, of a smaller model.
+        """
+        steps = (self._spec.k_plane_steps, self._spec.v_plane_steps)[half]
+        if not steps:
+            return self._factors[half]
+        if len(steps) < place.num_layers or min(map(len, steps)) < place.num_heads:
+            raise ConfigError(f"plane steps are of {len(steps)} layers, the model has {place.num_layers}")
+        box = place.box
+        by_plane = [steps[layer][head] for layer in box.layers for head in box.heads]
+        return replace(self._factors[half], by_plane=np.array(by_plane, dtype=np.float32))
 
     def _factors_of(self, half: int, place: FramePlace) -> Factors:
         """Return the factors of a frame.

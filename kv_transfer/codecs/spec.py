@@ -7,7 +7,7 @@ outliers; integer levels, other ones for the most recent tokens, which attention
 bytes; entropy coding.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ CODEC_VERSION = 1  # of the coded bytes: frames of another version are refused, 
 
 Axis = Literal["token", "group", "channel", "tensor"]
 Levels = Field(ge=2, le=256)
+PlaneStep = Annotated[float, Field(ge=0.01, le=100.0)]
 
 
 class Quantiser(ConfigModel):
@@ -67,6 +68,8 @@ class PipelineSpec(ConfigModel):
             their own, in all planes; None: as the others'.
         protected_first, protected_last: that many first and last layers of the model use the protected levels.
         k_protected_levels, v_protected_levels: None: as the others. Likewise k_protected_step_rms ...
+        k_plane_steps, v_plane_steps: factors on the steps of planes, [layer][head] of the whole model; empty: none.
+            The encoder's own: on the wire a plane's step is its scale.
         low_heads: (layer, head) pairs, global numbers, that use the low levels; a protected layer has none.
         k_low_levels, v_low_levels: None: as the others. Likewise k_low_step_rms ...
         entropy, zstd_level: what is done with the packed digits and the scales.
@@ -95,6 +98,8 @@ class PipelineSpec(ConfigModel):
     v_protected_levels: int | None = Field(default=None, ge=2, le=256)
     k_protected_step_rms: float | None = Field(default=None, gt=0.0, le=16.0)
     v_protected_step_rms: float | None = Field(default=None, gt=0.0, le=16.0)
+    k_plane_steps: tuple[tuple[PlaneStep, ...], ...] = ()
+    v_plane_steps: tuple[tuple[PlaneStep, ...], ...] = ()
     low_heads: tuple[tuple[int, int], ...] = ()
     k_low_levels: int | None = Field(default=None, ge=2, le=256)
     v_low_levels: int | None = Field(default=None, ge=2, le=256)

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from core.errors import ConfigError
 from core.layout import KvLayout
+from kv_transfer.codecs.roundtrip import roundtrip
 from kv_transfer.codecs.spec import CODEC_VERSION, PipelineSpec, Quantiser
 from kv_transfer.machine import fingerprint_of, machine_fingerprint
 from kv_transfer.profile import (
@@ -128,3 +130,22 @@ def test_a_machine_is_its_processor_and_how_many_of_it() -> None:
     assert fingerprint_of(epyc, 2) != fingerprint_of(epyc, 4)
     assert fingerprint_of(epyc, 2) != fingerprint_of(epyc.replace(" avx512", ""), 2)
     assert machine_fingerprint() == machine_fingerprint()
+
+
+def test_a_plane_with_a_finer_step_arrives_closer() -> None:
+    kv = torch.randn((2, 2, 2, 64, 16), generator=torch.Generator().manual_seed(0)).bfloat16()
+    quantiser = Quantiser(levels=64, axis="tensor", step_rms=0.5)
+    recent = Quantiser(levels=255, axis="tensor", step_rms=0.1)
+    steps = ((1.0, 0.25), (1.0, 1.0))
+
+    def error(**fields: Any) -> torch.Tensor:
+        spec = PipelineSpec(k=quantiser, v=quantiser, **fields)
+        return (roundtrip(spec, kv, num_tokens=64)[0].float() - kv.float()).pow(2).mean(dim=(3, 4)).sqrt()
+
+    finer = error(k_plane_steps=steps) / error()
+    assert finer[0, 0, 1] == pytest.approx(0.25, rel=0.1)
+    assert finer.flatten().tolist().count(1.0) == finer.numel() - 1
+    recent_too = error(k_plane_steps=steps, recent_tokens=64, k_recent=recent, v_recent=recent)
+    assert recent_too[0, 0, 1] < 0.4 * recent_too[0, 0, 0]
+    with pytest.raises(ConfigError, match="plane steps are of 1 layers, the model has 2"):
+        error(v_plane_steps=steps[:1])
