@@ -98,12 +98,15 @@ class PacedEngine:
         self._thread = threading.Thread(target=self._work, name="engine")
         self._thread.start()
 
-    def add(self, request: Request) -> float:
-        """Queue a request that has arrived. Returns the seconds until its last part will be there."""
+    def estimate_s(self, request: Request) -> float:
+        """Return the seconds until the last part of a request will be there, if it is added now."""
         now = time.monotonic()
-        self._free_at = max(self._free_at, now) + request.prompt_tokens / self._tokens_per_s
+        return max(self._free_at, now) + request.prompt_tokens / self._tokens_per_s - now
+
+    def add(self, request: Request) -> None:
+        """Queue a request whose transfer has been offered."""
+        self._free_at = max(self._free_at, time.monotonic()) + request.prompt_tokens / self._tokens_per_s
         self._arrived.put(request)
-        return self._free_at - now
 
     def finish(self) -> None:
         self._arrived.put(None)
@@ -169,11 +172,13 @@ class Near:
                 for request in requests:
                     await asyncio.sleep(start_at + request.arrival_s - time.monotonic())
                     transfer_id, request_id = names_of(run, request.index)
-                    terms = TransferTerms(request.quality_floor, compute_s=engine.add(request))
+                    terms = TransferTerms(request.quality_floor, compute_s=engine.estimate_s(request))
                     try:
                         await sender.offer(transfer_id, request_id, request.prompt_tokens, peer, terms)
                     except ServingError as error:
                         outcomes.refuse(transfer_id, f"{type(error).__name__}: {error}")
+                    else:
+                        engine.add(request)
                 await outcomes.all_ended.wait()
         except TimeoutError:
             pass  # what has not ended is told as a failure
