@@ -64,8 +64,8 @@ class PumpHooks(Protocol):
         """This transfer cannot go on."""
         ...
 
-    def on_link_lost(self, detail: str, *, was_open: bool) -> None:
-        """Frames of other transfers may be lost too. `was_open`: it broke; else it could not be opened."""
+    def on_link_lost(self, detail: str, *, is_unreachable: bool) -> None:
+        """Frames of other transfers may be lost too. `is_unreachable`: the peer did not come to open it."""
         ...
 
     def on_link_needed(self, link_epoch: int) -> None:

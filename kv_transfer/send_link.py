@@ -18,6 +18,10 @@ from kv_transfer.outgoing import OpenedLink, Outgoing, PumpHooks
 from kv_transfer.rate_cap import RateCap
 
 
+class Unreachable(LinkError):
+    """The link could not be opened: the peer did not come, or not to where this side looks."""
+
+
 class SendLink:
     """The link of one pair, open or not."""
 
@@ -99,32 +103,25 @@ class SendLink:
         """Open the link if it is not.
 
         Raises:
-            LinkError: the other end did not come, or (QuotaExceeded) too many links are open.
+            Unreachable: the other end did not come.
+            QuotaExceeded: too many links are open, and none is idle.
         """
         if self._end is not None:
             return
-        config = self._config
-        self._quota.open(self._pair.receiver_id, self._holder, config.open_timeout_s)
+        self._quota.open(self._pair.receiver_id, self._holder, self._config.open_timeout_s)
         epoch = next(self._epochs)
-        self._hooks.on_link_needed(epoch)
-        with self._changed:
-            self._changed.wait_for(
-                lambda: (self._opened is not None and self._opened.link_epoch == epoch) or self.is_closing,
-                config.open_timeout_s,
+        try:
+            opened = self._ask(epoch)
+            plan = LinkPlan(
+                self._pair.link_name(epoch),
+                opened.slot_bytes,
+                self._config.num_slots,
+                self._config.open_timeout_s,
+                self._config.send_timeout_s,
             )
-            opened = self._opened
-        if opened is None or opened.link_epoch != epoch:
-            raise LinkError("the receiver did not open its end")
-        if opened.backend != self._links.backend:
-            raise LinkError(f"the receiver's links are {opened.backend}, ours are {self._links.backend}")
-        plan = LinkPlan(
-            self._pair.link_name(epoch),
-            opened.slot_bytes,
-            config.num_slots,
-            config.open_timeout_s,
-            config.send_timeout_s,
-        )
-        end = self._links.open_send(opened.address, plan)
+            end = self._links.open_send(opened.address, plan)
+        except LinkError as error:
+            raise Unreachable(error.detail) from error
         self.gauge.opened(epoch, end.carrier)
         with self._changed:
             self._end = end
@@ -207,6 +204,21 @@ class SendLink:
             end.close()
         self._quota.closed(self._pair.receiver_id, self._holder)
         return end is not None
+
+    def _ask(self, epoch: int) -> OpenedLink:
+        """Have the receiver open its end."""
+        self._hooks.on_link_needed(epoch)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (self._opened is not None and self._opened.link_epoch == epoch) or self.is_closing,
+                self._config.open_timeout_s,
+            )
+            opened = self._opened
+        if opened is None or opened.link_epoch != epoch:
+            raise LinkError("the receiver did not open its end")
+        if opened.backend != self._links.backend:
+            raise LinkError(f"the receiver's links are {opened.backend}, ours are {self._links.backend}")
+        return opened
 
     def _wait_for_rate(self, outgoing: Outgoing, num_bytes: int) -> bool:
         if self._rate_cap is None:

@@ -34,7 +34,7 @@ from kv_transfer.outgoing import Commit, Outgoing, PumpHooks
 from kv_transfer.patience import be_patient
 from kv_transfer.ports import KvReader
 from kv_transfer.send_line import LineItem, SendLine
-from kv_transfer.send_link import SendLink
+from kv_transfer.send_link import SendLink, Unreachable
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)
@@ -357,7 +357,7 @@ class SendPump:
             reason = error.nack_reason if isinstance(error, QuotaExceeded) else NackReason.LINK_LOST
             for lost in stranded.values():
                 self._fail(lost, reason, error.detail)
-            self._hooks.on_link_lost(error.detail, was_open=was_open)
+            self._hooks.on_link_lost(error.detail, is_unreachable=isinstance(error, Unreachable))
 
     def _fail(self, outgoing: Outgoing, reason: NackReason, detail: str) -> None:
         outgoing.gate.close(lambda: None)  # nothing of it is read again, whatever is still queued

@@ -254,8 +254,8 @@ class KvSender:
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def on_link_lost(self, pair: SenderPair, detail: str, was_open: bool) -> None:
-        if not was_open:
+    def on_link_lost(self, pair: SenderPair, detail: str, is_unreachable: bool) -> None:
+        if is_unreachable:
             self._note_failure(pair.peer)
         for transfer_id, transfer in list(self._transfers.items()):
             if transfer.pair is pair:

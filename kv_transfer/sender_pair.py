@@ -34,7 +34,7 @@ class PairOwner(Protocol):
 
     def feed(self, transfer_id: TransferId, event: session.SenderEvent) -> None: ...
 
-    def on_link_lost(self, pair: "SenderPair", detail: str, was_open: bool) -> None: ...
+    def on_link_lost(self, pair: "SenderPair", detail: str, is_unreachable: bool) -> None: ...
 
     def on_receiver_lost_link(self, pair: "SenderPair", link_epoch: int, detail: str) -> None: ...
 
@@ -197,8 +197,8 @@ class SenderPair:
     def on_failed(self, outgoing: Outgoing, reason: NackReason, detail: str) -> None:
         self._post(self._owner.feed, outgoing.transfer_id, session.Aborted(reason, detail))
 
-    def on_link_lost(self, detail: str, *, was_open: bool) -> None:
-        self._post(self._owner.on_link_lost, self, detail, was_open)
+    def on_link_lost(self, detail: str, *, is_unreachable: bool) -> None:
+        self._post(self._owner.on_link_lost, self, detail, is_unreachable)
 
     def on_link_needed(self, link_epoch: int) -> None:
         self._post(self._ask_for_link, link_epoch)
