@@ -16,6 +16,7 @@ from rich.console import Console
 
 from cluster import detach, run_file
 from cluster.config import ClusterConfig, json_schema, load_cluster_config
+from cluster.decisions_view import decisions_table
 from cluster.launcher import Launcher
 from cluster.own_session import enter_own_session
 from cluster.profile_cli import profile_app
@@ -24,7 +25,7 @@ from cluster.serve import Interrupted, serve
 from cluster.view import status_table
 from core.errors import ConfigError, ServingError
 from core.telemetry import setup_logging
-from tandem_client import Client, ClusterStatus, Message, Sampling
+from tandem_client import Client, ClusterStatus, KvDecision, Message, Sampling
 
 app = typer.Typer(
     name="tandem",
@@ -177,6 +178,36 @@ def generate(
         print()
 
     _with_client(_gateway(cluster, address), stream, tenant)
+
+
+@profile_app.command("decisions")
+def profile_decisions(
+    worker: Annotated[str, typer.Option("--worker", help="Of this prefill worker only.")] = "",
+    last: Annotated[int, typer.Option("--last", "-n", min=1, help="Transfers per prefill worker.")] = 20,
+    cluster: Cluster = None,
+    address: Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: with every candidate's terms.")] = False,
+) -> None:
+    """Show which profiles the last KV transfers of a running cluster used, and why.
+
+    Examples:
+
+        tandem profile decisions
+
+        tandem profile decisions --worker prefill-0 --last 100 --json
+    """
+
+    async def ask(client: Client) -> list[KvDecision]:
+        return await client.kv_decisions(worker, last=last)
+
+    found = _with_client(_gateway(cluster, address), ask)
+    if as_json:
+        print(json.dumps([{"prefill_worker": one.prefill_worker, **one.details} for one in found], indent=2))
+    else:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=_PAGE_WIDTH)
+        console.print(decisions_table(found))
 
 
 @app.command()

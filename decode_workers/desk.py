@@ -9,6 +9,7 @@ Concurrency: the event loop's thread only.
 """
 
 import asyncio
+import logging
 from concurrent.futures import Future
 
 from core.errors import RejectedError, ServingError, WorkerLost
@@ -30,6 +31,8 @@ from workers.desk import RequestDesk, Stream
 from workers.messages import EngineFailed, TransferFailed
 from workers.profiles import get_ready, profiles_for
 from workers.service import Opening
+
+_log = logging.getLogger(__name__)
 
 
 class DecodeDesk:
@@ -98,6 +101,10 @@ class DecodeDesk:
                 stats.profile,
                 stats.profile_is_lossless,
             )
+            _log.debug(
+                "%s: %d bytes of KV landed as %d under profile %s",
+                machine.request_id, landed.kv_bytes, landed.kv_wire_bytes, landed.kv_profile,
+            )  # fmt: skip
             self.requests.take(machine, landed)
 
     def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:

@@ -223,6 +223,7 @@ class Worker:
         if config.metrics_port is not None:
             self._metrics_server = MetricsServer(self.metrics.registry, config.host, config.metrics_port)
             self._life.registration.update(metrics_port=self._metrics_server.port)
+        self._life.describe(f"{config.model.name}: getting ready to serve")
         await desk.begin()
         await server.start()
         self._tell_load()

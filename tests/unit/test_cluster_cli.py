@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from cluster.cli import app, main
 
-COMMANDS = ("up", "down", "status", "generate", "demo", "config schema", "config check")
+COMMANDS = ("up", "down", "status", "generate", "demo", "config schema", "config check", "profile decisions")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -33,7 +33,7 @@ def test_schema_is_json_and_names_every_section() -> None:
     assert schema["required"] == ["model"]
 
 
-@pytest.mark.parametrize("command", [["status"], ["generate", "x"], ["down"]])
+@pytest.mark.parametrize("command", [["status"], ["generate", "x"], ["profile", "decisions"], ["down"]])
 def test_without_a_cluster_one_line_says_so(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,12 +1,14 @@
-"""The table of `tandem status` on narrow pages."""
+"""The tables of `tandem status` and `tandem profile decisions`, on narrow pages."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from cluster.decisions_view import decisions_table
 from cluster.view import status_table
-from tandem_client import ClusterStatus, WorkerStatus
+from tandem_client import ClusterStatus, KvDecision, WorkerStatus
 
 
 def worker(name: str, detail: str = "") -> WorkerStatus:
@@ -30,3 +32,27 @@ def test_names_and_numbers_are_whole(width: int, detail: str) -> None:
         assert whole in text
     assert max(len(line) for line in text.splitlines()) <= width
     assert detail in " ".join(text.split())
+
+
+def decision(**changes: object) -> KvDecision:
+    made = KvDecision(
+        prefill_worker="prefill-10", peer="decode-12", transfer_id="r/0", age_s=3599.0, profile="x8-fine",
+        reason="less_lossy", quality_floor=0.975, tenant="lab", num_tokens=4096, raw_bytes=2**30,
+        goodput_bytes_per_s=1.25e9, predicted_s=12.5, observed_s=13.25, wire_bytes=2**27, failure="", details={},
+    )  # fmt: skip
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_every_decision_is_a_line() -> None:
+    living = decision(profile="none", predicted_s=None, observed_s=None, wire_bytes=0, tenant="")
+    console = Console(width=120, file=io.StringIO())
+    console.print(decisions_table([decision(), living, decision(failure="link_lost")]))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    rows = [" ".join(line.split()) for line in text.splitlines() if "decode-12" in line]
+    assert rows == [
+        "prefill-10 > decode-12 3599 s 1048576 x8-fine 8.00 less_lossy 0.975 1250 12500.0 13250.0 lab",
+        "prefill-10 > decode-12 3599 s 1048576 none - less_lossy 0.975 1250 - - -",
+        "prefill-10 > decode-12 3599 s 1048576 x8-fine 8.00 less_lossy; failed: 0.975 1250 12500.0 13250.0 lab",
+    ]
+    assert "link_lost" in text
