@@ -22,7 +22,9 @@ from kv_transfer.codecs.rotation import parts
 _AXES = ("token", "group", "channel", "tensor")
 _DIGITS = np.array([0, 0, *(digits_per_byte(count) for count in range(2, 257))], dtype=np.int64)
 _own = threading.local()
+_NO_ROPE = np.zeros((0, 0), dtype=np.float32)
 _NO_SIGNS = np.zeros((0, 0), dtype=np.float32)
+_NO_SIGNS.setflags(write=False)  # as signs are: to numba that is another type, so another compilation
 
 
 def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
@@ -113,7 +115,7 @@ def _bits(kv: Tensor) -> npt.NDArray[np.generic]:
 
 
 def _transforms(plan: HalfPlan) -> tuple[bool, F32, I64, F32, bool, F32, F32]:
-    cos, sin = plan.rope or (_NO_SIGNS, _NO_SIGNS)
+    cos, sin = plan.rope or (_NO_ROPE, _NO_ROPE)
     signs = _NO_SIGNS if plan.signs is None else plan.signs
     return plan.signs is not None, signs, *_parts(plan.head_dim), plan.rope is not None, cos, sin
 
