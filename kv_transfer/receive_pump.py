@@ -26,7 +26,6 @@ from kv_transfer.frame import HEADER_BYTES, FrameRefused
 from kv_transfer.landing import Arrival, LandingZone
 from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd, Slot
 from kv_transfer.metrics import KvTransferMetrics
-from kv_transfer.patience import be_patient
 from kv_transfer.receiver_events import FramesWritten
 from kv_transfer.session import NackReason
 
@@ -138,7 +137,6 @@ class ReceivePump:
 
     def _run(self) -> None:
         detail = ""
-        be_patient()
         try:
             with self._open() as link:
                 self._receive(link)
@@ -216,7 +214,8 @@ class ReceivePump:
 
     def on_not_decoded(self, arrival: Arrival, refused: FrameRefused) -> None:
         self._refuse(refused)
-        self._consume(arrival.header.payload_bytes)
+        # What the frame says of its length may be what it is refused for: credit must not leak away by that.
+        self._consume(self._plan.slot_bytes)
 
     def _refuse(self, refused: FrameRefused) -> None:
         assert refused.transfer_id is not None
