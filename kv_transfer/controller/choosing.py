@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from kv_transfer.controller.arms import Arm
 from kv_transfer.controller.config import ControllerConfig
 from kv_transfer.controller.decisions import Candidate, DecisionReason
+from kv_transfer.controller.model import MIN_EXPOSED_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Incumbent:
     """What was chosen last in this context.
 
     Attributes:
-        debt: sum of the parts by which keeping it was slower than the best; what bounds the price of hysteresis.
+        debt: sum of the parts of the exposed time that keeping it has cost; what bounds the price of hysteresis.
     """
 
     profile: str
@@ -53,8 +54,9 @@ def choose(
     """Return the entry to take. Pure.
 
     Those that are expected to meet the budget are preferred; if there are none, the fastest is taken. Of the rest, the
-    lowest score wins, but for three reasons: one that loses little is less lossy; the incumbent loses little, and has
-    not lost it often; a draw from the distributions says that another may be faster.
+    lowest score wins, but for three reasons: one that loses little is less lossy; the incumbent loses little of the
+    exposed time, has not lost it often, and is not the lossier one; a draw from the distributions says that another may
+    be faster.
     """
     if budget_s is not None:
         meeting = [entry for entry in entries if _exposed(entry, compute_s) <= budget_s]
@@ -66,7 +68,9 @@ def choose(
     if len(entries) == 1:
         return Chosen(best, DecisionReason.ONLY_ALLOWED, True, Incumbent(best.arm.name))
     preferred, reason = _least_lossy(entries, best, config)
-    kept = _kept(entries, incumbent, best, config)
+    kept = _kept(entries, incumbent, best, compute_s, config)
+    if kept is not None and kept.entry.arm.loss_rank > preferred.arm.loss_rank:
+        kept = None  # nothing speaks for more loss than the preferred one's
     if kept is not None and kept.entry.arm is not preferred.arm:
         preferred, reason, held = kept.entry, DecisionReason.KEPT, kept.incumbent
     else:
@@ -101,11 +105,14 @@ class _Kept:
     incumbent: Incumbent
 
 
-def _kept(entries: Sequence[Entry], incumbent: Incumbent | None, best: Entry, config: ControllerConfig) -> _Kept | None:
+def _kept(
+    entries: Sequence[Entry], incumbent: Incumbent | None, best: Entry, compute_s: float, config: ControllerConfig
+) -> _Kept | None:
     if incumbent is None:
         return None
     for entry in entries:
         if entry.arm.name == incumbent.profile:
-            debt = incumbent.debt + entry.score_s / best.score_s - 1.0
+            lost = (entry.score_s - best.score_s) / max(best.score_s - compute_s, MIN_EXPOSED_S)
+            debt = incumbent.debt + lost
             return _Kept(entry, Incumbent(incumbent.profile, debt)) if debt <= config.hysteresis_ratio else None
     return None

@@ -68,7 +68,7 @@ class ControllerPolicy:
             allowed = tuple(arm for arm in allowed if arm.loss_rank == 0 or arm.name not in resting)
         estimates = self._estimator.estimates(allowed, where, now)
         self._set_prices(estimates, where, self._crowding.asked(question.peer, now), terms.budget_s)
-        entries = self._entries(self._shortlist(estimates), where, question, now)
+        entries = self._entries(self._shortlist(estimates, where, now), where, question, now)
         context = (question.peer, where.size_bucket, terms.quality_floor)
         chosen = choose(entries, self._incumbents.get(context), terms.budget_s, where.situation.compute_s, self._config)
         self._remember(context, chosen.incumbent)
@@ -106,11 +106,11 @@ class ControllerPolicy:
                 for estimate in estimates:
                     estimate.price_s = 0.0
 
-    def _shortlist(self, estimates: Sequence[Estimate]) -> list[Estimate]:
+    def _shortlist(self, estimates: Sequence[Estimate], where: Place, now: float) -> list[Estimate]:
         """Return the best, its neighbours on the envelope over 1/B, and `none`: four at most.
 
-        One that is about as fast as the best and less lossy takes the place of a neighbour: it may be nowhere on the
-        envelope.
+        A neighbour gives way to one that might be faster than the best if its codec is as fast as the doubt allows, or
+        to one that is about as fast as the best and less lossy: both may be nowhere on the envelope.
         """
         best = min(estimates, key=_score)
         order = sorted(estimates, key=_wire, reverse=True)
@@ -123,12 +123,26 @@ class ControllerPolicy:
             elif at > best_at:
                 after = order[at]
                 break
-        limit_s = _score(best) * (1.0 + self._config.quality_margin_ratio)
-        for estimate in estimates[1 : best.arm.loss_rank]:
-            if _score(estimate) <= limit_s and estimate.arm.loss_rank < best.arm.loss_rank:
-                before = before if estimate is after else estimate
+        best_s = _score(best)
+        limit_s = best_s * (1.0 + self._config.quality_margin_ratio)
+        challenger, challenger_s = None, best_s
+        none = estimates[0]
+        for estimate in estimates:
+            score_s = estimate.total_s + estimate.price_s
+            if estimate is best or estimate is none or score_s > 2.0 * best_s:
+                continue
+            if score_s <= limit_s and estimate.arm.loss_rank < best.arm.loss_rank:
+                challenger = estimate
                 break
-        return list(dict.fromkeys((best, before, after, estimates[0])))
+            optimistic_s = score_s - self._estimator.codec_doubt_s(estimate, where, now)
+            if optimistic_s < challenger_s:
+                challenger, challenger_s = estimate, optimistic_s
+        if challenger is not None and challenger is not before and challenger is not after:
+            if before is best or before is none or (after is not best and _score(before) >= _score(after)):
+                before = challenger
+            else:
+                after = challenger
+        return list(dict.fromkeys((best, before, after, none)))
 
     def _entries(
         self, shortlist: Sequence[Estimate], where: Place, question: TransferQuestion, now: float

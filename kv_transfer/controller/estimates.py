@@ -88,6 +88,16 @@ class Estimator:
             estimates.append(Estimate(arm, times, compute_s, codec_factor, wire_factor, exp(rest)))
         return estimates
 
+    def codec_doubt_s(self, estimate: Estimate, where: Place, now: float) -> float:
+        """Return by how much the arm would be faster if its codec were one standard deviation faster. Changes nothing.
+
+        To first order, and as if all of the codec's time were exposed: who is told apart here is only looked at.
+        """
+        times = estimate.times
+        codec_s = min(estimate.exposed_s, (times.encode_s + times.decode_s) / where.situation.codec_threads)
+        variance = self._experience.believe(Key("codec", "", estimate.arm.name), now)[1]
+        return codec_s * (1.0 - math.exp(-math.sqrt(variance)))
+
     def causes(self, estimate: Estimate, where: Place) -> list[Cause]:
         """Return what the arm's exposed time depends on, and how much; the wire is the second."""
         arm = estimate.arm

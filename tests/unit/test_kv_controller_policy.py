@@ -100,14 +100,21 @@ def test_of_two_that_are_as_fast_the_less_lossy_goes() -> None:
 def test_hysteresis_keeps_what_was_chosen_until_it_has_cost_enough() -> None:
     context_config = ControllerConfig(exploration=0.0, hysteresis_ratio=0.05, quality_margin_ratio=0.0)
     crossing = policy((NONE, EIGHTH), context_config)
-    slow, even = 0.05 * GB, _crossing_goodput() * 1.015
-    assert crossing.decide(question("first", goodput=slow), 0.0).chosen.profile == "eighth"
+    fast, even = 50 * GB, _crossing_goodput() / 1.015
+    assert crossing.decide(question("first", goodput=fast), 0.0).chosen.profile == "none"
     reasons = [crossing.decide(question(f"{idx}", goodput=even), 60.0 * idx + 60.0).reason for idx in range(12)]
     assert reasons[0] is DecisionReason.KEPT
     assert DecisionReason.FASTEST in reasons  # the debt was paid
     switched = reasons.index(DecisionReason.FASTEST)
     assert set(reasons[:switched]) == {DecisionReason.KEPT}
     assert set(reasons[switched:]) == {DecisionReason.FASTEST}
+
+
+def test_hysteresis_never_keeps_the_lossier_one() -> None:
+    crossing = policy((NONE, EIGHTH), ControllerConfig(exploration=0.0, quality_margin_ratio=0.0))
+    assert crossing.decide(question("first", goodput=0.05 * GB), 0.0).chosen.profile == "eighth"
+    after = crossing.decide(question("second", goodput=_crossing_goodput() * 1.001), 60.0)
+    assert (after.chosen.profile, after.reason) == ("none", DecisionReason.FASTEST)
 
 
 def _crossing_goodput() -> float:
