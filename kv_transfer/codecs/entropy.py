@@ -17,16 +17,29 @@ _FRAME_HEADER_MAX = 18
 _own = threading.local()
 
 
-def squeeze(plain: U8, level: int) -> bytes | None:
-    """Return the zstd frame of `plain` when it is smaller, else None. Pure."""
+def squeeze(plain: U8, level: int, block_bytes: int | None = None) -> bytes | None:
+    """Return the zstd frame of `plain` when it is smaller, else None. Pure.
+
+    Args:
+        block_bytes: where the statistics of the bytes change: each block has a code table of its own.
+    """
     if plain.size <= _FRAME_HEADER_MAX:
         return None
     coders: dict[int, zstandard.ZstdCompressor] = _own.__dict__.setdefault("coders", {})
     coder = coders.get(level)
     if coder is None:
         coder = coders[level] = zstandard.ZstdCompressor(level=level)
-    squeezed = coder.compress(plain.data)
+    squeezed = coder.compress(plain.data) if block_bytes is None else _in_blocks(coder, plain, block_bytes)
     return squeezed if len(squeezed) < plain.size else None
+
+
+def _in_blocks(coder: zstandard.ZstdCompressor, plain: U8, block_bytes: int) -> bytes:
+    stream = coder.compressobj(size=plain.size)
+    parts = []
+    for start in range(0, plain.size, block_bytes):
+        parts.append(stream.compress(plain[start : start + block_bytes].data))
+        parts.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    return b"".join((*parts, stream.flush()))
 
 
 def expand(section: Tensor, is_squeezed: bool, num_bytes: int, what: str) -> U8:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from core.errors import ConfigError
 from kv_transfer.codec import Encoded, FramePlace
 from kv_transfer.codecs import reference
 from kv_transfer.codecs.entropy import expand, squeeze
@@ -102,13 +101,19 @@ class QuantisedEncoder:
         bitmap = np.packbits(low).tobytes() if params.has_low_heads else b""
         meta = np.frombuffer(b"".join((bitmap, *means, *bases)), dtype=np.uint8)
         raw = torch.cat([kv[:, :, :, : params.raw_head], kv[:, :, :, stop:]], dim=3)
-        return self._squeezed(params, [raw.reshape(-1).view(torch.uint8).numpy(), meta, *scales, *symbols])
+        counts = [*np.bincount(classes, minlength=SYMBOLS_PER_HALF - 1).tolist(), shape.planes]
+        return self._squeezed(params, [raw.reshape(-1).view(torch.uint8).numpy(), meta, *scales, *symbols], counts)
 
-    def _squeezed(self, params: FrameParams, sections: list[U8]) -> tuple[bytes, list[U8]]:
+    def _squeezed(self, params: FrameParams, sections: list[U8], counts: list[int]) -> tuple[bytes, list[U8]]:
+        """Args: counts: planes of each section of symbols of a half."""
         bits = 0
         if self._spec.entropy == "zstd":
             for idx in range(META_SECTION, len(sections)):
-                squeezed = squeeze(sections[idx], self._spec.zstd_level)
+                half, which = divmod(idx - SYMBOLS_SECTION, SYMBOLS_PER_HALF)
+                # Planes of unequal steps are unlike each other; of those of equal steps one code table is smaller.
+                is_cut = half >= 0 and (self._spec.k_plane_steps, self._spec.v_plane_steps)[half] and counts[which]
+                block_bytes = sections[idx].size // counts[which] if is_cut else None
+                squeezed = squeeze(sections[idx], self._spec.zstd_level, block_bytes)
                 if squeezed is not None:
                     bits |= 1 << idx
                     sections[idx] = np.frombuffer(squeezed, dtype=np.uint8)
@@ -137,21 +142,6 @@ class QuantisedEncoder:
             rope_theta=None if shape.head_dim % 2 else spec.rope_theta,
             halves=self._halves,
         )
-
-    def _factors_of(self, half: int, place: FramePlace) -> Factors:
-        """Return the factors of a frame.
-
-        Raises:
-            ConfigError: there are steps of planes, of a smaller model.
-        """
-        steps = (self._spec.k_plane_steps, self._spec.v_plane_steps)[half]
-        if not steps:
-            return self._factors[half]
-        if len(steps) < place.num_layers or min(map(len, steps)) < place.num_heads:
-            raise ConfigError(f"plane steps are of {len(steps)} layers, the model has {place.num_layers}")
-        box = place.box
-        by_plane = [steps[layer][head] for layer in box.layers for head in box.heads]
-        return replace(self._factors[half], by_plane=np.array(by_plane, dtype=np.float32))
 
     def _factors_of(self, half: int, place: FramePlace) -> Factors:
         """Return the factors of a frame.
