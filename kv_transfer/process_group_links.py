@@ -36,6 +36,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, Work
 from kv_transfer.frame import HEADER_BYTES, FrameRefused, decode_header
 from kv_transfer.gloo_socket import create_listening, find_connection
 from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd, SendEnd, Slot
+from kv_transfer.patience import be_patient
 
 GroupBackend = Literal["gloo", "nccl"]
 Carriage = Literal["slots", "header_first"]
@@ -121,6 +122,7 @@ class ProcessGroupLinks:
             raise LinkError(f"{plan.name} at {address}: {_one_line(error)}") from error
 
     def _join(self, store: Store, rank: int, timeout: timedelta) -> _Pair:
+        be_patient()  # the owner's thread, and those that gloo is about to start
         device, own_port = create_listening(lambda: dist.ProcessGroupGloo.create_device(hostname=self._host))
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stub calls it Options
         options._devices = [device]

@@ -31,7 +31,6 @@ from kv_transfer.link import LinkError, Links, PairIdentity, Slot
 from kv_transfer.link_quota import LinkQuota, QuotaExceeded
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.outgoing import Commit, Outgoing, PumpHooks
-from kv_transfer.patience import be_patient
 from kv_transfer.ports import KvReader
 from kv_transfer.send_line import LineItem, SendLine
 from kv_transfer.send_link import SendLink, Unreachable
@@ -118,7 +117,6 @@ class SendPump:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        be_patient()
         while True:
             item: LineItem | None = None
             try:

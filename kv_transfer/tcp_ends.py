@@ -1,8 +1,9 @@
 """The two ends of a link over one plain TCP connection. The owner's thread does everything; there is no other.
 
 A message is eight bytes of length and then the bytes; the receiver answers one byte per message that it has released.
-So a sender knows what was consumed, never has more than a link's slots outstanding however much the kernel would
-swallow, and finds a receiver that has stopped.
+So a sender knows what was consumed, never has more bytes outstanding than all slots of a link hold, however much the
+kernel would swallow, and finds a receiver that has stopped. Bytes and not messages, or short frames on a long road
+would wait for answers most of the time.
 
 `send` returns when the kernel has the message, so one slot is enough to work with, and it stays in the cache: the next
 message is gathered into memory that was just read, while the kernel's buffer feeds the wire. The receiver, too, works
@@ -12,9 +13,12 @@ Every wait has a deadline of its own that begins again with every byte: a slow w
 for a next message has none, since an idle link is healthy; `abort` ends it.
 """
 
+import fcntl
 import socket
 import struct
+import termios
 import threading
+from collections import deque
 
 import torch
 
@@ -90,10 +94,11 @@ class TcpSendEnd(_TcpEnd):
     def __init__(self, connection: socket.socket, plan: LinkPlan) -> None:
         super().__init__(connection, plan)
         self._free.append(self._take_slot())
-        self._num_unreleased = 0
+        self._unreleased: deque[int] = deque()  # length of each message that the receiver has not released
+        self._unreleased_bytes = 0
 
     def acquire(self, timeout_s: float) -> Slot:
-        while self._num_unreleased >= self._num_slots:
+        while self._unreleased_bytes > (self._num_slots - 1) * self._slot_bytes:
             self._hear_releases(timeout_s)
         return self._take_slot()
 
@@ -102,25 +107,41 @@ class TcpSendEnd(_TcpEnd):
             raise ValueError(f"a message of {num_bytes} bytes does not fit into a slot")
         self._say(memoryview(_LENGTH.pack(num_bytes)), socket.MSG_MORE)
         self._say(slot.view()[:num_bytes])
-        self._num_unreleased += 1
+        self._unreleased.append(num_bytes)
+        self._unreleased_bytes += num_bytes
         self._free.append(slot)
 
     def flush(self, timeout_s: float) -> None:
-        while self._num_unreleased:
+        while self._unreleased:
             self._hear_releases(timeout_s)
 
     def _hear_releases(self, timeout_s: float) -> None:
-        try:
-            set_deadline(self._connection, socket.SO_RCVTIMEO, timeout_s)
-            words = self._connection.recv(self._num_unreleased)
-        except BlockingIOError:
-            self.abort()
-            raise LinkError(f"nothing was taken within {timeout_s:g} s") from None
-        except OSError as error:
-            raise self._broken(str(error)) from error
+        words = self._wait_for_words(timeout_s)
         if words != _RELEASED * len(words) or not words:
             raise self._broken("what came back is not a release" if words else "the other end is gone")
-        self._num_unreleased -= len(words)
+        for _ in words:
+            self._unreleased_bytes -= self._unreleased.popleft()
+
+    def _wait_for_words(self, timeout_s: float) -> bytes:
+        try:
+            set_deadline(self._connection, socket.SO_RCVTIMEO, timeout_s)
+            unsent = self._num_unsent()
+            while True:
+                try:
+                    return self._connection.recv(len(self._unreleased))
+                except BlockingIOError:
+                    before, unsent = unsent, self._num_unsent()
+                    if unsent >= before:
+                        self.abort()
+                        raise LinkError(f"nothing was taken within {timeout_s:g} s") from None
+        except OSError as error:
+            raise self._broken(str(error)) from error
+
+    def _num_unsent(self) -> int:
+        """Return how many bytes the other host does not have yet: while they become less, a wire is only slow."""
+        number: int
+        (number,) = struct.unpack("@i", fcntl.ioctl(self._connection, termios.TIOCOUTQ, b"\0" * 4))
+        return number
 
 
 class TcpReceiveEnd(_TcpEnd):

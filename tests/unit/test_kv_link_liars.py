@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -238,6 +239,40 @@ def test_a_receiver_that_reads_nothing_is_a_timeout_of_send() -> None:
         slot = end.acquire(WAIT_S)
         with pytest.raises(LinkError, match="within the deadline"):
             end.send(slot, 64 << 20)  # more than the kernel has room for
+    end.close()
+
+
+def test_a_slow_wire_is_not_a_broken_one() -> None:
+    ours, theirs = _tcp_pair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)  # what is sent waits on this side
+    num_bytes = 3 << 20
+    end = TcpSendEnd(ours, LinkPlan(PLAN.name, num_bytes, NUM_SLOTS, WAIT_S, send_timeout_s=0.2))
+    never = threading.Event()
+
+    def read_slowly() -> None:
+        left = num_bytes + 8
+        while left:  # for longer than any deadline of the sender
+            never.wait(0.02)
+            left -= len(theirs.recv(min(left, 64 * 1024), socket.MSG_WAITALL))
+        theirs.sendall(b"\1")
+
+    with theirs, ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_slowly)
+        end.send(end.acquire(WAIT_S), num_bytes)
+        end.flush(0.2)
+        reading.result(WAIT_S)
+    end.close()
+
+
+def test_short_messages_do_not_wait_for_each_other() -> None:
+    ours, theirs = _tcp_pair()
+    end = TcpSendEnd(ours, PLAN)
+    with theirs:
+        for _ in range(NUM_SLOTS * SLOT_BYTES // HEADER_BYTES - SLOT_BYTES // HEADER_BYTES):
+            end.send(end.acquire(0.001), HEADER_BYTES)  # nothing was released
+        theirs.sendall(b"\1" * 3)
+        for _ in range(3):
+            end.send(end.acquire(WAIT_S), HEADER_BYTES)
     end.close()
 
 
