@@ -15,17 +15,17 @@ class Coverage:
 
     def __init__(self, target: Box | None) -> None:
         """Start with nothing claimed. `target` None means that there is nothing to write."""
-        self._target = target
+        self.target = target
         self._slabs: dict[tuple[range, range], list[tuple[int, int]]] = {}
 
     @property
     def volume(self) -> int:
         """Cells of the target."""
-        return 0 if self._target is None else self._target.volume
+        return 0 if self.target is None else self.target.volume
 
     def is_inside(self, box: Box) -> bool:
         """Return whether the target holds all of `box`. Pure."""
-        return self._target is not None and self._target.contains(box)
+        return self.target is not None and self.target.contains(box)
 
     def overlaps(self, box: Box) -> bool:
         """Return whether some cell of `box` has been claimed before. Pure."""

@@ -19,7 +19,7 @@ from kv_transfer.codec import TORCH_DTYPES, Encoded, Encoder, FramePlace
 from kv_transfer.codec_threads import Buffers, Scratch
 from kv_transfer.frame import MAX_PARAMS_BYTES, MAX_SECTIONS, section_spans
 from kv_transfer.outgoing import Outgoing
-from kv_transfer.ports import KvReader
+from kv_transfer.ports import KvReader, TokenReader
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)
@@ -37,9 +37,10 @@ class EncodeFailed(TransferError):
 class FrameEncoder:
     """Gathers and encodes. `encode` from any thread."""
 
-    def __init__(self, layout: KvLayout, reader: KvReader) -> None:
+    def __init__(self, layout: KvLayout, reader: KvReader, tokens: TokenReader | None = None) -> None:
         self._layout = layout
         self._reader = reader
+        self._tokens = tokens
         self._dtype = TORCH_DTYPES[layout.dtype]
         self._scratch = Scratch()
         self.cell_bytes = 2 * layout.head_dim * DTYPE_BYTES[layout.dtype]
@@ -64,7 +65,8 @@ class FrameEncoder:
             self._gather(outgoing, box, out)
         finally:
             outgoing.gate.leave()
-        place = FramePlace(box, outgoing.num_tokens, layout.num_layers, layout.num_kv_heads)
+        num_tokens = outgoing.num_tokens if outgoing.kept is None else outgoing.first_token + len(outgoing.kept)
+        place = FramePlace(box, num_tokens, layout.num_layers, layout.num_kv_heads)
         try:
             encoded = encoder.encode(out, payload, place)
         except Exception as error:  # whatever an encoder does ends this transfer and is told; others go on
@@ -76,10 +78,44 @@ class FrameEncoder:
             raise EncodeFailed(NackReason.CODEC, f"codec {encoder.codec_id} made what does not fit into a frame")
         return encoded
 
+    def select(self, outgoing: Outgoing) -> Box | None:
+        """Choose the tokens of a transfer whose prompt is computed; return the box of what is to be sent.
+
+        Returns:
+            None when the transfer has ended.
+
+        Raises:
+            EncodeFailed: POOL.
+        """
+        first = outgoing.first_token
+        layers = range(self._layout.num_layers)
+        scores: Tensor | None = None
+        if not outgoing.gate.enter():
+            return None
+        try:
+            if self._tokens is not None:
+                scores = self._tokens.score_tokens(outgoing.request_id)
+        except ServingError as error:
+            raise EncodeFailed(NackReason.POOL, str(error)) from error
+        except Exception as error:  # as in `_gather`
+            _log.exception("scoring the tokens of %s", outgoing.transfer_id)
+            raise EncodeFailed(NackReason.POOL, f"{type(error).__name__}: {error}") from error
+        finally:
+            outgoing.gate.leave()
+        if scores is None or outgoing.selection is None:
+            return Box(layers, outgoing.heads, range(first, outgoing.num_tokens))
+        outgoing.kept = outgoing.selection.select(scores, first)
+        return Box(layers, outgoing.heads, range(first, first + len(outgoing.kept)))
+
     def _gather(self, outgoing: Outgoing, box: Box, out: Tensor) -> None:
         heads = None if len(box.heads) == self._layout.num_kv_heads else box.heads
         try:
-            kv = self._reader.read_kv(outgoing.request_id, box.layers, box.tokens, out, heads=heads)
+            if outgoing.kept is not None and self._tokens is not None:
+                first = outgoing.first_token
+                kept = outgoing.kept[box.tokens.start - first : box.tokens.stop - first]
+                kv = out.copy_(self._tokens.read_tokens(outgoing.request_id, box.layers, kept, box.heads))
+            else:
+                kv = self._reader.read_kv(outgoing.request_id, box.layers, box.tokens, out, heads=heads)
         except ServingError as error:
             raise EncodeFailed(NackReason.POOL, str(error)) from error
         except Exception as error:  # a defect of the pool ends this transfer and is told; the thread serves others

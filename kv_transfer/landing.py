@@ -13,7 +13,7 @@ a codec thread. Nothing that a frame brings is of use before everything is writt
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -59,6 +59,8 @@ class Landing:
     written: FramesWritten = _NOTHING_WRITTEN
     told_frames: int = 0  # the event loop's own note
     _volume: int = 0
+    _last_token: int = 0  # of what was written, exclusive
+    _kept_tokens: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def account(self, header: FrameHeader, *, is_exact: bool) -> FramesWritten:
@@ -66,15 +68,32 @@ class Landing:
         payload_bytes = header.payload_bytes
         with self._lock:
             self._volume += header.box.volume
+            self._last_token = max(self._last_token, header.box.tokens.stop)
             before = self.written
             self.written = FramesWritten(
                 num_frames=before.num_frames + 1,
                 payload_bytes=before.payload_bytes + payload_bytes,
-                is_covered=self._volume == self.coverage.volume,
+                is_covered=self._is_covered(),
                 raw_bytes=before.raw_bytes + header.raw_bytes,
                 is_exact=before.is_exact and is_exact,
+                kept_tokens=self._kept_tokens,
             )
             return self.written
+
+    def narrow(self, kept_tokens: int) -> FramesWritten:
+        """Need only the first `kept_tokens` tokens of the target from now on; return the totals, judged by that."""
+        with self._lock:
+            self._kept_tokens = kept_tokens
+            self.written = replace(self.written, is_covered=self._is_covered(), kept_tokens=kept_tokens)
+            return self.written
+
+    def _is_covered(self) -> bool:
+        """Whether everything that is needed was written. What was written never overlaps, so that volumes tell."""
+        target = self.coverage.target
+        if self._kept_tokens is None or target is None:
+            return self._volume == self.coverage.volume
+        last = target.tokens.start + self._kept_tokens
+        return self._last_token <= last and self._volume == target.volume // len(target.tokens) * self._kept_tokens
 
 
 @dataclass(frozen=True, slots=True)

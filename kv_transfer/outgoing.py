@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from torch import Tensor
+
 from core.ids import RequestId, TransferId
 from kv_transfer.box import Box
 from kv_transfer.codec import RAW, Encoder
 from kv_transfer.gate import Gate
 from kv_transfer.session import NackReason
+from kv_transfer.token_selection import TokenSelection
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class Outgoing:
         heads: that this sender brings, global.
         encoder: chosen when the transfer is reserved, and then never changed.
         expected_bytes: estimate of all its payload, as coded.
+        selection: which tokens are sent, once the whole prompt is computed; None: all, as they are computed.
+        kept: int64, their positions, when they have been chosen. Boxes then count kept tokens: those held, then these.
     """
 
     transfer_id: TransferId
@@ -32,6 +37,8 @@ class Outgoing:
     num_tokens: int
     heads: range
     encoder: Encoder = RAW
+    selection: TokenSelection | None = None
+    kept: Tensor | None = None
     frame_raw_bytes: int = 0  # how much KV a coded frame should hold
     expected_bytes: int = 0
     gate: Gate = field(default_factory=Gate)
@@ -41,6 +48,11 @@ class Outgoing:
     num_frames: int = 0
     payload_bytes: int = 0
     has_moved: bool = False  # to another link, because the first turned out to be broken
+
+    @property
+    def first_token(self) -> int:
+        """First token to send; 0 while that is not known."""
+        return self.held_tokens or 0
 
 
 @dataclass(frozen=True, slots=True)

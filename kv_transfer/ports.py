@@ -42,6 +42,7 @@ class LandedStats:
         profile: as the sender names it; for people.
         profile_is_lossless: every frame was one that decodes to equal bits; read off the frames, not believed.
         held_tokens: prefix that was not sent because this side had it.
+        dropped_tokens: prompt tokens past it that the profile left out; the KV of the others is in the first places.
         transfer_s: offer to landed.
         exposed_s: commit received to landed: the part of the hand-off that nothing hid.
     """
@@ -54,6 +55,7 @@ class LandedStats:
     wire_bytes: int = 0
     profile: str = "none"
     profile_is_lossless: bool = True
+    dropped_tokens: int = 0
 
 
 class KvReader(Protocol):
@@ -77,6 +79,28 @@ class KvReader(Protocol):
 
         Raises:
             ServingError: the blocks are gone. The transfer fails; nothing of it is used by the peer.
+        """
+        ...
+
+
+class TokenReader(Protocol):
+    """What the prefill side's pool can do besides, so that tokens can be left out. Called as `KvReader`."""
+
+    def score_tokens(self, request_id: RequestId) -> Tensor | None:
+        """Return float [num_tokens] of a prompt that is computed: the larger, the more a token matters.
+
+        None: there are no scores, or the model needs every token; then all are sent.
+
+        Raises:
+            ServingError: the blocks are gone.
+        """
+        ...
+
+    def read_tokens(self, request_id: RequestId, layers: range, tokens: Tensor, heads: range) -> Tensor:
+        """Return the canonical KV of some tokens: int64 [T], positions in the prompt, ascending.
+
+        Raises:
+            ServingError: the blocks are gone.
         """
         ...
 

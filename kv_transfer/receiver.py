@@ -272,6 +272,11 @@ class KvReceiver:
                     self._feed(transfer, session.AckSaid())
                 case session.SayNack(reason, detail):
                     self._say(transfer, nack(transfer_id, reason, detail))
+                case session.NeedOnly(kept_tokens):
+                    assert transfer.landing is not None
+                    written = transfer.landing.narrow(kept_tokens)
+                    if written.num_frames:
+                        self._feed(transfer, written)
                 case session.ReportLanded():
                     self._report_landed(transfer, effect)
                 case session.ReportFailed(reason, detail):
@@ -304,6 +309,8 @@ class KvReceiver:
 
     def _report_landed(self, transfer: _Transfer, landed: session.ReportLanded) -> None:
         written = landed.written
+        sent_tokens = transfer.num_tokens - transfer.held_tokens
+        dropped_tokens = 0 if landed.kept_tokens is None else sent_tokens - landed.kept_tokens
         stats = LandedStats(
             num_frames=written.num_frames,
             payload_bytes=written.raw_bytes,
@@ -312,7 +319,8 @@ class KvReceiver:
             exposed_s=landed.exposed_s,
             wire_bytes=written.payload_bytes + written.num_frames * HEADER_BYTES,
             profile=landed.profile,
-            profile_is_lossless=written.is_exact,
+            profile_is_lossless=written.is_exact and dropped_tokens == 0,
+            dropped_tokens=dropped_tokens,
         )
         self._metrics.raw_bytes.labels("receiver").inc(written.raw_bytes)
         self._metrics.transfers.labels("receiver").inc()

@@ -37,6 +37,7 @@ class FramesWritten:
         is_covered: nothing of the reservation is missing.
         raw_bytes: of KV, before coding.
         is_exact: no frame so far could have lost a bit.
+        kept_tokens: `is_covered` is judged by so many tokens past the held prefix; None: by all.
     """
 
     num_frames: int
@@ -44,6 +45,7 @@ class FramesWritten:
     is_covered: bool
     raw_bytes: int = 0
     is_exact: bool = True
+    kept_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class CommitReceived:
     payload_bytes: int
     first_token_id: int
     profile: str = "none"  # its name, for people
+    kept_tokens: int | None = None  # past the held prefix, when some were left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,13 @@ class SayNack:
 
 
 @dataclass(frozen=True, slots=True)
+class NeedOnly:
+    """Judge what is written by so many tokens from now on, and tell it again."""
+
+    kept_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReportLanded:
     """Stop writing, then tell the owner."""
 
@@ -160,6 +170,7 @@ class ReportLanded:
     profile: str
     transfer_s: float
     exposed_s: float
+    kept_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,4 +181,4 @@ class ReportFailed:
     detail: str
 
 
-ReceiverEffect = SayReserved | SayAck | SayNack | ReportLanded | ReportFailed
+ReceiverEffect = SayReserved | SayAck | SayNack | NeedOnly | ReportLanded | ReportFailed

@@ -90,7 +90,11 @@ class ReceiverPair:
             case "commit":
                 commit = message.commit
                 received = session.CommitReceived(
-                    commit.num_frames, commit.payload_bytes, commit.first_token_id, commit.profile[:_MAX_PROFILE_CHARS]
+                    commit.num_frames,
+                    commit.payload_bytes,
+                    commit.first_token_id,
+                    commit.profile[:_MAX_PROFILE_CHARS],
+                    commit.kept_tokens or None,
                 )
                 self._owner.feed_from(self, TransferId(commit.transfer_id), received)
             case "abort":

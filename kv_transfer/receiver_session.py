@@ -30,6 +30,7 @@ from kv_transfer.receiver_events import (
     FrameWasRefused,
     LeaseRenewed,
     LinkLost,
+    NeedOnly,
     OfferReceived,
     ReceiverEffect,
     ReceiverEvent,
@@ -232,6 +233,9 @@ class ReceiverSession:
             case CommitReceived() if self._commit is None and self._offer is not None and self._expected is not None:
                 self._commit = event
                 self._committed_at = now
+                if event.kept_tokens is not None:
+                    self._expires_at = now + self._expected.lease_s
+                    return [NeedOnly(event.kept_tokens)]
             case AllLanded():
                 return self._land(now)
             case _:
@@ -249,7 +253,12 @@ class ReceiverSession:
             return None
         if contradiction := _contradiction(expected, offer):
             return contradiction
-        if commit is None or written.num_frames < commit.num_frames:
+        if commit is None:
+            return None
+        if commit.kept_tokens is not None and commit.kept_tokens > expected.num_tokens - expected.held_tokens:
+            detail = f"kept {commit.kept_tokens} tokens of {expected.num_tokens - expected.held_tokens}"
+            return CountsDiffered(NackReason.LENGTH, detail)
+        if written.num_frames < commit.num_frames or written.kept_tokens != commit.kept_tokens:
             return None
         is_covered = written.is_covered or expected.held_tokens == expected.num_tokens
         if written.num_frames > commit.num_frames or written.payload_bytes != commit.payload_bytes or not is_covered:
@@ -268,6 +277,7 @@ class ReceiverSession:
             first_token_id=self._commit.first_token_id,
             written=self._written,
             profile=self._commit.profile,
+            kept_tokens=self._commit.kept_tokens,
             transfer_s=now - self._offered_at,
             exposed_s=exposed_s,
         )

@@ -31,7 +31,7 @@ from kv_transfer.link import LinkError, Links, PairIdentity, Slot
 from kv_transfer.link_quota import LinkQuota, QuotaExceeded
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.outgoing import Commit, Outgoing, PumpHooks
-from kv_transfer.ports import KvReader
+from kv_transfer.ports import KvReader, TokenReader
 from kv_transfer.send_line import LineItem, SendLine
 from kv_transfer.send_link import SendLink, Unreachable
 from kv_transfer.session import NackReason
@@ -58,13 +58,14 @@ class SendPump:
         hooks: PumpHooks,
         metrics: KvTransferMetrics,
         clock: Clock,
+        tokens: TokenReader | None = None,
     ) -> None:
         self._config = config
         self._pair = pair
         self._layout = layout
         self._hooks = hooks
         self._metrics = metrics
-        self._encoder = FrameEncoder(layout, reader)
+        self._encoder = FrameEncoder(layout, reader, tokens)
         self._line = SendLine(self._encoder, threads, buffers, self.wake, max_raw_bytes=config.lookahead_bytes)
         self._changed = threading.Condition()
         self.link = SendLink(config, pair, links, quota, self, hooks, metrics, clock, self._changed)
@@ -155,7 +156,7 @@ class SendPump:
             elif self._is_giving_up_link:
                 self._give_up_link()
             elif not has_work and awaited is not None:
-                detail = f"a frame was not encoded within {self._config.send_timeout_s:g} s"
+                detail = f"a frame was not encoded within {self._config.codec_timeout_s:g} s"
                 self._fail(awaited.outgoing, NackReason.CODEC, detail)
             elif not has_work:
                 self._look_after_link()
@@ -166,7 +167,7 @@ class SendPump:
 
     def _patience_s(self, awaited: LineItem | None) -> float | None:
         if awaited is not None:
-            return self._config.send_timeout_s  # for its encoder
+            return self._config.codec_timeout_s
         return _IDLE_FLUSH_S if self.link.is_in_flight else None
 
     def _has_work(self) -> bool:
@@ -204,7 +205,26 @@ class SendPump:
         what = part if isinstance(part, Commit) else part.from_token(outgoing.held_tokens)
         if what is None or outgoing.gate.is_closed:
             return
-        if isinstance(what, Commit) or outgoing.encoder.is_identity:
+        if outgoing.selection is not None and isinstance(what, Box):
+            return  # which of its tokens are sent is known when all are computed
+        if outgoing.selection is not None and outgoing.first_token < outgoing.num_tokens:
+            box = self._select(outgoing)
+            if box is not None:
+                self._stage_box(outgoing, box)
+        if isinstance(what, Commit):
+            self._line.append(outgoing, [what])
+        else:
+            self._stage_box(outgoing, what)
+
+    def _select(self, outgoing: Outgoing) -> Box | None:
+        try:
+            return self._encoder.select(outgoing)
+        except EncodeFailed as failed:
+            self._fail(outgoing, failed.nack_reason, failed.detail)
+            return None
+
+    def _stage_box(self, outgoing: Outgoing, what: Box) -> None:
+        if outgoing.encoder.is_identity:
             self._line.append(outgoing, [what])
             return
         try:

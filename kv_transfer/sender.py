@@ -36,7 +36,7 @@ from kv_transfer.links import open_links
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.outgoing import Commit, Outgoing
 from kv_transfer.peer_health import PeerHealth
-from kv_transfer.ports import KvReader, Peer, PeerDown, SenderOutcomes
+from kv_transfer.ports import KvReader, Peer, PeerDown, SenderOutcomes, TokenReader
 from kv_transfer.profile_desk import ProfileDesk
 from kv_transfer.rpc import GrpcDialer
 from kv_transfer.sender_pair import SenderPair, SenderParts
@@ -74,6 +74,7 @@ class KvSender:
         clock: Clock,
         *,
         chooser: ProfileChooser | None = None,
+        tokens: TokenReader | None = None,
         links: Links | None = None,
         dialer: Dialer | None = None,
         metrics: KvTransferMetrics | None = None,
@@ -82,6 +83,7 @@ class KvSender:
 
         Args:
             chooser: of the profile of each transfer; None: all go raw.
+            tokens: what a profile that leaves tokens out goes by; None: it leaves none out.
             links, dialer, metrics: replace parts, mostly for tests.
         """
         self._config = config
@@ -105,6 +107,7 @@ class KvSender:
             self._threads,
             Buffers(),
             self._quota,
+            tokens,
         )
         self._health: OrderedDict[Peer, PeerHealth] = OrderedDict()
         self._transfers: dict[TransferId, _Transfer] = {}
@@ -287,12 +290,14 @@ class KvSender:
                 self._choose_profile(transfer, held_tokens)
                 pair.pump.reserve(transfer.outgoing, held_tokens)
             case session.SayCommit(num_frames, payload_bytes, first_token_id):
+                kept = transfer.outgoing.kept
                 commit = pb.Commit(
                     transfer_id=transfer_id,
                     num_frames=num_frames,
                     payload_bytes=payload_bytes,
                     first_token_id=first_token_id,
                     profile=transfer.profile,
+                    kept_tokens=0 if kept is None else len(kept),
                 )
                 pair.say(pb.SenderMessage(commit=commit))
             case session.SayAbort(reason):
@@ -333,7 +338,7 @@ class KvSender:
         )
         choice = self._profiles.choose(question)
         transfer.profile = choice.profile
-        outgoing.encoder = choice.encoder
+        outgoing.encoder, outgoing.selection = choice.encoder, choice.selection
         outgoing.expected_bytes = self._profiles.expected_bytes(choice.profile, raw_bytes)
         even = -(-raw_bytes // config.frames_per_transfer)
         outgoing.frame_raw_bytes = min(max(even, config.min_frame_raw_bytes), config.max_frame_raw_bytes)

@@ -21,7 +21,7 @@ from kv_transfer.link import Links, PairIdentity
 from kv_transfer.link_quota import LinkQuota
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.outgoing import OpenedLink, Outgoing
-from kv_transfer.ports import KvReader, Peer
+from kv_transfer.ports import KvReader, Peer, TokenReader
 from kv_transfer.send_pump import SendPump
 from kv_transfer.session import NackReason
 from protos import kv_transfer_pb2 as pb
@@ -57,6 +57,7 @@ class SenderParts:
     threads: CodecThreads
     buffers: Buffers
     quota: LinkQuota
+    tokens: TokenReader | None = None
 
 
 class SenderPair:
@@ -87,6 +88,7 @@ class SenderPair:
             self,
             parts.metrics,
             parts.clock,
+            parts.tokens,
         )
         self.pump.start()
         hello = pb.SenderHello(

@@ -354,12 +354,15 @@ class Commit(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_ID_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    KEPT_TOKENS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     num_frames: _builtins.int
     payload_bytes: _builtins.int
     first_token_id: _builtins.int
     profile: _builtins.str
     """name, for people; what the frames are is in the frames"""
+    kept_tokens: _builtins.int
+    """past the held prefix; the others were left out and these moved together. 0: nothing was"""
     def __init__(
         self,
         *,
@@ -368,10 +371,11 @@ class Commit(_message.Message):
         payload_bytes: _builtins.int = ...,
         first_token_id: _builtins.int = ...,
         profile: _builtins.str = ...,
+        kept_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id", "num_frames", b"num_frames", "payload_bytes", b"payload_bytes", "profile", b"profile", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id", "kept_tokens", b"kept_tokens", "num_frames", b"num_frames", "payload_bytes", b"payload_bytes", "profile", b"profile", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
