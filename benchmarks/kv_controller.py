@@ -1,4 +1,4 @@
-"""What the controller costs, and what it gains: decision time, and regret in a replayed world. One JSON line per result.
+"""What the controller costs and what it gains: decision time, and regret in a replayed world; a JSON line per result.
 
 - `decision`: wall and CPU time of one decision (and of one lesson) with 12 profiles and 64 links, after a warm-up.
 - `replay`: exposed hand-off time (prefill end to acknowledged) of the controller, of every static profile, and of the

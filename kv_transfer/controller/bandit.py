@@ -14,7 +14,7 @@ a time constant, and their doubt grows back: experience ages.
 
 A change of bandwidth is the goodput's to follow, not experience's: what is compared is the model's prediction with the
 goodput at the end of the transfer; a change on the way makes the observation worth less; and a surprise beyond a factor
-of `SURPRISE` counts only when the next transfer of that kind confirms it.
+of `SURPRISE`, and beyond what was doubted, counts only when the next transfer of that kind confirms it.
 """
 
 import math
@@ -37,7 +37,7 @@ PRIOR_VARIANCES = {
     "codec": 0.45**2,
     "machine": 0.35**2,
     "wire": 0.15**2,
-    "guess": 1.2**2,  # like wire, of links whose goodput is a prior
+    "guess": 1.5**2,  # like wire, of links whose goodput is a prior
     "rest": 0.15**2,
     "ratio": 0.1**2,
 }
@@ -109,16 +109,16 @@ class Experience:
             log_ratio: observed over predicted exposed time; the prediction with all factors as believed at `now`.
             noise_variance: of `log_ratio`, of what is no cause's fault.
         """
-        if abs(log_ratio) > SURPRISE:
+        suspects = [(cause, *self.believe(cause.key, now)) for cause in causes if cause.sensitivity > 0.0]
+        total = noise_variance + sum(cause.sensitivity**2 * variance for cause, _, variance in suspects)
+        limit = _MAX_DEVIATIONS * math.sqrt(total)
+        if abs(log_ratio) > max(SURPRISE, limit):
             last = self._surprises.get(link_class, 0.0)
             self._surprises[link_class] = log_ratio
             if last * log_ratio <= 0.0:
                 return False
         else:
             self._surprises.pop(link_class, None)
-        suspects = [(cause, *self.believe(cause.key, now)) for cause in causes if cause.sensitivity > 0.0]
-        total = noise_variance + sum(cause.sensitivity**2 * variance for cause, _, variance in suspects)
-        limit = _MAX_DEVIATIONS * math.sqrt(total)
         innovation = min(limit, max(-limit, log_ratio))
         for cause, mean, variance in suspects:
             gain = variance * cause.sensitivity / total

@@ -50,6 +50,8 @@ def choose(
     budget_s: float | None,
     compute_s: float,
     config: ControllerConfig,
+    *,
+    is_prior: bool = False,
 ) -> Chosen:
     """Return the entry to take. Pure.
 
@@ -57,6 +59,9 @@ def choose(
     lowest score wins, but for three reasons: one that loses little is less lossy; the incumbent loses little of the
     exposed time, has not lost it often, and is not the lossier one; a draw from the distributions says that another may
     be faster.
+
+    Args:
+        is_prior: the goodput is a guess: the lowest score wins.
     """
     if budget_s is not None:
         meeting = [entry for entry in entries if _exposed(entry, compute_s) <= budget_s]
@@ -67,6 +72,8 @@ def choose(
     best = min(entries, key=lambda entry: entry.score_s)
     if len(entries) == 1:
         return Chosen(best, DecisionReason.ONLY_ALLOWED, True, Incumbent(best.arm.name))
+    if is_prior:  # margins of a guess are no margins
+        return Chosen(best, DecisionReason.UNMEASURED_LINK, True, Incumbent(best.arm.name))
     preferred, reason = _least_lossy(entries, best, config)
     kept = _kept(entries, incumbent, best, compute_s, config)
     if kept is not None and kept.entry.arm.loss_rank > preferred.arm.loss_rank:

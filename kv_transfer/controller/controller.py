@@ -24,7 +24,6 @@ _QUEUE_NOISE_VARIANCE = 0.3**2  # of the queue's part of the time
 _OPTIMISM = 0.06  # doubt of a goodput that so many transfers in a row have not put to the test, per root of them
 _MAX_UNTESTED = 100
 _TESTS_WIRE = 0.5  # sensitivity from which a transfer does
-_UNMEASURED = {DecisionReason.FASTEST, DecisionReason.LESS_LOSSY, DecisionReason.KEPT}
 
 
 class ControllerPolicy:
@@ -70,13 +69,16 @@ class ControllerPolicy:
         self._set_prices(estimates, where, self._crowding.asked(question.peer, now), terms.budget_s)
         entries = self._entries(self._shortlist(estimates, where, now), where, question, now)
         context = (question.peer, where.size_bucket, terms.quality_floor)
-        chosen = choose(entries, self._incumbents.get(context), terms.budget_s, where.situation.compute_s, self._config)
+        chosen = choose(
+            entries,
+            self._incumbents.get(context),
+            terms.budget_s,
+            where.situation.compute_s,
+            self._config,
+            is_prior=where.is_prior,
+        )
         self._remember(context, chosen.incumbent)
-        reason = chosen.reason
-        if len(self.arms) == 1:
-            reason = DecisionReason.NO_PROFILES
-        elif where.is_prior and reason in _UNMEASURED:
-            reason = DecisionReason.UNMEASURED_LINK
+        reason = chosen.reason if len(self.arms) > 1 else DecisionReason.NO_PROFILES
         candidate = chosen.entry.candidate
         self._crowding.chosen(candidate.encode_s / self._pipeline.codec_threads, now)
         return Decision(

@@ -80,6 +80,8 @@ class Estimator:
         compute_s = at.compute_s
         believed = iter(self._experience.means(keys, now))
         machine, wire = next(believed), next(believed)
+        if where.is_prior:  # the mean time, not the time at the mean: a link may be slower by far more than faster
+            wire += self._experience.believe(keys[1], now)[1] / 2
         estimates = []
         for arm, codec, ratio, rest in zip(arms, believed, believed, believed, strict=True):
             codec_factor = exp(machine + codec) if arm.loss_rank else 1.0
