@@ -52,7 +52,6 @@ from kv_transfer.profile import NONE
 _ROOT = Path(__file__).parent.parent
 _RESULTS = _ROOT / "benchmarks" / "results"
 _MBIT = (200.0, 532.0, 1414.0, 3761.0, 10_000.0)
-_WARM_UP = 8
 _EXPERIMENTS = ("table", "drift", "mixed")
 
 
@@ -75,7 +74,6 @@ class Plan:
         return Scenario(
             seed=self.seed + repetition,
             num_requests=num_requests,
-            warm_up=_WARM_UP,
             floors=floors or (self.floor,),
             trace=self.trace,
         )
@@ -122,7 +120,7 @@ async def run_all(plan: Plan, fleet: Fleet, shelf: Shelf, journal: Journal, can_
 async def _warm_up(plan: Plan, fleet: Fleet) -> None:
     """Compile every kernel and touch every page, unmeasured."""
     for policy in plan.policies:
-        await fleet.run(Order(policy, plan.scenario(6, 0).model_copy(update={"warm_up": 0}), ((0.0, 1e10),)))
+        await fleet.run(Order(policy, plan.scenario(6, 0), ((0.0, 1e10),)))
 
 
 async def _table(plan: Plan, fleet: Fleet, journal: Journal, admissible: Sequence[str]) -> list[dict[str, Any]]:
@@ -183,7 +181,7 @@ async def _drift(
 
 
 def _segment(run: dict[str, Any], begins_s: float, seconds: float) -> dict[str, Any]:
-    rows = [row for row in run["requests"] if row["is_counted"] and begins_s <= row["arrival_s"] <= begins_s + seconds]
+    rows = [row for row in run["requests"] if begins_s <= row["arrival_s"] <= begins_s + seconds]
     done = [row["jct_s"] for row in rows if row["jct_s"] is not None]
     profiles = [row["profile"] for row in rows]
     return {
@@ -240,8 +238,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", help="none, profiles, controller; default: all")
     parser.add_argument("--repetitions", type=int, help="of the table (default 3)")
     parser.add_argument("--drift-repetitions", type=int, help="of each drift (default 2)")
-    parser.add_argument("--requests", type=int, help="of a run of the table (default 90)")
-    parser.add_argument("--drift-requests", type=int, help="of a run of a drift (default 360)")
+    parser.add_argument("--requests", type=int, help="of a run of the table (default 60)")
+    parser.add_argument("--drift-requests", type=int, help="of a run of a drift (default 270)")
     parser.add_argument("--floor", type=float, default=0.97, help="quality floor of all requests (default 0.97)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--trace", default="", help="lengths from this file: Azure's CSV or Mooncake's JSON lines")
@@ -266,8 +264,8 @@ def _plan(args: argparse.Namespace, shelf: Shelf) -> Plan:
         policies=tuple(policies),
         repetitions=args.repetitions or (1 if args.quick else 3),
         drift_repetitions=args.drift_repetitions or (1 if args.quick else 2),
-        num_requests=args.requests or (40 if args.quick else 90),
-        drift_requests=args.drift_requests or (120 if args.quick else 360),
+        num_requests=args.requests or (40 if args.quick else 60),
+        drift_requests=args.drift_requests or (120 if args.quick else 270),
         floor=args.floor,
         seed=args.seed,
         trace=str(Path(args.trace).resolve()) if args.trace else "",

@@ -100,21 +100,14 @@ class Fleet:
         common: dict[str, Any] = {"run": self._num_runs, "scenario": order.scenario.model_dump_json()}
         await self._shape(order.rates[0][1])
         await self._far.order(op="expect", **common)
-        start_at = asyncio.get_running_loop().time() + 0.05  # the loop's clock is time.monotonic, as that of the ends
         config = dict(order.config)
         if self._pair is None:
             config["rate_limit_bytes_per_s"] = round(order.rates[0][1] / 8)
+        await self._near.order(op="prepare", **common, address=self._address, policy=order.policy, config=config)
+        start_at = asyncio.get_running_loop().time() + 0.05  # the loop's clock is time.monotonic, as that of the ends
         drift = asyncio.create_task(self._drift(order.rates[1:], start_at))
         try:
-            near = await self._near.order(
-                op="run",
-                **common,
-                address=self._address,
-                policy=order.policy,
-                schedule=order.schedule,
-                config=config,
-                start_at=start_at,
-            )
+            near = await self._near.order(op="run", schedule=order.schedule, start_at=start_at)
         finally:
             drift.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -167,11 +160,10 @@ def _joined(order: Order, near: dict[str, Any], far: dict[str, Any], start_at: f
     """Put both ends' notes of each request together. Seconds; None for what never came."""
     scenario = order.scenario
     rows = []
-    for request, row in zip(requests_of(scenario), near["requests"], strict=True):
+    for request, row in zip(requests_of(scenario)[scenario.warm_up :], near["requests"], strict=True):
         arrived_at, first_at = row["arrived_at"], row["first_token_at"]
         landed_at = far["landed"].get(str(request.index))
         row["arrival_s"] = arrived_at - start_at
-        row["is_counted"] = request.index >= scenario.warm_up
         row["ttft_s"] = None if first_at is None else first_at - arrived_at
         row["handoff_s"] = row["second_s"] = row["jct_s"] = None
         if landed_at is not None and first_at is not None and not row["failure"]:
@@ -189,8 +181,8 @@ def _joined(order: Order, near: dict[str, Any], far: dict[str, Any], start_at: f
 
 
 def totals(run: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a run over its counted requests. Pure."""
-    rows = [row for row in run["requests"] if row["is_counted"]]
+    """Return the numbers of a run over its requests. Pure."""
+    rows = run["requests"]
     done = [row for row in rows if row["jct_s"] is not None]
     result: dict[str, Any] = {"requests": len(rows), "failures": len(rows) - len(done)}
     result["failed"] = sorted({row["failure"][:120] for row in rows if row["failure"]})[:3]

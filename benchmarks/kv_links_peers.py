@@ -5,6 +5,7 @@ near end is a prefill worker whose engine waits instead of computing; the far en
 Both read the same monotonic clock (one machine), so arrival to landed needs no synchronisation.
 
     driver -> far    expect   requests of a run; answered when all are reserved
+    driver -> near   prepare  open what a run needs and warm it up
     driver -> near   run      do it; answered when every transfer was acknowledged or has failed
     driver -> far    collect  when each landed, and how far the last one's KV is from what was sent
 
@@ -18,7 +19,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from benchmarks.kv_links_workload import Request, Scenario, parts_of, requests_o
 from core.clock import MonotonicClock
 from core.errors import ServingError
 from core.ids import Epoch, RequestId, TransferId, WorkerId
+from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from core.rpc import bind, create_server
 from kv_transfer.choice import TransferTerms
@@ -42,7 +44,6 @@ from kv_transfer.sender import KvSender
 
 RUN_LIMIT_S = 150.0
 LEASE_S = 300.0
-_LAG_S = 0.05  # until the clock of the arrivals starts
 _LANDING_TOKENS = 131_072
 
 Reply = dict[str, Any]
@@ -55,11 +56,17 @@ def names_of(run: int, index: int) -> tuple[TransferId, RequestId]:
 class Outcomes:
     """When each transfer of a run ended, by its index: on either side, on the event loop."""
 
-    def __init__(self, expected: int) -> None:
+    def __init__(self) -> None:
         self.ended_at: dict[int, float] = {}
         self.failures: dict[int, str] = {}
-        self._missing = expected
-        self.all_ended = asyncio.Event()
+        self._changed = asyncio.Event()
+
+    async def wait(self, indices: Iterable[int]) -> None:
+        """Return when all of these have ended."""
+        awaited = set(indices)
+        while not awaited <= self.ended_at.keys():
+            self._changed.clear()
+            await self._changed.wait()
 
     def on_acked(self, transfer_id: TransferId) -> None:
         self._end(transfer_id)
@@ -79,9 +86,7 @@ class Outcomes:
         self.ended_at[index] = time.monotonic()
         if failure:
             self.failures[index] = failure
-        self._missing -= 1
-        if not self._missing:
-            self.all_ended.set()
+        self._changed.set()
 
 
 class PacedEngine:
@@ -130,13 +135,14 @@ class PacedEngine:
 
 
 class Near:
-    """The prefill worker's end. A run gets a sender, a link and a chooser of its own."""
+    """The prefill worker's end. A run gets a sender, a link, an engine and a chooser of its own."""
 
     def __init__(self, host: str, recorded: str, library: str) -> None:
         self._host = host
         self._layout = layout_of_tiny()
         self._shelf: Shelf = open_shelf(library, self._layout)
         self._pool = RecordedPool(self._layout, torch.load(recorded))
+        self._run: NearRun | None = None
 
     async def start(self) -> Reply:
         return {}
@@ -144,84 +150,118 @@ class Near:
     async def close(self) -> None:
         """Nothing outlives a run."""
 
-    async def run(self, order: Mapping[str, Any]) -> Reply:
-        scenario, run = Scenario.model_validate_json(order["scenario"]), int(order["run"])
-        requests = requests_of(scenario)
-        outcomes = Outcomes(len(requests))
+    async def prepare(self, order: Mapping[str, Any]) -> Reply:
+        scenario = Scenario.model_validate_json(order["scenario"])
         config = KvTransferConfig.model_validate({"host": self._host, "lease_s": LEASE_S, **order["config"]})
-        start_at = time.monotonic() + _LAG_S if order.get("start_at") is None else float(order["start_at"])
-        schedule = [(start_at + at, name) for at, name in order.get("schedule", [])]
-        chooser = open_policy(order["policy"], self._shelf, config, scenario.seed, schedule)
-        sender = KvSender(
+        chooser = open_policy(order["policy"], self._shelf, config, scenario.seed)
+        self._run = NearRun(int(order["run"]), scenario, config, chooser, self._layout, self._pool, order["address"])
+        await self._run.warm_up()
+        return {}
+
+    async def run(self, order: Mapping[str, Any]) -> Reply:
+        assert self._run is not None
+        start_at = float(order["start_at"])
+        self._run.chooser.start([(start_at + at, name) for at, name in order["schedule"]])
+        try:
+            return await self._run.run(start_at)
+        finally:
+            await self._run.close()
+            self._pool.tables.clear()
+
+
+class NearRun:
+    """One run: first some requests one at a time, then all of them at their times."""
+
+    def __init__(
+        self,
+        run: int,
+        scenario: Scenario,
+        config: KvTransferConfig,
+        chooser: Recorded,
+        layout: KvLayout,
+        pool: RecordedPool,
+        address: str,
+    ) -> None:
+        self._name = run
+        self._scenario = scenario
+        self._layout = layout
+        self.chooser = chooser
+        self._requests = requests_of(scenario)
+        self._outcomes = Outcomes()
+        for request in self._requests:
+            pool.place(names_of(run, request.index)[1], request.index, request.prompt_tokens)
+        self._peer = Peer(WorkerId("far"), Epoch(1), address)
+        self._sender = KvSender(
             config,
             WorkerIdentity(WorkerId("near"), Epoch(run), "benchmark"),
-            self._layout,
-            self._pool,
-            outcomes,
+            layout,
+            pool,
+            self._outcomes,
             MonotonicClock(),
             metrics=KvTransferMetrics(CollectorRegistry()),
             chooser=chooser,
         )
-        for request in requests:
-            self._pool.place(names_of(run, request.index)[1], request.index, request.prompt_tokens)
-        peer = Peer(WorkerId("far"), Epoch(1), order["address"])
-        engine = PacedEngine(scenario, self._layout.num_layers, sender, run)
+        self._engine = PacedEngine(scenario, layout.num_layers, self._sender, run)
+
+    async def warm_up(self) -> None:
+        until = time.monotonic() + self._scenario.warm_up_s
+        async with asyncio.timeout(RUN_LIMIT_S):
+            for request in self._requests[: self._scenario.warm_up]:
+                await self._begin(request)
+                await self._outcomes.wait([request.index])
+                if time.monotonic() > until:
+                    break
+
+    async def run(self, start_at: float) -> Reply:
+        requests = self._requests[self._scenario.warm_up :]
         cpu_s = time.process_time()
         try:
             async with asyncio.timeout(RUN_LIMIT_S):
                 for request in requests:
                     await asyncio.sleep(start_at + request.arrival_s - time.monotonic())
-                    transfer_id, request_id = names_of(run, request.index)
-                    terms = TransferTerms(request.quality_floor, compute_s=engine.estimate_s(request))
-                    try:
-                        await sender.offer(transfer_id, request_id, request.prompt_tokens, peer, terms)
-                    except ServingError as error:
-                        outcomes.refuse(transfer_id, f"{type(error).__name__}: {error}")
-                    else:
-                        engine.add(request)
-                await outcomes.all_ended.wait()
+                    await self._begin(request)
+                await self._outcomes.wait(request.index for request in requests)
         except TimeoutError:
             pass  # what has not ended is told as a failure
-        finally:
-            engine.finish()
-            cpu_s = time.process_time() - cpu_s
-            await sender.close()
-            engine.join()
-            self._pool.tables.clear()
-        return self._answer(requests, outcomes, engine, chooser, run, start_at, cpu_s)
+        cpu_s = time.process_time() - cpu_s
+        self._engine.finish()
+        return {"requests": [self._row(request, start_at) for request in requests], "cpu_s": cpu_s}
 
-    def _answer(
-        self,
-        requests: list[Request],
-        outcomes: Outcomes,
-        engine: PacedEngine,
-        chooser: Recorded,
-        run: int,
-        start_at: float,
-        cpu_s: float,
-    ) -> Reply:
-        rows = []
-        for request in requests:
-            transfer_id, _ = names_of(run, request.index)
-            choice, told = chooser.chosen.get(transfer_id), chooser.told.get(transfer_id)
-            asked = chooser.asked.get(transfer_id)
-            rows.append(
-                {
-                    "arrived_at": start_at + request.arrival_s,
-                    "first_token_at": engine.first_token_at.get(request.index),
-                    "acked_at": outcomes.ended_at.get(request.index),
-                    "failure": outcomes.failures.get(request.index, "")
-                    or ("" if request.index in outcomes.ended_at else f"no outcome in {RUN_LIMIT_S:g} s"),
-                    "profile": choice.profile if choice else "none",
-                    "reason": choice.reason if choice else "",
-                    "predicted_s": choice.predicted_s if choice else None,
-                    "observed_s": told.observed_s if told else None,
-                    "goodput": asked.link.goodput_bytes_per_s if asked else None,
-                    "raw_bytes": request.prompt_tokens * self._layout.bytes_per_token,
-                    "wire_bytes": told.payload_bytes if told else 0,
-                }
-            )
-        return {"requests": rows, "cpu_s": cpu_s}
+    async def close(self) -> None:
+        await self._sender.close()
+        self._engine.join()
+
+    async def _begin(self, request: Request) -> None:
+        """Offer a transfer, and queue the request at the engine, in this order: parts without an offer are lost."""
+        transfer_id, request_id = names_of(self._name, request.index)
+        terms = TransferTerms(request.quality_floor, compute_s=self._engine.estimate_s(request))
+        try:
+            await self._sender.offer(transfer_id, request_id, request.prompt_tokens, self._peer, terms)
+        except ServingError as error:
+            self._outcomes.refuse(transfer_id, f"{type(error).__name__}: {error}")
+        else:
+            self._engine.add(request)
+
+    def _row(self, request: Request, start_at: float) -> Reply:
+        transfer_id, _ = names_of(self._name, request.index)
+        chooser, outcomes = self.chooser, self._outcomes
+        choice, told = chooser.chosen.get(transfer_id), chooser.told.get(transfer_id)
+        asked = chooser.asked.get(transfer_id)
+        unended = "" if request.index in outcomes.ended_at else f"no outcome in {RUN_LIMIT_S:g} s"
+        return {
+            "arrived_at": start_at + request.arrival_s,
+            "first_token_at": self._engine.first_token_at.get(request.index),
+            "acked_at": outcomes.ended_at.get(request.index),
+            "failure": outcomes.failures.get(request.index, unended),
+            "floor": request.quality_floor,
+            "profile": choice.profile if choice else "none",
+            "reason": choice.reason if choice else "",
+            "predicted_s": choice.predicted_s if choice else None,
+            "observed_s": told.observed_s if told else None,
+            "goodput": asked.link.goodput_bytes_per_s if asked else None,
+            "raw_bytes": request.prompt_tokens * self._layout.bytes_per_token,
+            "wire_bytes": told.payload_bytes if told else 0,
+        }
 
 
 class Far:
@@ -232,7 +272,7 @@ class Far:
         self._sent = RecordedPool(self._layout, torch.load(recorded))
         self._pool = LandingPool(self._layout, _LANDING_TOKENS // BLOCK_TOKENS)
         self._host = host
-        self._outcomes = Outcomes(0)
+        self._outcomes = Outcomes()
         config = KvTransferConfig.model_validate({"host": host, "lease_s": LEASE_S, "max_strays": 4096})
         identity = WorkerIdentity(WorkerId("far"), Epoch(1), "benchmark")
         self._receiver = KvReceiver(config, identity, self._layout, self._pool, self, MonotonicClock())
@@ -257,7 +297,7 @@ class Far:
 
     async def expect(self, order: Mapping[str, Any]) -> Reply:
         self._run, self._requests = int(order["run"]), requests_of(Scenario.model_validate_json(order["scenario"]))
-        self._outcomes = Outcomes(len(self._requests))
+        self._outcomes = Outcomes()
         self._pool.tables.clear()
         for request in self._requests:
             transfer_id, request_id = names_of(self._run, request.index)
@@ -290,7 +330,11 @@ class Far:
 async def serve(end: Near | Far) -> None:
     """Obey the driver until it closes stdin."""
     orders: dict[str, Callable[[Mapping[str, Any]], Awaitable[Reply]]]
-    orders = {"run": end.run} if isinstance(end, Near) else {"expect": end.expect, "collect": end.collect}
+    orders = (
+        {"prepare": end.prepare, "run": end.run}
+        if isinstance(end, Near)
+        else {"expect": end.expect, "collect": end.collect}
+    )
     _say(await end.start())
     while line := await asyncio.to_thread(sys.stdin.readline):
         order = json.loads(line)

@@ -64,14 +64,20 @@ class StaticProfile:
 
 
 class Scheduled:
-    """The oracle's replay: profiles by the time of the question; `schedule` holds (begins at, name), ascending."""
+    """The oracle's replay: profiles by the time of the question. Before it has started: no compression."""
 
-    def __init__(self, schedule: Sequence[tuple[float, str]], encoders: Mapping[str, Encoder]) -> None:
-        self._schedule = [(at, Choice(name, encoders[name], None, ORACLE)) for at, name in schedule]
+    def __init__(self, encoders: Mapping[str, Encoder]) -> None:
+        self._encoders = encoders
+        self._schedule: list[tuple[float, Choice]] = []
+        self._before = Choice(NONE, RAW, None, ORACLE)
+
+    def start(self, schedule: Sequence[tuple[float, str]]) -> None:
+        """Take (begins at, name), ascending."""
+        self._schedule = [(at, Choice(name, self._encoders[name], None, ORACLE)) for at, name in schedule]
 
     def choose(self, question: TransferQuestion) -> Choice:
         now = time.monotonic()
-        return next((choice for at, choice in reversed(self._schedule) if at <= now), self._schedule[0][1])
+        return next((choice for at, choice in reversed(self._schedule) if at <= now), self._before)
 
     def observe(self, observation: TransferObservation) -> None:
         pass
@@ -86,6 +92,11 @@ class Recorded:
     asked: dict[TransferId, TransferQuestion] = field(default_factory=dict)
     told: dict[TransferId, TransferObservation] = field(default_factory=dict)
 
+    def start(self, schedule: Sequence[tuple[float, str]]) -> None:
+        """The clock of the run starts."""
+        if isinstance(self.inner, Scheduled):
+            self.inner.start(schedule)
+
     def choose(self, question: TransferQuestion) -> Choice:
         choice = self.inner.choose(question)
         self.chosen[question.transfer_id] = choice
@@ -97,9 +108,7 @@ class Recorded:
         self.inner.observe(observation)
 
 
-def open_policy(
-    name: str, shelf: Shelf, config: KvTransferConfig, seed: int, schedule: Sequence[tuple[float, str]]
-) -> Recorded:
+def open_policy(name: str, shelf: Shelf, config: KvTransferConfig, seed: int) -> Recorded:
     """Return a fresh chooser; it knows nothing of earlier runs."""
     inner: ProfileChooser
     if name == NONE:
@@ -108,7 +117,7 @@ def open_policy(
         # Its metrics get a registry of their own: there is one controller per run in this process.
         inner = open_chooser(config, shelf.profiles, MonotonicClock(), seed=seed, registry=CollectorRegistry())
     elif name == ORACLE:
-        inner = Scheduled(schedule, shelf.encoders)
+        inner = Scheduled(shelf.encoders)
     else:
         inner = StaticProfile(name, shelf.encoders[name])
     return Recorded(inner)

@@ -15,13 +15,16 @@ The scenario was fixed before anything was measured; why its numbers are what th
   the sigma that meets its mean prompt of 2,048; `--trace` reads lengths from a real trace instead.
 - **Decode** gives a token every 6 ms once the KV has landed (16 GB of weights at 3.35 TB/s take 4.8 ms), with no limit
   on the batch: the transfer is what is measured.
-- The first `warm_up` requests of a run meet links, estimators and controllers that know nothing; they are not counted.
+- Every run has a new link, a new sender and a controller that knows nothing. Before the clock starts, each policy hands
+  over requests one at a time for `warm_up_s` (at most `warm_up` of them), which are not counted: a worker that has been
+  up for a second. The slow links are learned in that time, not the rare cases.
 
 With an overloaded link the queue, and with it the mean, grows with the length of the run: the factor over `none` on the
 slowest link says as much about the load and the `num_requests` as about the codec. All are in every result.
 """
 
 import csv
+import itertools
 import json
 import math
 import random
@@ -39,7 +42,8 @@ class Scenario(ConfigModel):
 
     seed: int
     num_requests: int
-    warm_up: int
+    warm_up: int = 32
+    warm_up_s: float = 0.5
     tokens_per_s: float = 70_000.0
     prefill_tokens_per_s: float = 100_000.0
     seconds_per_token: float = 0.006
@@ -55,7 +59,7 @@ class Scenario(ConfigModel):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: when it comes, after the start of the run, and how long it is."""
+    """One request: when it comes, after the start of the run, and how long it is. Warm-up comes before, at no time."""
 
     index: int
     arrival_s: float
@@ -65,18 +69,24 @@ class Request:
 
 
 def requests_of(scenario: Scenario) -> list[Request]:
-    """Return the requests in the order of their arrival. The rate is exact over the run; only the gaps are random."""
+    """Return the warm-up, then the requests in the order of arrival, at exactly the mean rate of the scenario. Pure."""
     rng = random.Random(scenario.seed)
-    lengths = _traced(scenario, rng) if scenario.trace else _drawn(scenario, rng)
+    draw = _traced if scenario.trace else _drawn
+    lengths = draw(scenario, rng, scenario.num_requests)
     gaps = [rng.expovariate(1.0) for _ in lengths]
-    seconds = sum(prompt for prompt, _ in lengths) / scenario.tokens_per_s
-    scale = seconds / sum(gaps)
-    arrival_s = 0.0
-    requests = []
-    for index, ((prompt, output), gap) in enumerate(zip(lengths, gaps, strict=True)):
-        arrival_s += gap * scale
-        requests.append(Request(index, arrival_s, prompt, output, rng.choice(scenario.floors)))
-    return requests
+    scale = sum(prompt for prompt, _ in lengths) / scenario.tokens_per_s / sum(gaps)
+    floors = [rng.choice(scenario.floors) for _ in lengths]
+    warm_up = [
+        Request(index, 0.0, prompt, output, rng.choice(scenario.floors))
+        for index, (prompt, output) in enumerate(draw(scenario, rng, scenario.warm_up))
+    ]
+    arrivals = [total * scale for total in itertools.accumulate(gaps)]
+    return warm_up + [
+        Request(index, arrival_s, prompt, output, floor)
+        for index, ((prompt, output), arrival_s, floor) in enumerate(
+            zip(lengths, arrivals, floors, strict=True), scenario.warm_up
+        )
+    ]
 
 
 def parts_of(prompt_tokens: int, num_layers: int) -> list[tuple[range, range]]:
@@ -88,7 +98,7 @@ def parts_of(prompt_tokens: int, num_layers: int) -> list[tuple[range, range]]:
     ]
 
 
-def _drawn(scenario: Scenario, rng: random.Random) -> list[tuple[int, int]]:
+def _drawn(scenario: Scenario, rng: random.Random, count: int) -> list[tuple[int, int]]:
     def draw(median: float, sigma: float, limits: tuple[int, int]) -> int:
         return min(limits[1], max(limits[0], round(rng.lognormvariate(math.log(median), sigma))))
 
@@ -97,21 +107,21 @@ def _drawn(scenario: Scenario, rng: random.Random) -> list[tuple[int, int]]:
             draw(scenario.prompt_median, scenario.prompt_sigma, scenario.prompt_limits),
             draw(scenario.output_median, scenario.output_sigma, scenario.output_limits),
         )
-        for _ in range(scenario.num_requests)
+        for _ in range(count)
     ]
 
 
-def _traced(scenario: Scenario, rng: random.Random) -> list[tuple[int, int]]:
+def _traced(scenario: Scenario, rng: random.Random, count: int) -> list[tuple[int, int]]:
     """Return lengths of a stretch of the trace: Azure's CSV or Mooncake's JSON lines."""
     with Path(scenario.trace).open(encoding="utf-8", newline="") as file:
         if scenario.trace.endswith(".csv"):
             rows = [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in csv.DictReader(file)]
         else:
             rows = [(row["input_length"], row["output_length"]) for row in map(json.loads, file)]
-    start = rng.randrange(max(1, len(rows) - scenario.num_requests))
+    start = rng.randrange(max(1, len(rows) - count))
     least, most = scenario.prompt_limits
     fewest, longest = scenario.output_limits
     return [
         (min(most, max(least, prompt)), min(longest, max(fewest, output)))
-        for prompt, output in rows[start : start + scenario.num_requests]
+        for prompt, output in rows[start : start + count]
     ]
