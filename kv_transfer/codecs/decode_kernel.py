@@ -43,31 +43,39 @@ def _unpack(packed: Any, digits: int, levels: int, rest: Any, out: Any) -> None:
 
 
 @compiled
-def _scale(found: Any, digits: int, first: int, count: int, axis: int, centre: Any, steps: Any, y: Any) -> None:
-    """Symmetric levels of one scale per token or for all."""
+def _spread(found: Any, digits: int, count: int, y: Any) -> None:
+    """Put digits where their channels are."""
     width = y.shape[1]
+    each = -(-width // digits)
     for t in range(count):
-        at = t // digits * width
-        level, row = found[t % digits, at : at + width], y[t]
-        step = steps[first + t if axis == TOKEN else 0]
-        for d in range(width):
-            row[d] = (level[d] - centre) * step
+        for j in range(digits):
+            out = y[t, j * each : min((j + 1) * each, width)]
+            level = found[j, t * each : t * each + out.shape[0]]
+            for i in range(out.shape[0]):
+                out[i] = level[i]
 
 
 @compiled
-def _scale_any(
-    found: Any, digits: int, first: int, count: int, axis: int, group: int, centre: Any, steps: Any, lows: Any, y: Any
-) -> None:
+def _scale(y: Any, first: int, count: int, axis: int, centre: Any, steps: Any) -> None:
+    """Turn symmetric levels of one scale per token or for all into values."""
+    for t in range(count):
+        row = y[t]
+        step = steps[first + t if axis == TOKEN else 0]
+        for d in range(row.shape[0]):
+            row[d] = (row[d] - centre) * step
+
+
+@compiled
+def _scale_any(y: Any, first: int, count: int, axis: int, group: int, centre: Any, steps: Any, lows: Any) -> None:
     width = y.shape[1]
     for t in range(count):
         for d in range(width):
-            level = found[t % digits, t // digits * width + d]
             at = scale_at(axis, group, width, first + t, d)
             if lows.shape[0]:
-                value = level * steps[at]
+                value = y[t, d] * steps[at]
                 y[t, d] = value + lows[at]
             else:
-                y[t, d] = (level - centre) * steps[at]
+                y[t, d] = (y[t, d] - centre) * steps[at]
 
 
 @compiled
@@ -139,18 +147,18 @@ def decode_half(
             count_levels, per_byte = levels[g, p], digits[g, p]
             centre = np.float32((count_levels - 1) / 2)
             num_tokens = end - begin
-            held = symbols[symbols_at[g, p] : symbols_at[g, p] + -(-num_tokens // per_byte) * width]
+            each = -(-width // per_byte)
+            held = symbols[symbols_at[g, p] : symbols_at[g, p] + num_tokens * each]
             if not _is_valid(held, count_levels**per_byte):
                 return False
-            step_tokens = _TILE // per_byte * per_byte
-            for first in range(0, num_tokens, step_tokens):
-                count = min(step_tokens, num_tokens - first)
-                packed = held[first // per_byte * width : -(-(first + count) // per_byte) * width]
-                _unpack(packed, per_byte, count_levels, rest, found)
+            for first in range(0, num_tokens, _TILE):
+                count = min(_TILE, num_tokens - first)
+                _unpack(held[first * each : (first + count) * each], per_byte, count_levels, rest, found)
+                _spread(found, per_byte, count, tile)
                 if is_symmetric and (axis == TOKEN or axis == TENSOR):  # noqa: SIM109
-                    _scale(found, per_byte, first, count, axis, centre, steps, tile)
+                    _scale(tile, first, count, axis, centre, steps)
                 else:
-                    _scale_any(found, per_byte, first, count, axis, group, centre, steps, lows, tile)
+                    _scale_any(tile, first, count, axis, group, centre, steps, lows)
                 if is_rotated:
                     rotate(tile.reshape(-1), count, width, sizes, part_scales)
                 _add(tile, count, sign, mean)

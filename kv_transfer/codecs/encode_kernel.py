@@ -218,59 +218,61 @@ def _code_steps(raws: Any, scales: Any) -> int:
 
 
 @compiled
-def _quantise(y: Any, axis: int, levels: int, digits: int, inverse: Any, acc: Any, out: Any) -> None:
-    """Symmetric levels of one scale per token or for all, packed."""
-    num_tokens, width = y.shape
+def _quantise(y: Any, axis: int, levels: int, inverse: Any) -> None:
+    """Turn y into symmetric levels of one scale per token or for all."""
     top = np.float32(levels - 1)
     centre = np.float32((levels - 1) / 2)
-    for first in range(0, num_tokens, digits):
-        place = _F1
-        for t in range(first, min(first + digits, num_tokens)):
-            row = y[t]
-            inv = inverse[t if axis == TOKEN else 0]
-            if t == first:
-                for d in range(width):
-                    level = row[d] * inv
-                    level = min(max(level + centre, _F0), top)
-                    acc[d] = (level + MAGIC) - MAGIC
-            else:
-                for d in range(width):
-                    level = row[d] * inv
-                    level = min(max(level + centre, _F0), top)
-                    level = (level + MAGIC) - MAGIC
-                    acc[d] = acc[d] + level * place
-            place = place * np.float32(levels)
-        packed = out[first // digits * width : first // digits * width + width]
-        for d in range(width):
-            packed[d] = np.uint8(np.int32(acc[d]))
+    for t in range(y.shape[0]):
+        row = y[t]
+        inv = inverse[t if axis == TOKEN else 0]
+        for d in range(row.shape[0]):
+            level = row[d] * inv
+            level = min(max(level + centre, _F0), top)
+            row[d] = (level + MAGIC) - MAGIC
 
 
 @compiled
-def _quantise_any(
-    y: Any, axis: int, group: int, levels: int, digits: int, inverse: Any, lows: Any, acc: Any, out: Any
-) -> None:
-    """Levels of any axis; `lows` is empty when symmetric."""
+def _quantise_any(y: Any, axis: int, group: int, levels: int, inverse: Any, lows: Any) -> None:
+    """Turn y into levels of any axis; `lows` is empty when symmetric."""
     num_tokens, width = y.shape
-    is_symmetric = lows.shape[0] == 0
     top = np.float32(levels - 1)
     centre = np.float32((levels - 1) / 2)
-    for first in range(0, num_tokens, digits):
-        acc[:] = _F0
-        place = _F1
-        for t in range(first, min(first + digits, num_tokens)):
-            for d in range(width):
-                at = scale_at(axis, group, width, t, d)
-                if is_symmetric:
-                    level = y[t, d] * inverse[at]
-                    level = level + centre
-                else:
-                    level = (y[t, d] - lows[at]) * inverse[at]
-                level = min(max(level, _F0), top)
-                level = (level + MAGIC) - MAGIC
-                acc[d] = acc[d] + level * place
-            place = place * np.float32(levels)
+    for t in range(num_tokens):
         for d in range(width):
-            out[first // digits * width + d] = np.uint8(np.int32(acc[d]))
+            at = scale_at(axis, group, width, t, d)
+            if lows.shape[0]:
+                level = (y[t, d] - lows[at]) * inverse[at]
+            else:
+                level = y[t, d] * inverse[at]
+                level = level + centre
+            level = min(max(level, _F0), top)
+            y[t, d] = (level + MAGIC) - MAGIC
+
+
+@compiled
+def _pack(y: Any, levels: int, digits: int, acc: Any, out: Any) -> None:
+    """Put the levels of each token into bytes."""
+    num_tokens, width = y.shape
+    if digits == 1:
+        flat = y.reshape(-1)
+        for i in range(flat.shape[0]):
+            out[i] = np.uint8(np.int32(flat[i]))
+        return
+    count = -(-width // digits)
+    for t in range(num_tokens):
+        total = acc[t % BLOCK * count : t % BLOCK * count + count]
+        total[:] = y[t, :count]
+        place = np.float32(levels)
+        for first in range(count, width, count):
+            part = y[t, first : min(first + count, width)]
+            for i in range(part.shape[0]):
+                total[i] += part[i] * place
+            place = place * np.float32(levels)
+        if t % BLOCK == BLOCK - 1 or t == num_tokens - 1:
+            first_token = t // BLOCK * BLOCK
+            packed = out[first_token * count : (t + 1) * count]
+            for i in range(packed.shape[0]):
+                packed[i] = np.uint8(np.int32(acc[i]))
 
 
 @compiled
@@ -282,8 +284,9 @@ def encode_half(
 ) -> bool:  # fmt: skip
     """Fill in the outputs (the last but `y`, which is working memory); False when a value is not finite."""
     num_tokens, width = y.shape
-    rows = np.zeros((5, width), np.float32)
-    total, block, mean, acc, ones = rows[0], rows[1], rows[2], rows[3], rows[4]
+    rows = np.zeros((4, width), np.float32)
+    total, block, mean, ones = rows[0], rows[1], rows[2], rows[3]
+    acc = np.empty(BLOCK * width, np.float32)
     ones[:] = _F1
     tile = np.empty((BLOCK, width), np.float32)
     word = np.zeros(1, np.float32)
@@ -316,10 +319,10 @@ def encode_half(
             if base < 0:
                 return False
             bases[g, p] = base
-            out = symbols[symbols_at[g, p] :]
             if is_symmetric and (axis == TOKEN or axis == TENSOR):  # noqa: SIM109
-                _quantise(part, axis, levels[g, p], digits[g, p], raws, acc, out)
+                _quantise(part, axis, levels[g, p], raws)
             else:
                 some = lows[: 0 if is_symmetric else lows.shape[0]]
-                _quantise_any(part, axis, group, levels[g, p], digits[g, p], raws, some, acc, out)
+                _quantise_any(part, axis, group, levels[g, p], raws, some)
+            _pack(part, levels[g, p], digits[g, p], acc, symbols[symbols_at[g, p] :])
     return True

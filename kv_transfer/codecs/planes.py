@@ -93,8 +93,9 @@ class HalfCodes:
         mean_steps: bfloat16 bits ``[P]``; mean_codes: ``[P, D]``. Zeros unless centred.
         bases: ``[G, P]``. scales: a step is the float32 whose bits are ``(base + scale) << 19``.
         mins: bfloat16 bits, one beside each scale; empty when all segments are symmetric.
-        symbols: of a plane of a segment, byte (g, d) holds ``sum(q[g * digits + j, d] * levels ** j)``, `digits` being
-            as many as fit into a byte; digits past the last token are 0.
+        symbols: of a plane of a segment, a row of n bytes per token: byte i holds ``sum(q[j * n + i] * levels ** j)``,
+            where `digits_per_byte` say how many digits there are, and ``n = ceil(D / digits)``; digits past the last
+            channel are 0. Digits of one token, because tokens recur, and zstd finds equal rows.
     """
 
     mean_steps: U16
@@ -124,7 +125,7 @@ def plane_scales(rule: SegmentRule, num_tokens: int, head_dim: int) -> int:
 
 def plane_symbols(levels: int, num_tokens: int, head_dim: int) -> int:
     """Return how many bytes of digits one plane of a segment has. Pure."""
-    return -(-num_tokens // digits_per_byte(levels)) * head_dim
+    return num_tokens * -(-head_dim // digits_per_byte(levels))
 
 
 def split(codes: HalfCodes, segment: Segment, plane: int, head_dim: int) -> tuple[U8, U16, U8]:

@@ -19,7 +19,7 @@ is a constant computed in double and rounded once. Per plane ``x[T, D]``, values
    plane's segment - 255)``; ``scale = max(0, word - base)``; the step used is ``float((base + scale) << 19)``.
 4. Level. ``inv = 1 / step`` (0 when the step is below the smallest normal). Symmetric:
    ``q = rint(clamp(y * inv + (levels - 1) / 2, 0, levels - 1))``; asymmetric: ``q = rint(clamp((y - low) * inv, 0,
-   levels - 1))``.
+   levels - 1))``. Packed as `planes.HalfCodes` says.
 5. Back. ``y = (q - (levels - 1) / 2) * step``, or ``q * step + low``; the butterflies of 2, ``* f32(1 / sqrt(n))``,
    ``* sign``; ``x = y + m'``; the embedding again: ``u * cos - w * sin``, ``w * cos + u * sin``; rounded to the dtype.
 
@@ -250,7 +250,7 @@ def _from_bfloat16(bits: Tensor) -> Tensor:
 def _pack(q: Tensor, levels: int) -> U8:
     num_tokens, head_dim = q.shape
     digits = digits_per_byte(levels)
-    q = torch.cat([q, q.new_zeros(-num_tokens % digits, head_dim)]).reshape(-1, digits, head_dim)
+    q = torch.cat([q, q.new_zeros(num_tokens, -head_dim % digits)], dim=1).reshape(num_tokens, digits, -1)
     place = levels ** torch.arange(digits)
     return (q * place[:, None]).sum(1).reshape(-1).numpy().astype(np.uint8)
 
@@ -260,6 +260,5 @@ def _unpack(symbols: U8, levels: int, num_tokens: int, head_dim: int) -> Tensor 
     packed = torch.from_numpy(symbols.astype(np.int64))
     if int(packed.max()) >= levels**digits:
         return None
-    packed = packed.reshape(-1, 1, head_dim)
     place = levels ** torch.arange(digits)
-    return (packed // place[:, None] % levels).flatten(0, 1)[:num_tokens]
+    return (packed.reshape(num_tokens, 1, -1) // place[:, None] % levels).flatten(1)[:, :head_dim]

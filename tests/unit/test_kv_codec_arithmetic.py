@@ -43,7 +43,7 @@ def test_compiled_equals_reference(
     place = place_of(kv, first_token=first_token, first_layer=1)
     fast = code(spec, kv, place)
     decoded = fast.decode()
-    with patch.object(quantised, "_arithmetic", lambda: reference):
+    with patch.object(quantised, "_arithmetic", lambda *_: reference):
         slow = code(spec, kv, place)
         expected = slow.decode()
     assert fast.params == slow.params
