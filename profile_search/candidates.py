@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from itertools import product
-from typing import Any
 
 from kv_transfer.codecs.spec import PipelineSpec, Quantiser
 from profile_search.sensitivity import PlaneSteps
 
-_STEPS = (0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.8)  # of a plane, in its own root mean squares
+_STEPS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.7, 2.0)  # of a plane, in its own root mean squares
 _V_FACTORS = (0.8, 1.0, 1.25)
-_TOKEN_LEVELS = ((16, 16), (16, 8), (12, 8), (8, 8), (8, 6), (6, 6), (6, 4), (5, 4), (4, 4), (4, 3))
-RECENT = {"no recent": (0, 1.0), "recent": (24, 0.15), "more recent": (48, 0.25)}  # tokens, factor on their steps
+_TOKEN_LEVELS = ((16, 16), (16, 8), (12, 8), (8, 6), (6, 6), (6, 4), (5, 4), (4, 3))
+RECENT = {"no recent": (0, 1.0), "recent": (32, 0.12), "more recent": (64, 0.25)}  # tokens, factor on their steps
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,10 @@ def _uniform_steps(rope_theta: float | None, steps: PlaneSteps) -> Iterator[Cand
                 rope_theta=theta,
                 center_v=True,
                 rotate_v=True,
-                k=_uniform(16, k_step),
-                v=_uniform(16, v_step),
-                **(_plane_steps(steps) if is_weighted else {}),
+                k=_uniform(_levels(k_step), k_step),
+                v=_uniform(_levels(v_step), v_step),
+                k_plane_steps=steps.k if is_weighted else (),
+                v_plane_steps=steps.v if is_weighted else (),
                 recent_tokens=tokens,
                 k_recent=_uniform(255, k_step * finer) if tokens else None,
                 v_recent=_uniform(255, v_step * finer) if tokens else None,
@@ -80,10 +80,9 @@ def _uniform_steps(rope_theta: float | None, steps: PlaneSteps) -> Iterator[Cand
             yield Candidate(spec, traits, (math.log2(k_step), math.log2(v_step)))
 
 
-def _plane_steps(steps: PlaneSteps) -> dict[str, Any]:
-    if "k_plane_steps" not in PipelineSpec.model_fields:
-        return {}
-    return {"k_plane_steps": steps.k, "v_plane_steps": steps.v}
+def _levels(step: float) -> int:
+    """Odd, so that zero is a level: most values are near it. Fine steps need more of them."""
+    return 63 if step < 0.45 else 15
 
 
 def _uniform(levels: int, step: float) -> Quantiser:

@@ -20,11 +20,10 @@ def pareto(judged: Sequence[Judged]) -> list[Judged]:
     """Return those that no other beats in one respect without losing in another, by ratio."""
 
     def beats(a: Judged, b: Judged) -> bool:
-        as_good = (
-            a.one.cost.ratio >= b.one.cost.ratio and a.agreement_low >= b.agreement_low and a.one.speed <= b.one.speed
-        )
-        better = a.one.cost.ratio > b.one.cost.ratio or a.agreement_low > b.agreement_low or a.one.speed < b.one.speed
-        return as_good and better
+        ratios, lows = (a.one.cost.ratio, b.one.cost.ratio), (a.agreement_low, b.agreement_low)
+        if a.one.is_slower(b.one) or ratios[0] < ratios[1] or lows[0] < lows[1]:
+            return False
+        return ratios[0] > ratios[1] or lows[0] > lows[1] or b.one.is_slower(a.one)
 
     front = [b for b in judged if not any(beats(a, b) for a in judged)]
     return sorted(front, key=lambda item: item.one.cost.ratio)

@@ -5,6 +5,7 @@ the search are judged anew, on prompts that no decision was made on; what they s
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import count
 
 from kv_transfer.codecs.spec import PipelineSpec
 from kv_transfer.profile import Profile
@@ -14,7 +15,8 @@ from profile_search.observations import Observations
 from profile_search.scores import quality_of, ratio_of
 from profile_search.search import Costed
 
-FINALISTS = 4  # per floor
+FINALISTS = 8  # per floor
+NEAR_MISS = 0.003  # a search's prompts can be harder as well as easier than others
 
 
 def judged_of(pool: Iterable[Costed], observations: Observations) -> list[Judged]:
@@ -29,10 +31,11 @@ def judged_of(pool: Iterable[Costed], observations: Observations) -> list[Judged
 
 
 def finalists(judged: Sequence[Judged], floors: Sequence[float]) -> list[Costed]:
-    """Return the candidates with the highest ratio at each floor, and the front's. Pure."""
+    """Return the candidates with the highest ratio at each floor, near misses among them, and the front's. Pure."""
     chosen = {item.one.candidate.key: item.one for item in pareto(judged)}
     for floor in floors:
-        able = sorted((item for item in judged if item.agreement_low >= floor), key=lambda item: -item.one.cost.ratio)
+        near = [item for item in judged if item.agreement_low >= floor - NEAR_MISS]
+        able = sorted(near, key=lambda item: -item.one.cost.ratio)
         chosen |= {item.one.candidate.key: item.one for item in able[:FINALISTS]}
     return list(chosen.values())
 
@@ -50,7 +53,8 @@ def accept(chosen: Sequence[Costed], acceptance: Observations, floors: Sequence[
     for floor in floors:
         able = [item for item in measured if item[1].agreement_low >= floor]
         for one, quality, ratio in able:
-            if not any(other[0].speed <= one.speed and other[2] > ratio for other in able):
+            worth = (ratio, quality.agreement_low)
+            if not any((other[2], other[1].agreement_low) > worth and not other[0].is_slower(one) for other in able):
                 kept.setdefault(
                     one.candidate.key,
                     Profile(
@@ -70,7 +74,8 @@ def exact_profile(name: str, spec: PipelineSpec, cost: Cost) -> Profile:
 
 
 def _name(ratio: float, kept: dict[str, Profile], key: str) -> str:
-    """Return x<ratio>, with a letter where that is taken. Pure."""
+    """Return x<ratio>, with a number where that is taken. Pure."""
     taken = {profile.name for other, profile in kept.items() if other != key}
     base = f"x{ratio:.1f}"
-    return next(name for name in (base, *(f"{base}{letter}" for letter in "bcdefgh")) if name not in taken)
+    names = (base if number == 1 else f"{base}-{number}" for number in count(1))
+    return next(name for name in names if name not in taken)

@@ -8,11 +8,11 @@ still be feasible. What is dropped without asking:
 - what is dominated: a feasible candidate has at least its ratio at no slower a codec;
 - what is coarser in every knob, of one family, than a candidate that is not feasible (quality is monotone there).
 
-Stops when nothing is left, or when nothing promises a gain any more. Time is compared in classes (half an octave):
-a front that consists of timing noise helps nobody. Pure but for `Observations`, through which the judge is asked.
+Stops when nothing is left, or when nothing promises a gain any more. A codec counts as slower only when it is clearly
+slower (`SLOWER`): a front that consists of timing noise helps nobody. Pure but for `Observations`, through which the
+judge is asked.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,6 +28,7 @@ from profile_search.surrogate import features_of, guess
 FLOORS = (0.99, 0.98, 0.97, 0.95, 0.90)
 RUNGS = (8, 32)  # prompts of the first steps of successive halving; the last step is all of them
 COLD_STARTS = 6
+SLOWER = 1.5
 _CLEARLY = 2.6  # standard errors below the floor
 _PATIENCE = 4  # judged candidates in a row without a gain
 _HOPELESS = 0.03  # expected gain in ratio, relative to the best, below which asking is not worth it
@@ -43,16 +44,15 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Costed:
-    """A lossy candidate with its cost; `speed` is its class of codec time, lower is faster."""
+    """A lossy candidate with its cost; `codec_s` is of a typical frame, both directions."""
 
     candidate: Candidate
     cost: Cost
-    speed: int
+    codec_s: float
 
-
-def costed(candidate: Candidate, cost: Cost, raw_bytes: int) -> Costed:
-    """Pure. Args: raw_bytes: of a typical frame."""
-    return Costed(candidate, cost, round(2 * math.log2(max(cost.codec_s(raw_bytes), 1e-9))))
+    def is_slower(self, other: "Costed") -> bool:
+        """Tell whether it is clearly slower than `other`. Pure."""
+        return self.codec_s > SLOWER * other.codec_s
 
 
 def verdict(scores: Sequence[PromptScore], floor: float, num_prompts: int) -> Verdict:
@@ -67,7 +67,7 @@ def verdict(scores: Sequence[PromptScore], floor: float, num_prompts: int) -> Ve
 
 def is_dominated(one: Costed, feasible: Sequence[Costed]) -> bool:
     """Tell whether a feasible candidate has at least the ratio at no slower a codec. Pure."""
-    return any(other.cost.ratio >= one.cost.ratio and other.speed <= one.speed for other in feasible)
+    return any(other.cost.ratio >= one.cost.ratio and not other.is_slower(one) for other in feasible)
 
 
 def is_coarser(one: Candidate, infeasible: Sequence[Candidate]) -> bool:
@@ -80,7 +80,7 @@ def is_coarser(one: Candidate, infeasible: Sequence[Candidate]) -> bool:
 
 def gain(one: Costed, feasible: Sequence[Costed]) -> float:
     """Return how much more ratio it has than anything feasible that is no slower; 1 is the ratio of none. Pure."""
-    return one.cost.ratio - max((other.cost.ratio for other in feasible if other.speed <= one.speed), default=1.0)
+    return one.cost.ratio - max((other.cost.ratio for other in feasible if not other.is_slower(one)), default=1.0)
 
 
 def search(
@@ -124,7 +124,8 @@ def _search_floor(
         if not left:
             return
         seen = [at for at, one in enumerate(pool) if observations.scores(one.candidate)]
-        if len(seen) < COLD_STARTS:
+        is_cold = len(seen) < COLD_STARTS
+        if is_cold:
             chosen = _cold_start(pool, left, len(seen))
         else:
             guessed = guess(features, seen, [observations.scores(pool[at].candidate) for at in seen], num_prompts)
@@ -137,13 +138,14 @@ def _search_floor(
             weight = max(0.02, 0.3 * 0.85**iteration)
             chosen = left[int(np.argmax(expected + weight * unknown * gains.mean()))]
         won = _halve(pool[chosen], observations, floor) is Verdict.FEASIBLE
-        idle, iteration = (0 if won else idle + 1), iteration + 1
+        idle = 0 if won or is_cold else idle + 1
+        iteration += 1
 
 
 def _cold_start(pool: Sequence[Costed], left: Sequence[int], num_seen: int) -> int:
-    """Return one of evenly spaced candidates over the ratio, aggressive first."""
+    """Return one of evenly spaced candidates over the ratio, aggressive first; the last is the mildest of all."""
     ordered = sorted(left, key=lambda at: -pool[at].cost.ratio)
-    return ordered[min(len(ordered) - 1, num_seen * len(ordered) // COLD_STARTS)]
+    return ordered[num_seen * (len(ordered) - 1) // (COLD_STARTS - 1)]
 
 
 def _halve(one: Costed, observations: Observations, floor: float) -> Verdict:

@@ -28,7 +28,7 @@ from profile_search.judge import InjectionJudge
 from profile_search.observations import Observations
 from profile_search.plot import draw
 from profile_search.prompts import load_prompts
-from profile_search.search import FLOORS, Costed, costed, search
+from profile_search.search import FLOORS, Costed, search
 from profile_search.sensitivity import PlaneSteps, measure_steps
 
 COST_PROMPTS = 9  # one of each stratum: the ratio of record is the finalists', on all prompts
@@ -152,7 +152,8 @@ def _measure_costs(
     pool = []
     for done, candidate in enumerate(candidates):
         told("ratio and codec time", done, len(candidates))
-        one = costed(candidate, observations.cost(candidate, measure), frame_bytes)
+        cost = observations.cost(candidate, measure)
+        one = Costed(candidate, cost, cost.codec_s(frame_bytes))
         if one.cost.ratio > 1.0:
             pool.append(one)
     exacts = [
