@@ -9,6 +9,7 @@ from kv_transfer.choice import EXACT
 from kv_transfer.codec import RAW, Encoder
 from kv_transfer.codecs.spec import PipelineSpec
 from kv_transfer.profile import NONE, Profile
+from kv_transfer.token_selection import TokenSelection
 
 
 class StageCost(Protocol):
@@ -29,6 +30,7 @@ class Arm:
         ratio: raw bytes over bytes on the wire.
         encode_fixed_s, encode_s_per_byte, decode_fixed_s, decode_s_per_byte: per frame, per raw byte, on one core.
         agreement_low: lower confidence bound of the token agreement; 1 for lossless profiles.
+        selection: which tokens it hands over; None: all.
         loss_rank: 0 for `none`, then lossless, then by falling agreement.
     """
 
@@ -42,6 +44,7 @@ class Arm:
     agreement_low: float
     is_lossless: bool
     loss_rank: int
+    selection: TokenSelection | None = None
 
     def meets(self, quality_floor: float) -> bool:
         """Tell whether a request with this floor may use it; a floor of 1 is exactness. Pure."""
@@ -80,6 +83,7 @@ def _arm(profile: Profile, encoder: Encoder, loss_rank: int) -> Arm:
         _agreement_low(profile),
         profile.is_lossless,
         loss_rank,
+        profile.pipeline.selection,
     )
 
 

@@ -32,9 +32,8 @@ class Chooser:
         self._ring.add(decision)
         self._metrics.decided(decision)
         chosen = decision.chosen
-        return Choice(
-            chosen.profile, self.policy.arms[chosen.profile].encoder, chosen.predicted_s, decision.reason.value
-        )
+        arm = self.policy.arms[chosen.profile]
+        return Choice(chosen.profile, arm.encoder, chosen.predicted_s, decision.reason.value, arm.selection)
 
     def observe(self, observation: TransferObservation) -> None:
         decision = self._outstanding.pop(observation.transfer_id, None)

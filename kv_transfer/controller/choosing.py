@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kv_transfer.controller.arms import Arm
 from kv_transfer.controller.config import ControllerConfig
@@ -9,8 +10,7 @@ from kv_transfer.controller.decisions import Candidate, DecisionReason
 from kv_transfer.controller.model import MIN_EXPOSED_S
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One candidate in the choice.
 
     Attributes:

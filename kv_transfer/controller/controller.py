@@ -136,7 +136,7 @@ class ControllerPolicy:
             if score_s <= limit_s and estimate.arm.loss_rank < best.arm.loss_rank:
                 challenger = estimate
                 break
-            optimistic_s = score_s - self._estimator.codec_doubt_s(estimate, where, now)
+            optimistic_s = score_s - self._estimator.codec_doubt_s(estimate, score_s - challenger_s, where, now)
             if optimistic_s < challenger_s:
                 challenger, challenger_s = estimate, optimistic_s
         if challenger is not None and challenger is not before and challenger is not after:
@@ -160,23 +160,22 @@ class ControllerPolicy:
         entries = []
         for estimate in shortlist:
             score_s = sampled_s = _score(estimate)
-            variance = error = 0.0
-            for cause in self._estimator.causes(estimate, where):
-                spread = cause.sensitivity * math.sqrt(self._experience.believe(cause.key, now)[1])
-                variance += spread * spread
-                kind = cause.key.kind
-                if not may_try:
-                    continue
-                if kind == "machine":
-                    error += spread * machine_error
-                elif kind == "wire":
-                    error += spread * wire_error - cause.sensitivity * untested
-                else:
-                    error += spread * gauss(0.0, 1.0)
-            doubt = math.sqrt(variance)
-            has_slack = budget_s is None or estimate.exposed_s * math.exp(doubt) <= budget_s
-            if may_try and has_slack and score_s <= limit_s:
-                sampled_s += estimate.exposed_s * (math.exp(config.exploration * error) - 1.0)
+            doubt = 0.0
+            if may_try and score_s <= limit_s:
+                variance = error = 0.0
+                for cause in self._estimator.causes(estimate, where):
+                    spread = cause.sensitivity * math.sqrt(self._experience.believe(cause.key, now)[1])
+                    variance += spread * spread
+                    kind = cause.key.kind
+                    if kind == "machine":
+                        error += spread * machine_error
+                    elif kind == "wire":
+                        error += spread * wire_error - cause.sensitivity * untested
+                    else:
+                        error += spread * gauss(0.0, 1.0)
+                doubt = math.sqrt(variance)
+                if budget_s is None or estimate.exposed_s * math.exp(doubt) <= budget_s:
+                    sampled_s += estimate.exposed_s * (math.exp(config.exploration * error) - 1.0)
             entries.append(Entry(estimate.arm, estimate.candidate(doubt), score_s, sampled_s))
         return entries
 

@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 
 from kv_transfer.controller.arms import Arm
-from kv_transfer.controller.bandit import Cause, Experience, Key
+from kv_transfer.controller.bandit import PRIOR_VARIANCES, Cause, Experience, Key
 from kv_transfer.controller.decisions import Candidate
 from kv_transfer.controller.model import MIN_EXPOSED_S, Prediction, predict, sensitivity
 from kv_transfer.controller.policy import Place
 
 _MACHINE = Key("machine")
 _MAX_REMEMBERED = 1024
+_MAX_CODEC_DOUBT = 1.0 - math.exp(-math.sqrt(PRIOR_VARIANCES["codec"]))
 
 
 class Estimate:
@@ -87,16 +88,20 @@ class Estimator:
             codec_factor = exp(machine + codec) if arm.loss_rank else 1.0
             wire_factor = exp(wire - ratio)
             times = predict(arm, at, codec_factor, wire_factor)
-            estimates.append(Estimate(arm, times, compute_s, codec_factor, wire_factor, exp(rest)))
+            residual = exp(rest) if rest else 1.0
+            estimates.append(Estimate(arm, times, compute_s, codec_factor, wire_factor, residual))
         return estimates
 
-    def codec_doubt_s(self, estimate: Estimate, where: Place, now: float) -> float:
+    def codec_doubt_s(self, estimate: Estimate, at_least_s: float, where: Place, now: float) -> float:
         """Return by how much the arm would be faster if its codec were one standard deviation faster. Changes nothing.
 
-        To first order, and as if all of the codec's time were exposed: who is told apart here is only looked at.
+        To first order, and as if all of the codec's time were exposed: who is told apart here is only looked at. What
+        cannot be `at_least_s` is 0: most arms are not worth the look-up.
         """
         times = estimate.times
         codec_s = min(estimate.exposed_s, (times.encode_s + times.decode_s) / where.situation.codec_threads)
+        if codec_s * _MAX_CODEC_DOUBT < at_least_s:
+            return 0.0
         variance = self._experience.believe(Key("codec", "", estimate.arm.name), now)[1]
         return codec_s * (1.0 - math.exp(-math.sqrt(variance)))
 

@@ -16,14 +16,12 @@ Source: KVServe's model (reference/kv_transfer.md 1.4), serial there; the pipeli
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from kv_transfer.controller.arms import Arm
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
+class Situation(NamedTuple):
     """What all arms of one question have in common.
 
     Attributes:

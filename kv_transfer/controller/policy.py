@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kv_transfer.choice import LinkView, TransferObservation, TransferQuestion
 from kv_transfer.controller.arms import Arm
@@ -55,8 +55,7 @@ class Pipeline:
         return min(self.max_frame_bytes, max(self.min_frame_bytes, -(-raw_bytes // self.frames_per_transfer)))
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A question's situation, and where it is looked up in experience.
 
     Attributes:
