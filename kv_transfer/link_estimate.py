@@ -38,7 +38,7 @@ _WIRE_BOUND_ROUND_TRIPS = 4.0
 _LULL_RATIO = 0.25
 _RTT_WEIGHT = 0.125
 _RTT_MEMORY_SAMPLES = 64  # the minimum is forgotten after so many round trips: routes change
-_MIN_INTERVAL_S = 1e-6
+_MIN_INTERVAL_S = 1e-5  # less is a clock, not a wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +153,8 @@ class GoodputEstimator:
         if not self._is_warm:
             self._num_cold_samples += 1
             self._is_warm = self._num_cold_samples >= _WARM_UP_SAMPLES
+            return
+        if elapsed <= 0:  # dated by another clock
             return
         latency = self._rtt_min or 0.0
         interval = max(elapsed - latency, elapsed / 2) if anchor.is_idle else elapsed

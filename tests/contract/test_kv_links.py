@@ -1,10 +1,12 @@
 """One suite for every carrier: both ends in this process, each on a thread of its own; real sockets, real memory."""
 
 import itertools
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,6 +299,40 @@ def test_an_end_says_what_it_is_carried_by(carrier: str) -> None:
     links = _open(carrier)
     with _joined(links) as (sender, receiver):
         assert sender.carrier == receiver.carrier == carrier
+    links.close()
+
+
+# --- carriers over sockets --------------------------------------------------------------------------------------------
+
+
+def _leftovers() -> tuple[int, int]:
+    """Return how many descriptors this process has open, and how many segments it has mapped."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    return len(os.listdir("/proc/self/fd")), maps.count("tandem-kv-link")
+
+
+@pytest.mark.parametrize("carrier", ["shm", "tcp", "auto"])
+def test_closed_links_leave_nothing_behind(carrier: str) -> None:
+    before = _leftovers()
+    links = _open(carrier)
+    for _ in range(3):
+        with _joined(links) as (sender, receiver):
+            _send(sender, 1)
+            receiver.release(receiver.receive())
+    with pytest.raises(LinkError):
+        links.open_receive(_plan(open_timeout_s=0.05))
+    links.close()
+    assert _leftovers() == before
+
+
+@pytest.mark.parametrize("carrier", ["shm", "tcp"])
+def test_a_name_is_met_once(carrier: str) -> None:
+    links, plan = _open(carrier), _plan(open_timeout_s=0.5)
+    with _joined(links, plan) as (sender, receiver):
+        with pytest.raises(LinkError):
+            links.open_send(links.host(), plan)
+        _send(sender, 4)
+        assert int(receiver.receive().memory[0]) == 4
     links.close()
 
 

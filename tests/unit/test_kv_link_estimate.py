@@ -191,6 +191,17 @@ def test_repeated_and_late_acknowledgements_change_nothing() -> None:
     assert wire.estimator.in_flight_bytes == 0
 
 
+def test_an_acknowledgement_dated_before_its_message_teaches_nothing() -> None:
+    wire = Wire(100 * MBIT)
+    wire.stream(10, MIB)
+    wire.settle()
+    learned = wire.estimator.goodput_bytes_per_s
+    wire.send(MIB)
+    wire.estimator.acknowledged(wire.now - 0.01, 11 * MIB)
+    assert wire.estimator.goodput_bytes_per_s == learned
+    assert wire.estimator.in_flight_bytes == 0
+
+
 Steps = st.lists(
     st.tuples(st.floats(0, 2), st.sampled_from(["send", "ack"]), st.integers(0, 4 * MIB), st.booleans()), max_size=60
 )
