@@ -61,6 +61,9 @@ class KvTransferConfig(ConfigModel):
         ge=4096,
         description="bytes of KV per link and side that are being encoded ahead of the wire, or decoded behind it",
     )
+    codec_timeout_s: float = Field(
+        30.0, gt=0, description="coding one frame, waiting for a codec thread included; longer means that it is stuck"
+    )
     rate_limit_bytes_per_s: float | None = Field(
         None, gt=0, description="each link sends no faster than this; for tests and for polite background traffic"
     )

@@ -88,7 +88,7 @@ class ReceivePump:
             buffers,
             self,
             max_raw_bytes=config.lookahead_bytes,
-            patience_s=config.send_timeout_s,
+            patience_s=config.codec_timeout_s,
         )
         # Credit goes back in portions: large enough to be few messages, small enough that a sender which waits for one
         # more slot always gets it.

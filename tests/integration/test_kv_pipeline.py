@@ -1,6 +1,7 @@
 """Coded transfers: frames are encoded ahead of the wire and decoded behind it, and nothing else changes."""
 
 import asyncio
+import dataclasses
 import threading
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 from core.ids import TransferId
 from kv_transfer.codec import RAW, Encoded
+from kv_transfer.codecs.ladder import ladder
+from kv_transfer.codecs.pipeline import open_encoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES, FrameRefused, decode_header
 from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd, Slot
@@ -214,6 +217,27 @@ async def test_a_frame_may_hold_more_than_a_slot_when_it_is_coded() -> None:
         assert (target == 1).all()
 
 
+@pytest.mark.parametrize("rung", ["lossless", "fp8"])
+async def test_rungs_of_the_ladder_cross(rung: str) -> None:
+    hub = MemoryHub()
+    chooser = FixedChooser(open_encoder(ladder()[rung]), rung)
+    layout = dataclasses.replace(LAYOUT, dtype="bfloat16", head_dim=64)
+    config = KvTransferConfig(backend="memory", min_frame_raw_bytes=16384, frames_per_transfer=4)
+    links = (MemoryLinks(hub), MemoryLinks(hub))
+    async with Duo(config, links=links, chooser=chooser, sender_layout=layout, receiver_layout=layout) as duo:
+        transfer_id, kv, target = await duo.begin("a", num_tokens=200)
+        duo.sender.push(transfer_id, LAYERS, range(200))
+        duo.sender.commit(transfer_id, 1)
+        assert await duo.sent.outcome(transfer_id) == "acked"
+        assert await duo.landed.outcome(transfer_id) == "landed"
+        stats = duo.landed.stats[transfer_id]
+        assert (stats.profile, stats.profile_is_lossless) == (rung, rung == "lossless")
+        assert stats.payload_bytes == kv.nbytes > stats.wire_bytes
+        assert 4 <= stats.num_frames <= 8
+        assert torch.equal(kv, target) == (rung == "lossless")
+        assert torch.allclose(kv, target, rtol=0.2, atol=0.2)
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +257,7 @@ async def test_an_encoder_that_fails_ends_its_transfer_alone() -> None:
 
 
 async def test_an_encoder_that_does_not_end_fails_its_transfer() -> None:
-    coded = Coded(CONFIG.model_copy(update={"send_timeout_s": 0.2}))
+    coded = Coded(CONFIG.model_copy(update={"codec_timeout_s": 0.2}))
     coded.encoder.stops.hold(0)
     async with coded.duo as duo:
         transfer_id, _, _ = await duo.begin("a", num_tokens=8)
