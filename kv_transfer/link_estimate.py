@@ -38,7 +38,7 @@ _WIRE_BOUND_ROUND_TRIPS = 4.0
 _LULL_RATIO = 0.25
 _RTT_WEIGHT = 0.125
 _RTT_MEMORY_SAMPLES = 64  # the minimum is forgotten after so many round trips: routes change
-_MIN_INTERVAL_S = 1e-5  # less is a clock, not a wire
+_MIN_INTERVAL_S = 1e-6  # less is a clock, not a wire
 
 
 @dataclass(frozen=True, slots=True)
