@@ -21,7 +21,7 @@ from decode_workers import policy
 from decode_workers.config import DecodeWorkerConfig
 from decode_workers.metrics import DecodeMetrics
 from decode_workers.state import DecodeRequest
-from engine.engine import Reservation
+from engine.engine import Engine, Reservation
 from engine.loop import StepResult
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats
@@ -100,6 +100,7 @@ class DecodeDesk:
                 stats.wire_bytes,
                 stats.profile,
                 stats.profile_is_lossless,
+                stats.dropped_tokens,
             )
             _log.debug(
                 "%s: %d bytes of KV landed as %d under profile %s",
@@ -162,10 +163,15 @@ class DecodeDesk:
                 case error:
                     self.requests.on_defect(error)
 
-        first_tokens, is_exact = (activate.first_token_id,), activate.is_exact
-        self.requests.ask_engine(
-            lambda engine: engine.activate(activate.request_id, first_tokens, exact=is_exact), activated
-        )
+        def join(engine: Engine) -> None:
+            engine.activate(
+                activate.request_id,
+                (activate.first_token_id,),
+                exact=activate.is_exact,
+                num_dropped=activate.num_dropped,
+            )
+
+        self.requests.ask_engine(join, activated)
 
     def _perform(self, machine: DecodeRequest, stream: Stream, effect: m.OwnEffect) -> None:
         match effect:

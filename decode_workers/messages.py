@@ -32,6 +32,7 @@ class KvLanded:
         exposed_s: prefill end to landed.
         kv_bytes: of what was sent, before compression; `kv_wire_bytes` is what crossed.
         is_lossless: what was sent is equal bit for bit.
+        dropped_tokens: prompt tokens that the profile left out.
     """
 
     first_token_id: int
@@ -40,6 +41,7 @@ class KvLanded:
     kv_wire_bytes: int
     kv_profile: str
     is_lossless: bool
+    dropped_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class ActivateInEngine:
     request_id: RequestId
     first_token_id: int
     is_exact: bool
+    num_dropped: int
     cause: str
 
 

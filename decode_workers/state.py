@@ -189,7 +189,10 @@ class DecodeRequest:
                 effects.append(SendFailed(self.request_id, error, cause))
             case KvLanded():
                 self._landed, self._landed_at = event, now
-                effects.append(ActivateInEngine(self.request_id, event.first_token_id, event.is_lossless, cause))
+                activate = ActivateInEngine(
+                    self.request_id, event.first_token_id, event.is_lossless, event.dropped_tokens, cause
+                )
+                effects.append(activate)
             case TokensProduced(output) | StreamFinished(output):
                 effects.extend(self._tell_landed(now, cause))
                 effects.append(SendOutput(output, cause))
@@ -222,7 +225,7 @@ class DecodeRequest:
         landed, self._landed = self._landed, None
         if landed is None:
             return []
-        sent = self.request.num_prompt_tokens - self.held_tokens
+        sent = self.request.num_prompt_tokens - self.held_tokens - landed.dropped_tokens
         first_decode_s = now - self._landed_at
         return [
             SendLanded(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from core.errors import DuplicateRequest, RejectedError, RejectReason
+from core.errors import DuplicateRequest, RejectedError, RejectReason, TransferError
 from core.ids import RequestId
 from core.kv_events import BlocksStored, KvEvent
 from core.layout import KvLayout
@@ -277,9 +277,10 @@ class Engine:
             num_dropped: prompt tokens whose KV was left out; that of the others was written to the first places.
         Raises:
             NoSuchHandoff: there is no such reservation.
-            TransferError: KV is missing or being written; the reservation stays.
+            TransferError: KV is missing, being written, or left out of a model that needs it; the reservation stays.
         """
-        assert not (num_dropped and (exact or self.model_info.has_sliding_window)), "these need every token"
+        if num_dropped and (exact or self.model_info.has_sliding_window):
+            raise TransferError("dropped_tokens", f"{num_dropped} tokens were left out, and every one is needed")
         self._handoffs.check_complete(request_id, num_dropped)
         assert first_tokens, "the first token comes from the prefill side"
         self._handoffs.close(request_id)

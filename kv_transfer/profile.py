@@ -91,7 +91,7 @@ class Profile(ConfigModel):
     @property
     def is_lossless(self) -> bool:
         """Whether what arrives is equal bit for bit."""
-        return self.pipeline.kind in ("none", "lossless")
+        return self.pipeline.is_lossless
 
     def meets(self, quality_floor: float) -> bool:
         """Tell whether a request with this floor may use it: by the lower bound; a floor of 1 is exactness. Pure."""

@@ -32,7 +32,7 @@ from prefill_workers.metrics import PrefillMetrics
 from prefill_workers.state import PrefillRequest, PrefillState
 from workers.desk import RequestDesk, Stream
 from workers.messages import EngineFailed, SendAccepted, SendFailed, TransferFailed
-from workers.profiles import get_ready, profiles_for
+from workers.profiles import get_ready, profiles_for, without_scores
 from workers.service import Opening
 
 
@@ -56,6 +56,8 @@ class PrefillDesk:
         self.identity = opening.identity
         self._layout = engine.layout
         self._profiles = profiles_for(config.transfer, config.model.path, engine.layout)
+        if config.engine.score_window == 0 or engine.model_info.has_sliding_window:
+            self._profiles = without_scores(self._profiles)
         self._chooser = open_chooser(
             config.transfer,
             self._profiles,
@@ -78,6 +80,7 @@ class PrefillDesk:
             around.clock,
             metrics=KvTransferMetrics(around.metrics.registry),
             chooser=self._chooser,
+            tokens=engine,
         )
         self.requests = RequestDesk[PrefillRequest, m.OwnEvent, m.OwnEffect](
             around, self._perform, self.transfers.abort

@@ -51,6 +51,15 @@ def profiles_for(config: KvTransferConfig, model_path: Path, layout: KvLayout) -
     return found
 
 
+def without_scores(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
+    """Return the profiles that hand every token over: what is left when the engine keeps no scores of tokens. Pure."""
+    kept = tuple(profile for profile in profiles if profile.pipeline.selection is None)
+    for profile in profiles:
+        if profile not in kept:
+            _log.warning("profile %s leaves tokens out by their scores: set engine.score_window", profile.name)
+    return kept
+
+
 def get_ready(profiles: Sequence[Profile], layout: KvLayout) -> None:
     """Compile what these profiles need. Blocking; takes seconds on a machine that never did it before."""
     warm_up([profile.pipeline for profile in profiles], layout)

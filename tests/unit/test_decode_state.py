@@ -91,7 +91,7 @@ def test_the_good_way_lands_runs_and_finishes() -> None:
         SendAccepted(R, 16, "BlocksReserved"),
     ]
     assert it.next_deadline() == 15.0
-    assert it.handle(LANDED, 11.0) == [ActivateInEngine(R, 42, False, "KvLanded")]
+    assert it.handle(LANDED, 11.0) == [ActivateInEngine(R, 42, False, 0, "KvLanded")]
     assert it.next_deadline() is None
     assert it.handle(MORE, 11.5) == [
         SendLanded(R, 0.25, 0.5, 16, 4, 4096, 512, "x8", False, "TokensProduced"),
