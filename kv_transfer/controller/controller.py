@@ -4,6 +4,7 @@ import math
 import random
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 from kv_transfer.choice import TransferObservation, TransferQuestion
 from kv_transfer.controller.arms import Arm
@@ -21,6 +22,7 @@ from kv_transfer.controller.policy import Pipeline, Place, place
 
 _RATIO_NOISE_VARIANCE = 0.05**2
 _QUEUE_NOISE_VARIANCE = 0.3**2  # of the queue's part of the time
+_SCORE = attrgetter("score_s")
 _OPTIMISM = 0.06  # doubt of a goodput that so many transfers in a row have not put to the test, per root of them
 _MAX_UNTESTED = 100
 _TESTS_WIRE = 0.5  # sensitivity from which a transfer does
@@ -101,12 +103,11 @@ class ControllerPolicy:
         least_s = min([estimate.times.occupancy_s for estimate in estimates])
         price_of = self._crowding.pricing(least_s, where.situation.queue_s, arrival_rate)
         for estimate in estimates:
-            estimate.price_s = price_of(estimate.times.occupancy_s)
-        if budget_s is not None:
-            best = min(estimates, key=_score)
-            if best.exposed_s > budget_s:
-                for estimate in estimates:
-                    estimate.price_s = 0.0
+            estimate.price_s = price = price_of(estimate.times.occupancy_s)
+            estimate.score_s = estimate.total_s + price
+        if budget_s is not None and min(estimates, key=_SCORE).exposed_s > budget_s:
+            for estimate in estimates:
+                estimate.price_s, estimate.score_s = 0.0, estimate.total_s
 
     def _shortlist(self, estimates: Sequence[Estimate], where: Place, now: float) -> list[Estimate]:
         """Return the best, its neighbours on the envelope over 1/B, and `none`: four at most.
@@ -114,8 +115,8 @@ class ControllerPolicy:
         A neighbour gives way to one that might be faster than the best if its codec is as fast as the doubt allows, or
         to one that is about as fast as the best and less lossy: both may be nowhere on the envelope.
         """
-        best = min(estimates, key=_score)
-        order = sorted(estimates, key=_wire, reverse=True)
+        best = min(estimates, key=_SCORE)
+        order = sorted(estimates, key=_wire)
         hull = lower_envelope([(each.times.encode_s + each.times.decode_s, each.times.wire_s) for each in order])
         before = after = best
         best_at = order.index(best)
@@ -125,12 +126,12 @@ class ControllerPolicy:
             elif at > best_at:
                 after = order[at]
                 break
-        best_s = _score(best)
+        best_s = best.score_s
         limit_s = best_s * (1.0 + self._config.quality_margin_ratio)
         challenger, challenger_s = None, best_s
         none = estimates[0]
         for estimate in estimates:
-            score_s = estimate.total_s + estimate.price_s
+            score_s = estimate.score_s
             if estimate is best or estimate is none or score_s > 2.0 * best_s:
                 continue
             if score_s <= limit_s and estimate.arm.loss_rank < best.arm.loss_rank:
@@ -140,7 +141,7 @@ class ControllerPolicy:
             if optimistic_s < challenger_s:
                 challenger, challenger_s = estimate, optimistic_s
         if challenger is not None and challenger is not before and challenger is not after:
-            if before is best or before is none or (after is not best and _score(before) >= _score(after)):
+            if before is best or before is none or (after is not best and before.score_s >= after.score_s):
                 before = challenger
             else:
                 after = challenger
@@ -151,7 +152,7 @@ class ControllerPolicy:
     ) -> list[Entry]:
         config, budget_s = self._config, question.terms.budget_s
         may_try = config.exploration > 0.0 and not where.is_prior and len(shortlist) > 1
-        limit_s = min(map(_score, shortlist)) * config.max_exploration_ratio
+        limit_s = min(map(_SCORE, shortlist)) * config.max_exploration_ratio
         gauss = self._gauss
         machine_error = wire_error = untested = 0.0
         if may_try:
@@ -159,7 +160,7 @@ class ControllerPolicy:
             untested = abs(gauss(0.0, 1.0)) * _OPTIMISM * math.sqrt(self._untested.get(question.peer, 0))
         entries = []
         for estimate in shortlist:
-            score_s = sampled_s = _score(estimate)
+            score_s = sampled_s = estimate.score_s
             doubt = 0.0
             if may_try and score_s <= limit_s:
                 variance = error = 0.0
@@ -197,7 +198,8 @@ class ControllerPolicy:
                 self._cooldowns.ended(link_class, name, is_miss=True, now=now)
             return 0.0
         budget_s = question.terms.budget_s
-        missed = budget_s is not None and decision.meets_budget and observation.exposed_s > budget_s
+        exposed_s = _exposed_s(observation)
+        missed = budget_s is not None and decision.meets_budget and exposed_s > budget_s
         self._cooldowns.ended(link_class, name, is_miss=missed, now=now)
         where = self._hindsight(decision, observation)
         arm = self.arms[name]
@@ -206,21 +208,20 @@ class ControllerPolicy:
             self._experience.learn_directly(ratio_key(arm, where), log_ratio, _RATIO_NOISE_VARIANCE, now)
         (estimate,) = self._estimator.estimates((arm,), where, now)
         causes = self._estimator.causes(estimate, where)
-        log_error = math.log(max(observation.exposed_s, MIN_EXPOSED_S) / estimate.exposed_s)
+        log_error = math.log(exposed_s / estimate.exposed_s)
         self._experience.learn(where.link_class, log_error, _noise(decision, where, estimate), causes, now)
         self._note_test(question.peer, tests_wire=causes[1].sensitivity >= _TESTS_WIRE)
         return self._regret_s(decision, where, now)
 
     def _hindsight(self, decision: Decision, observation: TransferObservation) -> Place:
         """Return the decision's place with what is known by now of the link and of the prefill."""
-        assert observation.exposed_s is not None
         goodput = observation.goodput_bytes_per_s or decision.question.link.goodput_bytes_per_s
         return place(
             decision.question,
             self._config,
             self._pipeline,
             goodput_bytes_per_s=goodput,
-            compute_s=max(0.0, observation.observed_s - observation.exposed_s),
+            compute_s=max(0.0, observation.observed_s - _exposed_s(observation)),
             encode_backlog_s=decision.encode_backlog_s,
         )
 
@@ -237,12 +238,16 @@ class ControllerPolicy:
         return totals[decision.chosen.profile] - min(totals.values())
 
 
-def _score(estimate: Estimate) -> float:
-    return estimate.total_s + estimate.price_s
-
-
 def _wire(estimate: Estimate) -> float:
-    return estimate.times.wire_s
+    return -estimate.times.wire_s
+
+
+def _exposed_s(observation: TransferObservation) -> float:
+    """Return what came after both the prefill and the question: the one may have ended before the other. Pure."""
+    exposed_s = observation.exposed_s
+    if exposed_s is None or exposed_s > observation.observed_s:
+        exposed_s = observation.observed_s
+    return max(exposed_s, MIN_EXPOSED_S)
 
 
 def _noise(decision: Decision, where: Place, estimate: Estimate) -> float:

@@ -23,25 +23,37 @@ class Estimate:
     Attributes:
         codec_factor, wire_factor, residual: that experience puts on the model's stages, and on the exposed time.
         total_s, exposed_s: after all of them.
-        price_s: of crowding; set by the policy.
+        price_s, score_s: of crowding, and with it; set by the policy.
+        wire_key, codec_key, rest_key: whose beliefs these are.
     """
 
-    __slots__ = ("arm", "codec_factor", "exposed_s", "price_s", "residual", "times", "total_s", "wire_factor")
+    __slots__ = (
+        "arm",
+        "codec_factor",
+        "codec_key",
+        "exposed_s",
+        "price_s",
+        "residual",
+        "rest_key",
+        "score_s",
+        "times",
+        "total_s",
+        "wire_factor",
+        "wire_key",
+    )
 
-    def __init__(
-        self, arm: Arm, times: Prediction, compute_s: float, codec_factor: float, wire_factor: float, residual: float
-    ) -> None:
-        exposed = times.total_s - compute_s
-        if exposed < MIN_EXPOSED_S:
-            exposed = MIN_EXPOSED_S
-        self.arm = arm
-        self.times = times
-        self.codec_factor = codec_factor
-        self.wire_factor = wire_factor
-        self.residual = residual
-        self.exposed_s = exposed = exposed * residual
-        self.total_s = compute_s + exposed
-        self.price_s = 0.0
+    arm: Arm
+    times: Prediction
+    codec_factor: float
+    wire_factor: float
+    residual: float
+    exposed_s: float
+    total_s: float
+    price_s: float
+    score_s: float
+    wire_key: Key
+    codec_key: Key
+    rest_key: Key
 
     def candidate(self, doubt: float) -> Candidate:
         """Return the terms as they are told."""
@@ -83,13 +95,23 @@ class Estimator:
         machine, wire = next(believed), next(believed)
         if where.is_prior:  # the mean time, not the time at the mean: a link may be slower by far more than faster
             wire += self._experience.believe(keys[1], now)[1] / 2
-        estimates = []
+        estimates, wire_key, at_key = [], keys[1], 2
         for arm, codec, ratio, rest in zip(arms, believed, believed, believed, strict=True):
             codec_factor = exp(machine + codec) if arm.loss_rank else 1.0
             wire_factor = exp(wire - ratio)
             times = predict(arm, at, codec_factor, wire_factor)
+            estimate = Estimate()  # filled here: a call per arm is a tenth of a decision
+            exposed = times.total_s - compute_s
             residual = exp(rest) if rest else 1.0
-            estimates.append(Estimate(arm, times, compute_s, codec_factor, wire_factor, residual))
+            exposed = (exposed if exposed > MIN_EXPOSED_S else MIN_EXPOSED_S) * residual
+            estimate.arm, estimate.times = arm, times
+            estimate.codec_factor, estimate.wire_factor, estimate.residual = codec_factor, wire_factor, residual
+            estimate.exposed_s = exposed
+            estimate.total_s = estimate.score_s = compute_s + exposed
+            estimate.price_s = 0.0
+            estimate.wire_key, estimate.codec_key, estimate.rest_key = wire_key, keys[at_key], keys[at_key + 2]
+            at_key += 3
+            estimates.append(estimate)
         return estimates
 
     def codec_doubt_s(self, estimate: Estimate, at_least_s: float, where: Place, now: float) -> float:
@@ -102,17 +124,17 @@ class Estimator:
         codec_s = min(estimate.exposed_s, (times.encode_s + times.decode_s) / where.situation.codec_threads)
         if codec_s * _MAX_CODEC_DOUBT < at_least_s:
             return 0.0
-        variance = self._experience.believe(Key("codec", "", estimate.arm.name), now)[1]
+        variance = self._experience.believe(estimate.codec_key, now)[1]
         return codec_s * (1.0 - math.exp(-math.sqrt(variance)))
 
     def causes(self, estimate: Estimate, where: Place) -> list[Cause]:
         """Return what the arm's exposed time depends on, and how much; the wire is the second."""
         arm = estimate.arm
         depends = sensitivity(arm, where.situation, estimate.codec_factor, estimate.wire_factor, estimate.times)
-        causes = [Cause(_rest_key(arm, where), 1.0), Cause(_wire_key(where), depends.wire)]
+        causes = [Cause(estimate.rest_key, 1.0), Cause(estimate.wire_key, depends.wire)]
         if arm.loss_rank:
             causes.append(Cause(_MACHINE, depends.codec))
-            causes.append(Cause(Key("codec", "", arm.name), depends.codec))
+            causes.append(Cause(estimate.codec_key, depends.codec))
         return causes
 
 

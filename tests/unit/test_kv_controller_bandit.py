@@ -163,6 +163,15 @@ def test_the_prefill_that_took_longer_than_expected_teaches_nothing() -> None:
     assert max(abs(belief.mean) for _, belief in subject.experience.beliefs()) < 0.02
 
 
+def test_a_prefill_that_ended_before_the_reservation_is_no_transfer_time() -> None:
+    subject = policy()
+    asked = question("a", goodput=20 * GB)
+    decision = subject.decide(asked, 0.0)
+    expected_s = decision.chosen.predicted_s
+    subject.learn(decision, outcome(asked, expected_s, ratio=1.0, exposed_s=expected_s + 7.0), 0.0)
+    assert max(abs(belief.mean) for _, belief in subject.experience.beliefs()) < 1e-6
+
+
 def test_the_ratio_that_is_achieved_replaces_the_one_of_the_profile() -> None:
     subject, goodput = policy(), 0.002 * GB
     for idx in range(20):
