@@ -12,7 +12,8 @@ met:
 - A sender with nothing to send makes a fast link look slow. Such samples may raise the estimate and never lower it:
   those with a lull (a message had nothing behind it, and the next one came later), and those of a lone message. Not of
   every lone message, or a link that only ever carries 100 KB at a time could not be learned: one whose delivery took
-  many round trips was held up by the wire, whatever its sender had behind it.
+  many round trips, and longer than a thread may wait for its turn, was held up by the wire, whatever its sender had
+  behind it.
 - A short message measures the round trip. It updates `rtt_s` and nothing else. For longer ones that were sent into an
   idle link the round trip is taken off the time, at most half of it.
 - Acknowledgements that come in one bunch are one sample, not one slow and many fast ones.
@@ -35,6 +36,7 @@ _MAX_WEIGHT, _MIN_WEIGHT, _SURPRISED_WEIGHT = 0.5, 0.25, 0.8
 _FULL_WEIGHT_BYTES, _FULL_WEIGHT_S = 512 * 1024, 0.05  # a sample this large, or this long, has the full weight
 _SURPRISE = math.log(2.0)
 _WIRE_BOUND_ROUND_TRIPS = 4.0
+_WIRE_BOUND_S = 0.01  # a thread that waits for a processor loses this much, too
 _LULL_RATIO = 0.25
 _RTT_WEIGHT = 0.125
 _RTT_MEMORY_SAMPLES = 64  # the minimum is forgotten after so many round trips: routes change
@@ -162,7 +164,8 @@ class GoodputEstimator:
         if lull_s > 0:  # what was consumed long ago may be acknowledged just now
             interval = max(interval, newest.at - anchor.sent_at)
         interval = max(interval, _MIN_INTERVAL_S)
-        is_lone = anchor.is_idle and not newest.is_backlogged and elapsed < _WIRE_BOUND_ROUND_TRIPS * latency
+        is_short = elapsed < max(_WIRE_BOUND_ROUND_TRIPS * latency, _WIRE_BOUND_S)
+        is_lone = anchor.is_idle and not newest.is_backlogged and is_short
         has_lull = lull_s > _LULL_RATIO * elapsed
         self._average(math.log(num_bytes / interval), num_bytes, interval, can_lower=not (is_lone or has_lull))
 

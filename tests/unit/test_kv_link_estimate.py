@@ -152,6 +152,18 @@ def test_lone_messages_that_take_a_round_trip_do_not_make_the_wire_look_slow() -
     assert wire.error <= before
 
 
+def test_a_receiver_that_is_woken_late_does_not_make_the_wire_look_slow() -> None:
+    wire = Wire(10_000 * MBIT, latency_s=0.0002)
+    wire.transfer(1000)
+    wire.stream(100, MIB, window=16)
+    wire.settle()
+    before = wire.error
+    wire.latency_s = 0.005
+    for _ in range(30):  # coded frames, each gone before the next one is ready
+        wire.transfer(100_000)
+    assert wire.error <= before
+
+
 def test_small_messages_tell_the_round_trip_and_nothing_else() -> None:
     wire = Wire(1_000 * MBIT, latency_s=0.01)
     for _ in range(10):
