@@ -75,7 +75,11 @@ class DecodeLine:
         payload_bytes = header.payload_bytes
         payload = self._buffers.lend(payload_bytes)
         payload[:payload_bytes].copy_(slot.memory[HEADER_BYTES : HEADER_BYTES + payload_bytes])
-        self._threads.submit(lambda: self._decode(arrival, payload))
+        try:
+            self._threads.submit(lambda: self._decode(arrival, payload))
+        except RuntimeError:  # closed; the link ends with this
+            self._leave(arrival, payload)
+            raise
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until every frame taken was written or refused."""
@@ -99,8 +103,11 @@ class DecodeLine:
         else:
             self._hooks.on_decoded(arrival, written)
         finally:
-            self._buffers.give_back(payload)
-            with self._changed:
-                self._num_frames -= 1
-                self._raw_bytes -= arrival.header.raw_bytes
-                self._changed.notify_all()
+            self._leave(arrival, payload)
+
+    def _leave(self, arrival: Arrival, payload: Tensor) -> None:
+        self._buffers.give_back(payload)
+        with self._changed:
+            self._num_frames -= 1
+            self._raw_bytes -= arrival.header.raw_bytes
+            self._changed.notify_all()

@@ -13,14 +13,18 @@ from kv_transfer.link_estimate import GoodputEstimator
 class LinkGauge:
     """Measures one pair across its links. All methods: any thread."""
 
-    def __init__(self, clock: Clock, rate_limit_bytes_per_s: float | None) -> None:
-        """`rate_limit_bytes_per_s`: nobody will see more than that, whatever the link could do."""
+    def __init__(self, clock: Clock, rate_limit_bytes_per_s: float | None, carrier: str = "") -> None:
+        """
+        Args:
+            rate_limit_bytes_per_s: nobody will see more than that, whatever the link could do.
+            carrier: that the first link will have; empty while that is open.
+        """
         self._clock = clock
         self._rate_limit = rate_limit_bytes_per_s
         self._lock = threading.Lock()
         self._estimator = GoodputEstimator()
         self._link_epoch = 0
-        self._carrier = ""
+        self._carrier = carrier
         self._sent_bytes = 0
         self._arrived_at = 0.0
 

@@ -48,7 +48,7 @@ class SendLink:
         self._clock = clock
         self._changed = changed
         rate = config.rate_limit_bytes_per_s
-        self.gauge = LinkGauge(clock, rate)
+        self.gauge = LinkGauge(clock, rate, "" if links.backend == "auto" else links.backend)
         self._rate_cap = None if rate is None else RateCap(rate)
         self._end: SendEnd | None = None
         self._spare: Slot | None = None  # acquired, and then not needed

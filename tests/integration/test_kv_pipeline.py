@@ -460,7 +460,7 @@ async def test_the_second_question_knows_the_link() -> None:
             coded.push(transfer_id, 64)
             assert await coded.settled(transfer_id) == ("acked", "landed")
         first, second = (question.link for question in coded.chooser.asked)
-        assert (first.carrier, first.goodput_bytes_per_s, first.queued_bytes) == ("", None, 0)
+        assert (first.carrier, first.goodput_bytes_per_s, first.queued_bytes) == ("memory", None, 0)
         assert second.carrier == "memory"
         assert second.rtt_s is not None
         assert second.queued_bytes == 0

