@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from kv_transfer.codec import Encoded, FramePlace
-from kv_transfer.codecs import reference
+from kv_transfer.codecs import reference, triton_quantise
 from kv_transfer.codecs.entropy import expand, squeeze
 from kv_transfer.codecs.frame_params import STORED, FrameParams, HalfParams, unpack
 from kv_transfer.codecs.frame_plan import (
@@ -39,6 +39,8 @@ from kv_transfer.codecs.spec import PipelineSpec, Quantiser
 from kv_transfer.frame import FrameRefused, section_spans
 from kv_transfer.session import NackReason
 
+_HOST = torch.device("cpu")
+
 
 class QuantisedEncoder:
     """Of one spec."""
@@ -62,6 +64,8 @@ class QuantisedEncoder:
 
     def encode(self, kv: Tensor, payload: Tensor, place: FramePlace) -> Encoded:
         num_bytes = kv.numel() * kv.element_size()
+        if kv.is_cuda and not triton_quantise.can_code(kv):
+            kv = kv.cpu()
         coded = self._sections(kv, place)
         if coded is not None:
             params, sections = coded
@@ -90,7 +94,7 @@ class QuantisedEncoder:
         symbols: list[U8] = []
         for half in HALVES:
             plan, lengths = plan_half(params, shape, half, classes, self._factors_of(half, place))
-            codes = _arithmetic().encode(planes, plan)
+            codes = _arithmetic_for(kv).encode(planes, plan)
             if codes is None:
                 return None
             if plan.is_centred:
@@ -102,7 +106,9 @@ class QuantisedEncoder:
         meta = np.frombuffer(b"".join((bitmap, *means, *bases)), dtype=np.uint8)
         raw = torch.cat([kv[:, :, :, : params.raw_head], kv[:, :, :, stop:]], dim=3)
         counts = [*np.bincount(classes, minlength=SYMBOLS_PER_HALF - 1).tolist(), shape.planes]
-        return self._squeezed(params, [raw.reshape(-1).view(torch.uint8).numpy(), meta, *scales, *symbols], counts)
+        return self._squeezed(
+            params, [raw.reshape(-1).view(torch.uint8).cpu().numpy(), meta, *scales, *symbols], counts
+        )
 
     def _squeezed(self, params: FrameParams, sections: list[U8], counts: list[int]) -> tuple[bytes, list[U8]]:
         """Args: counts: planes of each section of symbols of a half."""
@@ -164,10 +170,13 @@ class QuantisedEncoder:
 
 
 class QuantisedDecoder:
-    """Of every spec."""
+    """Of every spec. What it gives lies on `device`; where that cannot decode, in host memory."""
 
     codec_id = 2
     name = "quantised"
+
+    def __init__(self, device: torch.device = _HOST) -> None:
+        self._device = device
 
     def is_exact(self, params: bytes) -> bool:
         return params == STORED
@@ -180,20 +189,27 @@ class QuantisedDecoder:
         check_counts(parsed, extents)
         if len(sections) != NUM_SECTIONS or parsed.section_bits >> NUM_SECTIONS or parsed.section_bits & 1:
             raise FrameRefused(NackReason.LENGTH, f"{len(sections)} sections, or a wrong bit for one")
-        return _Reading(parsed, sections, extents, dtype).decode()
+        return _Reading(parsed, sections, extents, dtype, self._device).decode()
 
 
 class _Reading:
     """One frame that is being decoded."""
 
-    def __init__(self, params: FrameParams, sections: Sequence[Tensor], shape: FrameShape, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        params: FrameParams,
+        sections: Sequence[Tensor],
+        shape: FrameShape,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._device = device
         self._params = params
         self._sections = sections
         self._shape = shape
         self._dtype = dtype
 
     def decode(self) -> Tensor:
-        arithmetic = _arithmetic()
         params, shape = self._params, self._shape
         meta = _Cursor(self._section(META_SECTION, meta_bytes(params, shape)))
         low = np.zeros(shape.planes, dtype=np.uint8)
@@ -202,11 +218,13 @@ class _Reading:
         classes = classes_of(params, shape, low)
         means = [self._take_means(meta, half) for half in params.halves]
         raw = self._section(RAW_SECTION, raw_bytes(params, shape, self._dtype.itemsize))
-        kv = torch.empty((shape.layers, 2, shape.heads, shape.tokens, shape.head_dim), dtype=self._dtype)
+        extents = (shape.layers, 2, shape.heads, shape.tokens, shape.head_dim)
+        device = self._device if triton_quantise.can_code_on(self._device, shape.head_dim) else _HOST
+        kv = torch.empty(extents, dtype=self._dtype, device=device)
         for idx in HALVES:
             plan, lengths = plan_half(params, shape, idx, classes)
             codes = self._codes(meta, plan, lengths, idx, means[idx])
-            if not arithmetic.decode(codes, plan, kv.view(-1, shape.tokens, shape.head_dim)):
+            if not _arithmetic_for(kv).decode(codes, plan, kv.view(-1, shape.tokens, shape.head_dim)):
                 raise FrameRefused(NackReason.CODEC, "a digit that is not a level")
         self._fill_raw(kv, raw)
         return kv
@@ -256,6 +274,10 @@ class _Cursor:
     def take(self, num_bytes: int) -> U8:
         self._at += num_bytes
         return self._held[self._at - num_bytes : self._at].copy()
+
+
+def _arithmetic_for(kv: Tensor) -> ModuleType:
+    return triton_quantise if kv.is_cuda else _arithmetic()
 
 
 def _arithmetic() -> ModuleType:
