@@ -21,6 +21,7 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections import Counter
 
 import torch
@@ -93,7 +94,9 @@ class Soak:
                 self.ledger.violated(f"{len(ends)} ends of links are open after close")
 
     def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-        self.ledger.violated(f"nobody handled {context.get('exception') or context['message']!r}")
+        error = context.get("exception")
+        where = traceback.format_exception(error)[-6:] if isinstance(error, BaseException) else []
+        self.ledger.violated(f"{context['message']}: {error!r} {' '.join(where)}")
 
     async def _batch(self, indices: range, fault_ratio: float) -> None:
         slots = asyncio.Semaphore(self.options.concurrency)
@@ -111,6 +114,7 @@ class Soak:
         for side in self.sides:
             side.pool.check_quiet()
             side.outcomes.told.clear()
+            side.links.has_lied = False
         self.plans.clear()
         self.world.truth.clear()
 

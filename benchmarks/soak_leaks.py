@@ -43,7 +43,7 @@ def _lost_credit(prefill: Sequence[PrefillSide], decode: Sequence[DecodeSide]) -
     """Credit is conserved where no message that carries it was touched: balance + consumed >= window."""
     found = []
     for source in prefill:
-        if not all(stream.is_credit_known for stream in source.dialer.streams):
+        if source.links.has_lied or not all(stream.is_credit_known for stream in source.dialer.streams):
             continue
         for name, pair in source.sender._pairs.items():
             target = next(side for side in decode if side.peer.worker_id == name)

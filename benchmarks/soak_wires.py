@@ -129,6 +129,7 @@ class BadLinks:
         self.plans = plans
         self.ledger = ledger
         self.ends: list[_BadSendEnd | _CountedReceiveEnd] = []
+        self.has_lied = False  # a frame said another length than it had: if it came late, its credit is gone
 
     @property
     def backend(self) -> str:
@@ -215,6 +216,7 @@ class _BadSendEnd:
                 self._links.ledger.injected(plan.fault)
             elif plan.strikes(*SPOILING):
                 SPOILING[plan.fault](message, header, plan.rng)
+                self._links.has_lied |= plan.fault is Fault.HEADER_LIES
                 self._links.ledger.injected(plan.fault)
         if self._late is None:
             self._inner.send(slot, num_bytes)
