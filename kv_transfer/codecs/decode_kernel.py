@@ -47,11 +47,12 @@ def _spread(found: Any, digits: int, count: int, y: Any) -> None:
     """Put digits where their channels are."""
     width = y.shape[1]
     each = -(-width // digits)
-    for t in range(count):
-        for j in range(digits):
-            out = y[t, j * each : min((j + 1) * each, width)]
-            level = found[j, t * each : t * each + out.shape[0]]
-            for i in range(out.shape[0]):
+    for j in range(digits):
+        start, levels = j * each, found[j]
+        length = min(each, width - start)
+        for t in range(count):
+            out, level = y[t, start : start + length], levels[t * each : t * each + length]
+            for i in range(length):
                 out[i] = level[i]
 
 

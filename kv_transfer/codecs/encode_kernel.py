@@ -250,29 +250,49 @@ def _quantise_any(y: Any, axis: int, group: int, levels: int, inverse: Any, lows
 
 
 @compiled
-def _pack(y: Any, levels: int, digits: int, acc: Any, out: Any) -> None:
+def _pack_two(y: Any, count: int, base: Any, out: Any) -> None:
+    for t in range(y.shape[0]):
+        a, b, packed = y[t, :count], y[t, count:], out[t * count : t * count + count]
+        for i in range(count):
+            packed[i] = np.uint8(np.int32(a[i] + b[i] * base))
+
+
+@compiled
+def _pack_three(y: Any, count: int, last: int, base: Any, out: Any) -> None:
+    square = base * base
+    for t in range(y.shape[0]):
+        a, b, c = y[t, :count], y[t, count : 2 * count], y[t, 2 * count :]
+        packed = out[t * count : t * count + count]
+        for i in range(last):
+            low = a[i] + b[i] * base
+            packed[i] = np.uint8(np.int32(low + c[i] * square))
+        for i in range(last, count):
+            packed[i] = np.uint8(np.int32(a[i] + b[i] * base))
+
+
+@compiled
+def _pack(y: Any, levels: int, digits: int, out: Any) -> None:
     """Put the levels of each token into bytes."""
     num_tokens, width = y.shape
+    count = -(-width // digits)
+    base = np.float32(levels)
     if digits == 1:
         flat = y.reshape(-1)
         for i in range(flat.shape[0]):
             out[i] = np.uint8(np.int32(flat[i]))
-        return
-    count = -(-width // digits)
-    for t in range(num_tokens):
-        total = acc[t % BLOCK * count : t % BLOCK * count + count]
-        total[:] = y[t, :count]
-        place = np.float32(levels)
-        for first in range(count, width, count):
-            part = y[t, first : min(first + count, width)]
-            for i in range(part.shape[0]):
-                total[i] += part[i] * place
-            place = place * np.float32(levels)
-        if t % BLOCK == BLOCK - 1 or t == num_tokens - 1:
-            first_token = t // BLOCK * BLOCK
-            packed = out[first_token * count : (t + 1) * count]
-            for i in range(packed.shape[0]):
-                packed[i] = np.uint8(np.int32(acc[i]))
+    elif digits == 2 and width == 2 * count:
+        _pack_two(y, count, base, out)
+    elif digits == 3 and width > 2 * count:
+        _pack_three(y, count, width - 2 * count, base, out)
+    else:
+        for t in range(num_tokens):
+            for i in range(count):
+                total = y[t, i]
+                place = base
+                for d in range(i + count, width, count):
+                    total += y[t, d] * place
+                    place = place * base
+                out[t * count + i] = np.uint8(np.int32(total))
 
 
 @compiled
@@ -286,7 +306,6 @@ def encode_half(
     num_tokens, width = y.shape
     rows = np.zeros((4, width), np.float32)
     total, block, mean, ones = rows[0], rows[1], rows[2], rows[3]
-    acc = np.empty(BLOCK * width, np.float32)
     ones[:] = _F1
     tile = np.empty((BLOCK, width), np.float32)
     word = np.zeros(1, np.float32)
@@ -324,5 +343,5 @@ def encode_half(
             else:
                 some = lows[: 0 if is_symmetric else lows.shape[0]]
                 _quantise_any(part, axis, group, levels[g, p], raws, some)
-            _pack(part, levels[g, p], digits[g, p], acc, symbols[symbols_at[g, p] :])
+            _pack(part, levels[g, p], digits[g, p], symbols[symbols_at[g, p] :])
     return True
