@@ -20,8 +20,10 @@ from engine.checkpoint import ModelInfo, read_checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.forward import SequenceChunk
 from engine.runner import ModelRunner
+from engine.token_scores import score_tokens
 
 PREFILL_TOKENS = 512  # per step, as the engine computes by default
+SCORE_WINDOW = 32  # last prompt tokens whose attention scores the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,14 @@ class Reference:
         kv: [L, 2, K, T, D], of the model's dtype; on the host.
         continuation: greedy token ids, up to and including an end-of-sequence token.
         logits: float32 [continuation - 1, V]; row i is what follows ``continuation[: i + 1]``.
+        scores: float32 [T], how much each prompt token matters to the last ones (`engine.token_scores`).
     """
 
     prompt: tuple[int, ...]
     kv: Tensor
     continuation: tuple[int, ...]
     logits: Tensor
+    scores: Tensor
 
 
 class InjectionHarness:
@@ -77,12 +81,13 @@ class InjectionHarness:
         references: list[Reference] = []
         for group in self._groups(prompts, num_continued):
             tables = self._tables([len(prompt) + num_continued for prompt in group])
-            kvs, firsts = zip(*(self._prefill(p, table) for p, table in zip(group, tables, strict=True)), strict=True)
+            prefilled = [self._prefill(prompt, table) for prompt, table in zip(group, tables, strict=True)]
+            kvs, firsts, scores = zip(*prefilled, strict=True)
             continued = self._continue(group, tables, list(firsts), num_continued)
-            for prompt, kv, continuation in zip(group, kvs, continued, strict=True):
+            for prompt, kv, score, continuation in zip(group, kvs, scores, continued, strict=True):
                 if len(continuation) >= 2:
                     logits = self._ask(prompt, kv, continuation)
-                    references.append(Reference(tuple(prompt), kv, continuation, logits))
+                    references.append(Reference(tuple(prompt), kv, continuation, logits, score))
         return references
 
     @torch.inference_mode()
@@ -90,31 +95,35 @@ class InjectionHarness:
         """Return the logits of the reference's continuation, teacher-forced, over `kv` in place of the prompt's own.
 
         Args:
-            kv: shaped and typed as `reference.kv`.
+            kv: shaped and typed as `reference.kv`; with fewer tokens, the missing ones were left out of it.
         """
         return self._ask(reference.prompt, kv, reference.continuation)
 
     def _ask(self, prompt: Sequence[int], kv: Tensor, continuation: Sequence[int]) -> Tensor:
         """One forward of ``continuation[:-1]`` over `kv`; the KV of the tokens themselves are computed."""
-        start, inputs = len(prompt), continuation[:-1]
+        start, inputs = kv.shape[3], continuation[:-1]
         table = self._tables([start + len(inputs)])[0]
         pool = self._runner.pool
         ids = torch.tensor(table, device=pool.kv.device)
         pool.write(ids, range(pool.layout.num_layers), range(start), kv.to(pool.kv.device))
-        batch = self._runner.batch([SequenceChunk(inputs, start, table)])
+        batch = self._runner.batch([SequenceChunk(inputs, start, table, num_dropped=len(prompt) - start)])
         every_row = torch.arange(len(inputs), device=pool.kv.device)
         return self._runner.forward(replace(batch, logits_rows=every_row)).cpu()
 
-    def _prefill(self, prompt: Sequence[int], table: list[int]) -> tuple[Tensor, int]:
-        """Return the canonical KV of the prompt and the greedy first token."""
+    def _prefill(self, prompt: Sequence[int], table: list[int]) -> tuple[Tensor, int, Tensor]:
+        """Return the canonical KV of the prompt, the greedy first token and the scores of the prompt's."""
         logits = torch.empty(0)
+        queries: list[Tensor] = []
         for start in range(0, len(prompt), PREFILL_TOKENS):
-            chunk = SequenceChunk(prompt[start : start + PREFILL_TOKENS], start, table)
-            logits = self._runner.forward(self._runner.batch([chunk]))
+            tokens = prompt[start : start + PREFILL_TOKENS]
+            batch = self._runner.batch([SequenceChunk(tokens, start, table, num_window_queries=SCORE_WINDOW)])
+            logits = self._runner.forward(batch)
+            queries = batch.window_queries
         pool = self._runner.pool
         ids = torch.tensor(table, device=pool.kv.device)
         kv = pool.read(ids, range(pool.layout.num_layers), range(len(prompt)))
-        return kv.cpu(), int(logits[-1].argmax())
+        scores = score_tokens((queries[at], kv[at, 0]) for at in range(len(queries)))
+        return kv.cpu(), int(logits[-1].argmax()), scores.cpu()
 
     def _continue(
         self, prompts: Sequence[Sequence[int]], tables: list[list[int]], firsts: list[int], num_continued: int

@@ -54,12 +54,21 @@ def measure_cost(spec: PipelineSpec, kvs: Sequence[Tensor], frame_tokens: int) -
     raw = wire = 0
     for kv in kvs:
         raw += kv.numel() * kv.element_size()
-        wire += roundtrip(spec, kv, num_tokens=kv.shape[3], frame_tokens=frame_tokens)[1]
+        sent = _kept(spec, kv)
+        wire += roundtrip(spec, sent, num_tokens=sent.shape[3], frame_tokens=frame_tokens)[1]
     longest = max(kvs, key=lambda kv: kv.shape[3])
     small, large = (longest[:, :, :, :size].contiguous() for size in (SMALL_TOKENS, LARGE_TOKENS))
-    small_s, large_s = frame_seconds(spec, small), frame_seconds(spec, large)
+    small_s, large_s = (frame_seconds(spec, _kept(spec, part)) for part in (small, large))
     sizes = tuple(part.numel() * part.element_size() for part in (small, large))
     return Cost(raw / wire, *(_line(sizes, (at[0], at[1])) for at in zip(small_s, large_s, strict=True)))
+
+
+def _kept(spec: PipelineSpec, kv: Tensor) -> Tensor:
+    """Return as many tokens as a profile hands over, evenly spread: which ones is no matter to the cost. Pure."""
+    if spec.selection is None:
+        return kv
+    num_kept = spec.selection.num_kept(kv.shape[3])
+    return kv[:, :, :, torch.linspace(0, kv.shape[3] - 1, num_kept).long()].contiguous()
 
 
 def frame_seconds(spec: PipelineSpec, kv: Tensor, now: Callable[[], float] = time.perf_counter) -> tuple[float, float]:

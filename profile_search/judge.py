@@ -35,7 +35,9 @@ class InjectionJudge:
 
     def score(self, spec: PipelineSpec, prompt_idx: int) -> PromptScore:
         reference = self.references[prompt_idx]
-        num_tokens = len(reference.prompt)
-        kv, wire_bytes = roundtrip(spec, reference.kv, num_tokens=num_tokens, frame_tokens=PREFILL_TOKENS)
+        kv = reference.kv
+        if spec.selection is not None:
+            kv = kv[:, :, :, spec.selection.select(reference.scores, held_tokens=0)]
+        kv, wire_bytes = roundtrip(spec, kv, num_tokens=kv.shape[3], frame_tokens=PREFILL_TOKENS)
         raw_bytes = reference.kv.numel() * reference.kv.element_size()
         return score_prompt(reference.logits, self._harness.inject(reference, kv), raw_bytes, wire_bytes)

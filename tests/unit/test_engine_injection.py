@@ -49,3 +49,19 @@ def test_groups_of_prompts_do_not_disturb_each_other(folder: Path) -> None:
     crowded = InjectionHarness.load(path, kv_cache_bytes=128 * 2**10).refer(prompts, 6)
     roomy = InjectionHarness.load(path, kv_cache_bytes=8 * 2**20).refer(prompts, 6)
     assert [reference.continuation for reference in crowded] == [reference.continuation for reference in roomy]
+
+
+def test_heavy_hitters_matter_more_than_as_many_other_tokens() -> None:
+    harness = InjectionHarness.load(model_matrix.TINY_PATH, kv_cache_bytes=4 * 2**20)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 400, (96,), generator=generator).tolist() for _ in range(4)]
+    lost = {True: 0.0, False: 0.0}
+    for reference in harness.refer(prompts, 16):
+        always = torch.arange(88, 96)
+        ranked = reference.scores[:88].argsort(descending=True)
+        for is_heavy, chosen in ((True, ranked[:32]), (False, ranked[-32:])):
+            kept = torch.cat([chosen, always]).sort().values
+            log_p = harness.inject(reference, reference.kv[:, :, :, kept]).log_softmax(dim=-1)
+            wanted = reference.logits.log_softmax(dim=-1)
+            lost[is_heavy] += float((wanted.exp() * (wanted - log_p)).sum())
+    assert 0 < lost[True] < lost[False] / 2
