@@ -13,6 +13,7 @@ Run ``python -m benchmarks.kv_controller --help``.
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -196,10 +197,10 @@ def main() -> None:
     names = [*TRACES, *(str(bandwidth) for bandwidth in worlds.FIXED_BANDWIDTHS)]
     cells = [World(name, seed, given.jobs, given.per_s, given.spread) for name in names for seed in range(given.seeds)]
     with ProcessPoolExecutor(given.processes) as pool:
-        measured = list(pool.map(measure, cells))
-    for name in names:
-        means = [each for cell, each in zip(cells, measured, strict=True) if cell.name == name]
-        print(json.dumps(summary(name, means, given.per_s, given.spread)), flush=True)
+        measured = pool.map(measure, cells)  # in order, as they are done
+        for name in names:
+            means = list(itertools.islice(measured, given.seeds))
+            print(json.dumps(summary(name, means, given.per_s, given.spread)), flush=True)
 
 
 if __name__ == "__main__":
