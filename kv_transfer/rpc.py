@@ -78,15 +78,18 @@ class KvTransferService(pb_grpc.KvTransferServicer):
 
         async with reply_errors(context):
             writer = asyncio.create_task(write())
+            writer.add_done_callback(_tell_failure)  # also when gRPC cancels us while we say farewell
             serving = asyncio.ensure_future(self._receiver.serve(request_iterator, outbox.put_nowait))
             try:
                 # A writer that failed ends the stream: a peer that hears nothing more has to notice.
                 await asyncio.wait([serving, writer], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 serving.cancel()
-                await asyncio.wait([serving])
-                outbox.put_nowait(None)
-                await _finish(writer)
+                try:
+                    await asyncio.wait([serving])
+                finally:
+                    outbox.put_nowait(None)
+                    await _finish(writer)
             if not serving.cancelled():
                 serving.result()
 
@@ -94,7 +97,11 @@ class KvTransferService(pb_grpc.KvTransferServicer):
 async def _finish(writer: asyncio.Task[None]) -> None:
     """Let what was said last leave, but do not wait long for a peer that does not take it."""
     await asyncio.wait([writer], timeout=_FAREWELL_S)
-    if not writer.cancel() and not writer.cancelled() and (error := writer.exception()) is not None:
+    writer.cancel()
+
+
+def _tell_failure(writer: asyncio.Task[None]) -> None:
+    if not writer.cancelled() and (error := writer.exception()) is not None:
         _log.info("a control stream ended before everything was said: %s: %s", type(error).__name__, error)
 
 
