@@ -24,12 +24,12 @@ from kv_transfer.codecs.spec import CODEC_VERSION, PipelineSpec, Quantiser
 from kv_transfer.profile import CodecTime, Profile, ProfileLibrary, Quality, save_library
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.service import prefill_worker
-from protos import worker_pb2
+from protos import codec, worker_pb2
 from router.config import RouterConfig, TenantConfig
 from router.service import Gateway
 from tandem_client import Client
 from tests.fake_model import greedy, run_to_end, token_ids
-from tests.worker_pair import EPOCH, P, Pair, Side, request, worker_pair
+from tests.worker_pair import EPOCH, D, P, Pair, Side, request, worker_pair
 
 TINY = ModelConfig(path=Path(__file__).parents[2] / "models" / "tiny", dtype="float32")
 ENGINE = EngineConfig(num_blocks=64, max_batch_tokens=64, num_threads=1, layer_group_size=2)
@@ -142,9 +142,9 @@ async def test_the_floor_decides_and_every_decision_is_told(alone: Engine, profi
         newest, oldest = reply.decisions[0], (await pair.to_prefill.list_kv_decisions(0)).decisions[-1]
         assert (newest.quality_floor, newest.reason) == (EXACT, "static_below_floor")
         assert newest.profile in ("none", "lossless")
-        assert newest.carrier == "memory", "the first transfer of a pair is what opens its link"
+        assert newest.carrier == "memory"
         assert (oldest.profile, oldest.quality_floor, oldest.reason) == ("rough", 0.5, "static")
-        assert (oldest.tenant, oldest.peer, oldest.carrier, oldest.num_tokens) == ("lab", "d0", "", 41)
+        assert (oldest.tenant, oldest.peer, oldest.carrier, oldest.num_tokens) == ("lab", "d0", "memory", 41)
         assert oldest.raw_bytes == 41 * alone.layout.bytes_per_token
         assert oldest.HasField("outcome")
         assert oldest.outcome.failure == ""
@@ -186,6 +186,40 @@ async def test_without_a_library_transfers_are_exact_whatever_is_asked_for() -> 
         await pair.prefill_is_empty()
         (decision,) = (await pair.to_prefill.list_kv_decisions(0)).decisions
         assert {candidate.profile for candidate in decision.candidates} <= {"none", "lossless"}
+
+
+def raw_submit(pair: Pair, name: str, **terms: float) -> worker_pb2.PrefillSubmit:
+    """Return a submission as no gateway of ours would send it: with these terms and no others."""
+    return worker_pb2.PrefillSubmit(
+        request=codec.request_to_wire(request(name, 20)),
+        transfer_id=f"{name}/0",
+        decode_worker_id=D,
+        decode_epoch=EPOCH,
+        decode_address=pair.decode_address,
+        **terms,
+    )
+
+
+async def test_terms_that_a_gateway_leaves_open_are_the_workers_own() -> None:
+    async with worker_pair(transfer={"quality": "high"}) as pair:
+        for name, terms in (("a", {}), ("bb", {"kv_quality_floor": 0.0, "handoff_budget_s": 0.0})):
+            await pair.submit_decode(request(name, 20))
+            await pair.to_decode.answer("accepted", name)
+            await pair.to_prefill.send(submit=raw_submit(pair, name, **terms))
+            await pair.to_decode.until_finished(name)
+        second, first = (await pair.to_prefill.list_kv_decisions(0)).decisions
+        assert (first.quality_floor, first.HasField("budget_s")) == (0.99, False)
+        assert (second.quality_floor, second.HasField("budget_s"), second.budget_s) == (0.0, True, 0.0)
+        assert json.loads(second.json)["compute_s"] > 0, "the prompts that are queued take time"
+
+
+@pytest.mark.parametrize("terms", [{"kv_quality_floor": 1.5}, {"handoff_budget_s": float("nan")}], ids=str)
+async def test_terms_out_of_range_end_the_stream(terms: dict[str, float]) -> None:
+    async with worker_pair() as pair:
+        await pair.to_prefill.send(submit=raw_submit(pair, "a", **terms))
+        error = await pair.to_prefill.until_over()
+        assert error is not None
+        assert "floor" in (error.details() or "")
 
 
 async def test_what_the_controller_learned_is_kept_in_the_store() -> None:
