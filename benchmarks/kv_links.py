@@ -10,8 +10,8 @@ not the link keeps up. What computes is paced like a GPU: it waits, and leaves t
   of them get the same requests. Medians over the repetitions, with ends.
 - `drift`: one run in which the rate goes down and up again over these bandwidths, nine segments of equal length.
   Against two oracles (`kv_links_summary.drift` says how each is made).
-- `mixed`: the same drift with requests of three quality floors (exact, high, balanced). Only static profiles that meet
-  the strictest floor are admissible; the controller chooses per request.
+- `mixed`: the same drift with requests of three quality floors (exact, high, balanced, a third each). Only static
+  profiles that meet the strictest floor are admissible; the controller, and the oracle, choose per request.
 
 JCT: arrival to last token. TTFT: arrival to first token, which the prefill worker streams itself. Second: arrival to
 second token, the first that needs the hand-off. Without root (or tc) the sender's rate cap stands in for the link, the
@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,7 @@ class Plan:
     """What is run, and how long."""
 
     mbit: tuple[float, ...]
+    drift_mbit: tuple[float, ...]
     experiments: tuple[str, ...]
     policies: tuple[str, ...]
     repetitions: int
@@ -100,21 +101,25 @@ class Journal:
 
 
 async def run_all(plan: Plan, fleet: Fleet, shelf: Shelf, journal: Journal, can_drift: bool) -> None:
-    admissible = [name for name in shelf.admissible(plan.floor) if name in plan.policies]
+    admissible = _admissible(plan, shelf, plan.floor)
     await _warm_up(plan, fleet)
-    best: dict[float, str] = {}
+    rows: list[dict[str, Any]] = []
     if "table" in plan.experiments:
         rows = await _table(plan, fleet, journal, admissible)
-        best = summary.best_at(rows, admissible)
     if not can_drift:
         journal.note("no drift: only a shaped link can change its rate under way")
         return
     if "drift" in plan.experiments:
-        await _drift(plan, fleet, journal, "drift", plan.policies, admissible, best)
+        floors = {plan.floor: admissible}
+        await _drift(plan, fleet, journal, "drift", plan.policies, floors, rows)
     if "mixed" in plan.experiments:
-        exact = [name for name in shelf.admissible(1.0) if name in plan.policies]
+        floors = {floor: _admissible(plan, shelf, floor) for floor in (1.0, 0.99, 0.97)}
         ours = [name for name in plan.policies if name == CONTROLLER]
-        await _drift(plan, fleet, journal, "mixed", (*exact, *ours), exact, {})
+        await _drift(plan, fleet, journal, "mixed", (*floors[1.0], *ours), floors, rows)
+
+
+def _admissible(plan: Plan, shelf: Shelf, floor: float) -> list[str]:
+    return [name for name in shelf.admissible(floor) if name in plan.policies]
 
 
 async def _warm_up(plan: Plan, fleet: Fleet) -> None:
@@ -149,21 +154,29 @@ async def _drift(
     journal: Journal,
     experiment: str,
     policies: Sequence[str],
-    admissible: Sequence[str],
-    best: dict[float, str],
+    floors: Mapping[float, Sequence[str]],
+    rows: Sequence[dict[str, Any]],
 ) -> None:
-    """Run the drifting trace under every policy; with the best static profile per rate known, under the oracle too."""
-    down = sorted(plan.mbit, reverse=True)
+    """Run the drifting trace under every policy, and under the oracle when the table says what was best at each rate.
+
+    `floors` holds those that the requests have, and the static profiles that meet each.
+    """
+    down = sorted(plan.drift_mbit, reverse=True)
     trace = [*down, *reversed(down[:-1])]
-    floors = (1.0, 0.99, 0.97) if experiment == "mixed" else (plan.floor,)
-    names = [*policies, *([ORACLE] if best else [])]
+    names = [*policies, *([ORACLE] if rows else [])]
+    admissible = floors[max(floors)]
     rng = random.Random(plan.seed + 1)
     runs = []
     for repetition in range(plan.drift_repetitions):
-        scenario = plan.scenario(plan.drift_requests, 100 + repetition, floors)
+        scenario = plan.scenario(plan.drift_requests, 100 + repetition, tuple(floors))
         segment_s = requests_of(scenario)[-1].arrival_s / len(trace)
         rates = tuple((i * segment_s, mbit * 1e6) for i, mbit in enumerate(trace))
-        schedule = tuple((i * segment_s, best.get(mbit, NONE)) for i, mbit in enumerate(trace))
+        schedule = tuple(
+            (i * segment_s, floor, summary.best_at(rows, mbit, allowed))
+            for i, mbit in enumerate(trace)
+            for floor, allowed in floors.items()
+            if rows
+        )
         for policy in rng.sample(names, len(names)):
             run = await fleet.run(Order(policy, scenario, rates, schedule))
             values = totals(run)
@@ -263,6 +276,7 @@ def _plan(args: argparse.Namespace, shelf: Shelf) -> Plan:
         experiments=tuple(args.only),
         policies=tuple(policies),
         repetitions=args.repetitions or (1 if args.quick else 3),
+        drift_mbit=tuple(args.bandwidths or _MBIT),
         drift_repetitions=args.drift_repetitions or (1 if args.quick else 2),
         num_requests=args.requests or (40 if args.quick else 60),
         drift_requests=args.drift_requests or (120 if args.quick else 270),

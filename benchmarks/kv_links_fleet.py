@@ -73,14 +73,14 @@ class Order:
     Attributes:
         policy: "none", a profile, "controller" or "oracle".
         rates: (seconds after the start, bit/s), ascending; the first is set before the start.
-        schedule: of the oracle: (seconds after the start, profile).
+        schedule: of the oracle: (seconds after the start, of requests with this floor, profile).
         config: changes to the near end's KvTransferConfig.
     """
 
     policy: str
     scenario: Scenario
     rates: tuple[tuple[float, float], ...]
-    schedule: tuple[tuple[float, str], ...] = ()
+    schedule: tuple[tuple[float, float, str], ...] = ()
     config: tuple[tuple[str, Any], ...] = ()
 
 
@@ -195,6 +195,7 @@ def totals(run: dict[str, Any]) -> dict[str, Any]:
     result["estimated_mbit_per_s"] = round(statistics.median(goodputs) * 8e-6, 1) if goodputs else None
     profiles = [row["profile"] for row in rows]
     result["profiles"] = {name: profiles.count(name) for name in sorted(set(profiles))}
+    result["exact_share"] = round(sum(row["is_exact"] for row in rows) / max(1, len(rows)), 4)
     result["near_cpu_s"], result["far_cpu_s"] = round(run["near_cpu_s"], 3), round(run["far_cpu_s"], 3)
     error = run["relative_error"]
     result["relative_error"] = None if error is None else round(error, 5)

@@ -161,7 +161,7 @@ class Near:
     async def run(self, order: Mapping[str, Any]) -> Reply:
         assert self._run is not None
         start_at = float(order["start_at"])
-        self._run.chooser.start([(start_at + at, name) for at, name in order["schedule"]])
+        self._run.chooser.start([(start_at + at, floor, name) for at, floor, name in order["schedule"]])
         try:
             return await self._run.run(start_at)
         finally:
@@ -255,6 +255,7 @@ class NearRun:
             "failure": outcomes.failures.get(request.index, unended),
             "floor": request.quality_floor,
             "profile": choice.profile if choice else "none",
+            "is_exact": choice is None or choice.encoder.is_lossless,
             "reason": choice.reason if choice else "",
             "predicted_s": choice.predicted_s if choice else None,
             "observed_s": told.observed_s if told else None,

@@ -20,6 +20,7 @@ from kv_transfer.controller.opening import open_chooser
 from kv_transfer.profile import NONE, Profile, find_library
 
 CONTROLLER, ORACLE = "controller", "oracle"
+Schedule = Sequence[tuple[float, float, str]]  # (begins at, of requests with this floor, profile), ascending in time
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +65,20 @@ class StaticProfile:
 
 
 class Scheduled:
-    """The oracle's replay: profiles by the time of the question. Before it has started: no compression."""
+    """The oracle's replay: profiles by the time of the question and its floor. Before the start: no compression."""
 
     def __init__(self, encoders: Mapping[str, Encoder]) -> None:
         self._encoders = encoders
-        self._schedule: list[tuple[float, Choice]] = []
-        self._before = Choice(NONE, RAW, None, ORACLE)
+        self._schedule: Schedule = []
 
-    def start(self, schedule: Sequence[tuple[float, str]]) -> None:
-        """Take (begins at, name), ascending."""
-        self._schedule = [(at, Choice(name, self._encoders[name], None, ORACLE)) for at, name in schedule]
+    def start(self, schedule: Schedule) -> None:
+        self._schedule = schedule
 
     def choose(self, question: TransferQuestion) -> Choice:
-        now = time.monotonic()
-        return next((choice for at, choice in reversed(self._schedule) if at <= now), self._before)
+        now, floor = time.monotonic(), question.terms.quality_floor
+        names = [name for at, begins_floor, name in self._schedule if at <= now and begins_floor == floor]
+        name = names[-1] if names else NONE
+        return Choice(name, self._encoders[name], None, ORACLE)
 
     def observe(self, observation: TransferObservation) -> None:
         pass
@@ -92,7 +93,7 @@ class Recorded:
     asked: dict[TransferId, TransferQuestion] = field(default_factory=dict)
     told: dict[TransferId, TransferObservation] = field(default_factory=dict)
 
-    def start(self, schedule: Sequence[tuple[float, str]]) -> None:
+    def start(self, schedule: Schedule) -> None:
         """The clock of the run starts."""
         if isinstance(self.inner, Scheduled):
             self.inner.start(schedule)

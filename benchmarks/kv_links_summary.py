@@ -1,5 +1,6 @@
 """What the runs of the links benchmark say together. Pure: from lines to lines, so that `--plot` can redo it."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -35,7 +36,9 @@ def headline(rows: Sequence[Line], runs: Sequence[Line], admissible: Sequence[st
             line |= {"best_static": best["policy"], "best_static_jct_s": best["jct_mean_s"]}
         if "controller" in at:
             ours = at["controller"]
-            line |= {"controller_jct_s": ours["jct_mean_s"], "profiles": ours["profiles"]}
+            line |= {name: ours[name] for name in ("profiles", "exact_share")} | {
+                "controller_jct_s": ours["jct_mean_s"]
+            }
             if "none" in at:
                 line["none_over_controller"] = round(at["none"]["jct_mean_s"] / ours["jct_mean_s"], 3)
                 line["none_over_controller_second"] = round(at["none"]["second_mean_s"] / ours["second_mean_s"], 3)
@@ -62,9 +65,8 @@ def drift(runs: Sequence[Line], admissible: Sequence[str]) -> dict[str, Any]:
     statics = {name: known[name] for name in admissible if name in known}
     line: dict[str, Any] = {"jct_mean_s": known, "failures": {n: sum(r["failures"] for r in by_policy[n]) for n in jct}}
     line["spread"] = {name: _ends([run["jct_mean_s"] for run in lines]) for name, lines in by_policy.items()}
-    line["second_mean_s"] = {
-        name: median_of([run["second_mean_s"] for run in lines]) for name, lines in by_policy.items()
-    }
+    for name in ("second_mean_s", "handoff_mean_s", "handoff_p99_s", "exact_share"):
+        line[name] = {policy: median_of([run[name] for run in lines]) for policy, lines in by_policy.items()}
     if not statics or "controller" not in known:
         return line
     best = min(statics, key=lambda name: statics[name])
@@ -83,16 +85,12 @@ def drift(runs: Sequence[Line], admissible: Sequence[str]) -> dict[str, Any]:
     return line
 
 
-def best_at(rows: Sequence[Line], admissible: Sequence[str]) -> dict[float, str]:
-    """Return the admissible static profile with the least mean JCT at each bandwidth."""
-    best: dict[float, str] = {}
-    for mbit in {row["mbit_per_s"] for row in rows}:
-        here = [
-            r for r in rows if r["mbit_per_s"] == mbit and r["policy"] in admissible and r["jct_mean_s"] is not None
-        ]
-        if here:
-            best[mbit] = min(here, key=lambda row: row["jct_mean_s"])["policy"]
-    return best
+def best_at(rows: Sequence[Line], mbit: float, admissible: Sequence[str]) -> str:
+    """Return the admissible static profile with the least mean JCT at the bandwidth of the table nearest to `mbit`."""
+    known = [row for row in rows if row["policy"] in admissible and row["jct_mean_s"] is not None]
+    nearest = min((row["mbit_per_s"] for row in known), key=lambda there: abs(math.log(there / mbit)))
+    here = [row for row in known if row["mbit_per_s"] == nearest]
+    return str(min(here, key=lambda row: row["jct_mean_s"])["policy"])
 
 
 def _cell(mbit: float, policy: str, lines: Sequence[Line]) -> dict[str, Any]:
@@ -101,7 +99,7 @@ def _cell(mbit: float, policy: str, lines: Sequence[Line]) -> dict[str, Any]:
         for name, count in line["profiles"].items():
             profiles[name] = profiles.get(name, 0) + count
     row: dict[str, Any] = {"mbit_per_s": mbit, "policy": policy, "repetitions": len(lines)}
-    row |= {name: median_of([line[name] for line in lines]) for name in (*_SECONDS, "ratio")}
+    row |= {name: median_of([line[name] for line in lines]) for name in (*_SECONDS, "ratio", "exact_share")}
     row["jct_mean_ends_s"] = _ends([line["jct_mean_s"] for line in lines])
     row["failures"] = sum(line["failures"] for line in lines)
     row["profiles"] = profiles
