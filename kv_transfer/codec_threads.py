@@ -61,7 +61,7 @@ class CodecThreads:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
-        be_patient()
+        be_patient()  # waking up to code a frame must not preempt the thread that moves one
         while True:
             with self._changed:
                 # An idle thread waits as long as it takes; `close` is what ends the wait.
