@@ -20,6 +20,7 @@ from profile_search.sensitivity import PlaneSteps
 _STEPS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.7, 2.0)  # of a plane, in its own root mean squares
 _V_FACTORS = (0.8, 1.0, 1.25)
 _TOKEN_LEVELS = ((16, 16), (16, 8), (12, 8), (8, 6), (6, 6), (6, 4), (5, 4), (4, 3))
+_PACKED = ((63, (0.1, 0.14)), (15, (0.36, 0.42, 0.5)), (6, (0.75, 0.85, 0.95)), (4, (1.0, 1.15, 1.3)), (3, (1.35, 1.5)))
 RECENT = {"no recent": (0, 1.0), "recent": (32, 0.12), "more recent": (64, 0.25)}  # tokens, factor on their steps
 
 
@@ -50,7 +51,13 @@ def grid(rope_theta: float | None, steps: PlaneSteps) -> list[Candidate]:
         rope_theta: None where the rotary embedding cannot be undone.
         steps: what `sensitivity` found.
     """
-    made = [*_uniform_steps(rope_theta, steps), *_by_token(), *_by_channel(), *_eight_bits()]
+    made = [
+        *_uniform_steps(rope_theta, steps),
+        *_packed_steps(rope_theta),
+        *_by_token(),
+        *_by_channel(),
+        *_eight_bits(),
+    ]
     return list({candidate.key: candidate for candidate in made}.values())
 
 
@@ -78,6 +85,29 @@ def _uniform_steps(rope_theta: float | None, steps: PlaneSteps) -> Iterator[Cand
                 v_recent=_uniform(255, v_step * finer) if tokens else None,
             )
             yield Candidate(spec, traits, (math.log2(k_step), math.log2(v_step)))
+
+
+def _packed_steps(rope_theta: float | None) -> Iterator[Candidate]:
+    """Uniform steps without the entropy coder, which takes a third of the time: few levels, and some values clipped.
+
+    Planes share their step: finer ones would be clipped more.
+    """
+    for levels, tried in _PACKED:
+        for step in tried:
+            quantiser, recent = _uniform(levels, step), _uniform(255, 0.1)
+            spec = PipelineSpec(
+                rope_theta=rope_theta,
+                center_v=True,
+                rotate_v=True,
+                k=quantiser,
+                v=quantiser,
+                recent_tokens=32,
+                k_recent=recent,
+                v_recent=recent,
+                entropy="none",
+            )
+            nominal = -math.log2(levels)
+            yield Candidate(spec, ("packed", f"step {step}"), (nominal, nominal))
 
 
 def _levels(step: float) -> int:

@@ -6,7 +6,8 @@ of being feasible, plus a decaying bonus for the unknown) is judged on 8, then 3
 still be feasible. What is dropped without asking:
 
 - what is dominated: a feasible candidate has at least its ratio at no slower a codec;
-- what is coarser in every knob, of one family, than a candidate that is not feasible (quality is monotone there).
+- what is coarser in every knob, of one family, than a candidate whose estimate is below the floor (quality is
+  monotone there, but for noise).
 
 Stops when nothing is left, or when nothing promises a gain any more. A codec counts as slower only when it is clearly
 slower (`SLOWER`): a front that consists of timing noise helps nobody. Pure but for `Observations`, through which the
@@ -28,7 +29,7 @@ from profile_search.surrogate import features_of, guess
 FLOORS = (0.99, 0.98, 0.97, 0.95, 0.90)
 RUNGS = (8, 32)  # prompts of the first steps of successive halving; the last step is all of them
 COLD_STARTS = 6
-SLOWER = 1.5
+SLOWER = 1.7
 _CLEARLY = 2.6  # standard errors below the floor
 _PATIENCE = 4  # judged candidates in a row without a gain
 _HOPELESS = 0.03  # expected gain in ratio, relative to the best, below which asking is not worth it
@@ -63,6 +64,18 @@ def verdict(scores: Sequence[PromptScore], floor: float, num_prompts: int) -> Ve
         return Verdict.FEASIBLE if quality_of(scores).agreement_low >= floor else Verdict.INFEASIBLE
     ratio, error = disagreement(scores, len(scores))
     return Verdict.INFEASIBLE if 1.0 - ratio + _CLEARLY * error < floor else Verdict.OPEN
+
+
+def is_below(scores: Sequence[PromptScore], floor: float) -> bool:
+    """Tell whether the estimate itself is below the floor, clearly while prompts are missing. Pure.
+
+    Stricter than infeasible: the bound of the coarser neighbour may be the better one by the luck of the prompts.
+    """
+    if not scores:
+        return False
+    ratio, error = disagreement(scores, len(scores))
+    margin = 0.0 if len(scores) > max(RUNGS) else _CLEARLY * error
+    return 1.0 - ratio + margin < floor
 
 
 def is_dominated(one: Costed, feasible: Sequence[Costed]) -> bool:
@@ -112,7 +125,7 @@ def _search_floor(
     while True:
         verdicts = [verdict(observations.scores(one.candidate), floor, num_prompts) for one in pool]
         feasible = [one for one, is_ in zip(pool, verdicts, strict=True) if is_ is Verdict.FEASIBLE]
-        infeasible = [one.candidate for one, is_ in zip(pool, verdicts, strict=True) if is_ is Verdict.INFEASIBLE]
+        infeasible = [one.candidate for one in pool if is_below(observations.scores(one.candidate), floor)]
         left = [
             at
             for at, one in enumerate(pool)
