@@ -26,6 +26,7 @@ RAW_SECTION, META_SECTION, SCALES_SECTION, SYMBOLS_SECTION = 0, 1, 2, 4
 SYMBOLS_PER_HALF = NUM_CLASSES + 1
 NUM_SECTIONS = SYMBOLS_SECTION + 2 * SYMBOLS_PER_HALF
 HALVES = range(2)  # K, V
+MAX_HEAD_DIM = 2047  # the butterflies go up to 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ def check_counts(params: FrameParams, shape: FrameShape) -> None:
         raise FrameRefused(NackReason.CODEC, "nothing is coded")
     if params.protected_head + params.protected_tail > shape.layers:
         raise FrameRefused(NackReason.CODEC, "more protected layers than there are")
+    if shape.head_dim > MAX_HEAD_DIM:
+        raise FrameRefused(NackReason.CODEC, f"head_dim {shape.head_dim}")
     if params.rope_theta is not None and shape.head_dim % 2:
         raise FrameRefused(NackReason.CODEC, "a rotary embedding of an odd head_dim")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kv_transfer.codecs.decode_kernel import decode_half
 from kv_transfer.codecs.encode_kernel import encode_half
+from kv_transfer.codecs.frame_plan import MAX_HEAD_DIM
 from kv_transfer.codecs.planes import F32, I64, U8, HalfCodes, HalfPlan, digits_per_byte, plane_scales
 from kv_transfer.codecs.rotation import parts
 
@@ -29,6 +30,8 @@ _NO_SIGNS.setflags(write=False)  # as signs are: to numba that is another type, 
 
 def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
     """As `reference.encode`."""
+    if plan.head_dim > MAX_HEAD_DIM:
+        return None
     codes = HalfCodes(
         mean_steps=np.zeros(plan.num_planes, dtype=np.uint16),
         mean_codes=np.zeros((plan.num_planes, plan.head_dim), dtype=np.int8),

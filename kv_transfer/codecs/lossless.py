@@ -6,6 +6,7 @@ bfloat16 and float32 the last plane is the exponent.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kv_transfer.codec import Encoded, FramePlace
 from kv_transfer.codecs.entropy import expand, squeeze
+from kv_transfer.codecs.planes import U8
 from kv_transfer.codecs.spec import CODEC_VERSION
 from kv_transfer.frame import FrameRefused, section_spans
 from kv_transfer.session import NackReason
@@ -37,12 +39,8 @@ class LosslessEncoder:
     def encode(self, kv: Tensor, payload: Tensor, place: FramePlace) -> Encoded:
         raw = kv.reshape(-1).view(torch.uint8)
         width = kv.element_size()
-        words = raw.numpy().view(_WORDS[width])
-        turned = words << 1 | words >> 8 * width - 1
-        planes = turned.view(np.uint8).reshape(-1, width)
         bits, sections = 0, []
-        for idx in range(width):
-            plane = np.ascontiguousarray(planes[:, idx])
+        for idx, plane in enumerate(_split(raw.numpy(), width)):
             squeezed = squeeze(plane, self._level)
             if squeezed is not None:
                 bits |= 1 << idx
@@ -83,8 +81,32 @@ class LosslessDecoder:
             expand(section, bool(params[2] >> idx & 1), num_values, f"byte plane {idx}")
             for idx, section in enumerate(sections)
         ]
-        turned = np.empty((num_values, width), dtype=np.uint8)
-        for idx, plane in enumerate(planes):
-            turned[:, idx] = plane
-        words = turned.reshape(-1).view(_WORDS[width])
-        return torch.from_numpy((words >> 1 | words << 8 * width - 1).view(np.uint8)).view(dtype).view(*shape)
+        return torch.from_numpy(_join(planes, num_values)).view(dtype).view(*shape)
+
+
+def _split(raw: U8, width: int) -> Sequence[U8]:
+    if width == 2 and find_spec("numba") is not None:
+        from kv_transfer.codecs.byte_kernels import split_words
+
+        low, high = np.empty(raw.size // 2, dtype=np.uint8), np.empty(raw.size // 2, dtype=np.uint8)
+        split_words(raw.view(np.uint16), low, high)
+        return low, high
+    words = raw.view(_WORDS[width])
+    turned = (words << 1 | words >> 8 * width - 1).view(np.uint8).reshape(-1, width)
+    return [np.ascontiguousarray(turned[:, idx]) for idx in range(width)]
+
+
+def _join(planes: Sequence[U8], num_values: int) -> U8:
+    width = len(planes)
+    if width == 2 and find_spec("numba") is not None:
+        from kv_transfer.codecs.byte_kernels import join_words
+
+        words = np.empty(num_values, dtype=np.uint16)
+        low, high = planes
+        join_words(low, high, words)
+        return words.view(np.uint8)
+    turned = np.empty((num_values, width), dtype=np.uint8)
+    for idx, plane in enumerate(planes):
+        turned[:, idx] = plane
+    wide = turned.reshape(-1).view(_WORDS[width])
+    return (wide >> 1 | wide << 8 * width - 1).view(np.uint8)

@@ -171,6 +171,21 @@ def test_a_frame_that_would_not_be_smaller_is_stored(name: str) -> None:
     assert torch.equal(frame.decode(), kv)
 
 
+def test_fp8_is_what_torch_makes_of_it() -> None:
+    """Every bfloat16 that is not enormous, among neighbours of its own size and under a scale of 1."""
+    bits = torch.arange(1 << 16, dtype=torch.int32)
+    every = (bits[(bits & 0x7FFF) < 0x7F00] << 16).view(torch.float32)
+    for kv in (every, torch.cat((every[every.abs() <= 448], torch.full((every.numel(),), 448.0)))):
+        kv = kv[: kv.numel() // 512 * 512].view(2, 2, -1, 8, 16).bfloat16()
+        frame = code(PipelineSpec(kind="fp8"), kv)
+        x = kv.float()
+        scale = x.abs().amax(-1, keepdim=True) / 448
+        codes = torch.where(scale < 2.0**-126, 0, (x * (1 / scale)).clamp(-448, 448)).to(torch.float8_e4m3fn)
+        assert torch.equal(frame.sections[0].view(torch.float32), scale.reshape(-1))
+        assert torch.equal(frame.sections[1] & 0x7F, codes.view(torch.uint8).reshape(-1) & 0x7F)
+        assert torch.equal(frame.decode(), (codes.float() * scale).bfloat16())
+
+
 @pytest.mark.parametrize("name", [name for name, spec in ladder().items() if spec.kind != "none"])
 def test_zeros_come_back_as_zeros(name: str) -> None:
     kv = torch.zeros((2, 2, 2, 100, 64), dtype=torch.bfloat16)
@@ -183,16 +198,8 @@ def test_every_rung_of_the_ladder_is_smaller_and_coarser_than_the_one_before() -
     raw_bytes = kv.numel() * 2
     assert found["none"][1] == raw_bytes + HEADER_BYTES
     assert torch.equal(found["lossless"][0], kv)
-    for at_least, name in (
-        (1.2, "lossless"),
-        (1.8, "fp8"),
-        (1.9, "int8"),
-        (4, "x4"),
-        (5, "x5"),
-        (6, "x6"),
-        (7.5, "x8"),
-        (9, "x10"),
-    ):
+    rungs = {"lossless": 1.2, "fp8": 1.8, "int8": 1.9, "x4": 4, "x5": 5, "x6": 5.3, "x8": 6.1, "x10": 7.8, "x12": 9.3}
+    for name, at_least in rungs.items():
         assert raw_bytes / found[name][1] > at_least, name
 
 
@@ -257,3 +264,11 @@ def test_a_frame_may_be_decoded_from_memory_that_is_lent() -> None:
         section.zero_()
     assert torch.equal(decoded, kept)
     assert torch.equal(replace(frame, sections=code(ladder()["x4"], _noise()).sections).decode(), kept)
+
+
+def test_a_head_dim_past_the_largest_butterflies_is_stored() -> None:
+    for head_dim, is_coded in ((2047, True), (2048, False)):
+        kv = random_kv(4, 1, 1, 6, head_dim, torch.bfloat16)
+        frame = code(PipelineSpec(rotate_v=True), kv)
+        assert (frame.params != STORED) == is_coded
+        assert frame.decode().shape == kv.shape
