@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from core.ids import RequestId, TransferId
+from kv_transfer.codecs.ladder import ladder
+from kv_transfer.codecs.pipeline import open_encoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES, decode_header, seal
 from kv_transfer.link import LinkPlan, Links, ReceiveEnd, SendEnd, Slot
+from kv_transfer.links import open_links
 from kv_transfer.process_group_links import ProcessGroupLinks
+from tests.kv_codecs import FixedChooser
 from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, MemoryDialer
 
 LAYERS = range(LAYOUT.num_layers)
@@ -147,6 +151,47 @@ async def test_a_bad_frame_is_a_nack_and_the_next_transfer_lands(spoil: Spoil, r
         assert duo.receiver_metrics.failures.labels("receiver", reason)._value.get() == 1
         links.spoil = None
         await _land(duo, "after")
+
+
+def _of_another_codec_version(message: memoryview) -> None:
+    header = decode_header(message[:HEADER_BYTES], len(message) - HEADER_BYTES)
+    _reseal(codec_params=bytes((99,)) + header.codec_params[1:])(message)
+
+
+def _first_section_cut(message: memoryview) -> None:
+    lengths = list(decode_header(message[:HEADER_BYTES], len(message) - HEADER_BYTES).section_bytes)
+    longest = lengths.index(max(lengths))
+    lengths[longest] -= 1
+    _reseal(section_bytes=tuple(lengths))(message)
+
+
+@pytest.mark.parametrize("spoil", [_of_another_codec_version, _first_section_cut], ids=["parameters", "sections"])
+@pytest.mark.parametrize("carrier", ["shm", "tcp"])
+@pytest.mark.parametrize("profile", ["lossless", "fp8", "x6"])
+async def test_a_coded_frame_that_lies_is_refused_and_counted_over_every_link(
+    profile: str, carrier: str, spoil: Spoil
+) -> None:
+    config = CONFIG.model_copy(update={"backend": carrier})
+    links = SpoilingLinks(open_links(config))
+    async with Duo(
+        config, links=(links, open_links(config)), chooser=FixedChooser(open_encoder(ladder()[profile]))
+    ) as duo:
+        links.spoil = spoil
+        transfer_id, _, target = await duo.begin("bad", num_tokens=9)
+        duo.sender.push(transfer_id, LAYERS, range(9))
+        duo.sender.commit(transfer_id, 1)
+        reason = await duo.landed.outcome(transfer_id)
+        assert reason in ("codec", "length")
+        assert await duo.sent.outcome(transfer_id) == reason
+        assert duo.receiver_metrics.frames_refused.labels(reason)._value.get() >= 1
+        assert target.isnan().all()
+        assert duo.target.writes == []
+        links.spoil = None
+        after, _, target = await duo.begin("after", num_tokens=9)
+        duo.sender.push(after, LAYERS, range(9))
+        duo.sender.commit(after, 1)
+        assert (await duo.sent.outcome(after), await duo.landed.outcome(after)) == ("acked", "landed")
+        assert not target.isnan().any()
 
 
 async def test_a_link_that_breaks_is_rebuilt_under_a_new_epoch() -> None:

@@ -1,7 +1,6 @@
 """Frames that lie, in numbers: whatever arrives, the receiver lands it or refuses it, and does nothing else."""
 
 import dataclasses
-import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from random import Random
 
 import pytest
 import torch
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,11 +15,10 @@ from torch import Tensor
 from kv_transfer import codec
 from kv_transfer.box import Box
 from kv_transfer.codec import Encoder, FramePlace, default_decoders
-from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.pipeline import open_encoder
 from kv_transfer.codecs.spec import PipelineSpec, Quantiser
 from kv_transfer.config import KvTransferConfig
-from kv_transfer.frame import HEADER_BYTES, FrameRefused, decode_header, seal, section_spans
+from kv_transfer.frame import HEADER_BYTES, decode_header, seal, section_spans
 from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd
 from kv_transfer.links import open_links
 from kv_transfer.session import NackReason
@@ -88,34 +85,6 @@ def test_a_decoder_that_crashes_or_gives_another_shape_is_found(monkeypatch: pyt
 
 
 # --- sizes that are stated and not true -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(set(ladder()) - {"none", "fp8"}))
-@pytest.mark.parametrize("bomb", ["stated", "unstated", "small lie"])
-def test_a_zip_bomb_is_refused_without_its_memory(name: str, bomb: str) -> None:
-    encoder = open_encoder(ladder()[name])
-    kv = torch.zeros(2, 2, 2, 64, 16, dtype=torch.bfloat16)
-    payload = torch.zeros(kv.nbytes, dtype=torch.uint8)
-    encoded = encoder.encode(kv, payload, FramePlace(Box(range(2), range(2), range(64)), 64, 2, 2))
-    sections = [payload[span.start : span.stop].clone() for span in section_spans(encoded.section_bytes)]
-    squeezed = [idx for idx, section in enumerate(sections) if section[:4].numpy().tobytes() == b"\x28\xb5\x2f\xfd"]
-    assert squeezed
-    num_bytes = 100 if bomb == "small lie" else 256 * 1024 * 1024
-    coder = zstandard.ZstdCompressor(write_content_size=bomb != "unstated")
-    lying = coder.compress(bytes(num_bytes))
-    decoder = default_decoders()[encoder.codec_id]
-    for idx in squeezed:
-        spoiled = list(sections)
-        spoiled[idx] = torch.frombuffer(bytearray(lying), dtype=torch.uint8)
-        tracemalloc.start()
-        try:
-            with pytest.raises(FrameRefused) as refused:
-                decoder.decode(encoded.params, spoiled, kv.shape, kv.dtype)
-            peak_bytes = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        assert refused.value.reason in (NackReason.CODEC, NackReason.LENGTH)
-        assert peak_bytes < 16 * kv.nbytes
 
 
 def test_a_group_may_be_stated_longer_than_memory() -> None:
