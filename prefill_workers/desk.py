@@ -217,11 +217,12 @@ class PrefillDesk:
     def _terms(self, machine: PrefillRequest, hand_off: m.HandOff) -> TransferTerms:
         load, floor = self.load, hand_off.quality_floor
         rate = load.prefill_tokens_per_s
+        num_tokens = max(1, load.queued_prefill_tokens - hand_off.cached_tokens)  # its own are among the queued
         return TransferTerms(
             quality_floor(self._config.transfer.quality) if floor is None else floor,
             hand_off.budget_s,
             machine.request.tenant,
-            compute_s=load.queued_prefill_tokens / rate if rate > 0 else 0.0,  # its own tokens are among the queued
+            compute_s=num_tokens / rate if rate > 0 else 0.0,
         )
 
     def _perform(self, machine: PrefillRequest, stream: Stream, effect: m.OwnEffect) -> None:

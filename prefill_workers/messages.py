@@ -14,6 +14,7 @@ class HandOff:
     Attributes:
         quality_floor: of the compression profile (`core.kv_quality`); None: the worker's default.
         budget_s: the KV may arrive so long after the first token; None: as soon as it can.
+        cached_tokens: of the prompt, that the gateway believes to be in our prefix cache.
     """
 
     transfer_id: TransferId
@@ -22,6 +23,7 @@ class HandOff:
     address: str
     quality_floor: float | None = None
     budget_s: float | None = None
+    cached_tokens: int = 0
 
 
 # Events: what happened.

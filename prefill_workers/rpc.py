@@ -74,6 +74,7 @@ def hand_off_from_wire(submit: worker_pb2.PrefillSubmit) -> HandOff | None:
         submit.decode_address,
         floor,
         budget_s,
+        submit.cached_tokens,
     )
 
 

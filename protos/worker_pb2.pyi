@@ -174,6 +174,7 @@ class PrefillSubmit(_message.Message):
     DECODE_ADDRESS_FIELD_NUMBER: _builtins.int
     KV_QUALITY_FLOOR_FIELD_NUMBER: _builtins.int
     HANDOFF_BUDGET_S_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     """empty: no hand-off, the first token is the last (max_tokens = 1)"""
     decode_worker_id: _builtins.str
@@ -184,6 +185,8 @@ class PrefillSubmit(_message.Message):
     """least token agreement of the profile; 1: lossless; absent: the default"""
     handoff_budget_s: _builtins.float
     """the KV may arrive so long after the first token"""
+    cached_tokens: _builtins.int
+    """of the prompt, that the gateway believes to be in this worker's prefix cache"""
     @_builtins.property
     def request(self) -> Global___WorkRequest: ...
     def __init__(
@@ -196,10 +199,11 @@ class PrefillSubmit(_message.Message):
         decode_address: _builtins.str = ...,
         kv_quality_floor: _builtins.float | None = ...,
         handoff_budget_s: _builtins.float | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_kv_quality_floor", b"_kv_quality_floor", "handoff_budget_s", b"handoff_budget_s", "kv_quality_floor", b"kv_quality_floor", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_kv_quality_floor", b"_kv_quality_floor", "decode_address", b"decode_address", "decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "handoff_budget_s", b"handoff_budget_s", "kv_quality_floor", b"kv_quality_floor", "request", b"request", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_kv_quality_floor", b"_kv_quality_floor", "cached_tokens", b"cached_tokens", "decode_address", b"decode_address", "decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "handoff_budget_s", b"handoff_budget_s", "kv_quality_floor", b"kv_quality_floor", "request", b"request", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__handoff_budget_s: _TypeAlias = _typing.Literal["handoff_budget_s"]  # noqa: Y015
     _WhichOneofArgType__handoff_budget_s: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s"]  # noqa: Y015

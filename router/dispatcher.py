@@ -310,22 +310,24 @@ class Dispatcher:
         self._count(active, worker_id, prefill_tokens=0)
         self._requests.hold(active, worker_id)
         request = self._for_worker(active, worker_id)
-        if not self._fleet.submit_decode(worker_id, request, active.work_id, active.work_id):
+        if not self._fleet.submit_decode(worker_id, request, active.work_id):
             self._feed(active, m.DecodeLost(WorkerLost(f"{worker_id} is not connected")))
 
     def _submit_prefill(
         self, active: ActiveRequest, worker_id: WorkerId, decode: WorkerId | None, attempt: int
     ) -> None:
         self._requests.begin_attempt(active, attempt)
-        self._count_prefill(active, worker_id)
+        cached_tokens = self._count_prefill(active, worker_id)
         self._requests.hold(active, worker_id)
         request = self._for_worker(active, worker_id)
-        if not self._fleet.submit_prefill(worker_id, request, active.work_id, active.work_id, decode):
+        if not self._fleet.submit_prefill(worker_id, request, active.work_id, decode, cached_tokens=cached_tokens):
             self._feed(active, m.PrefillLost(WorkerLost(f"{worker_id} is not connected")))
 
-    def _count_prefill(self, active: ActiveRequest, worker_id: WorkerId) -> None:
+    def _count_prefill(self, active: ActiveRequest, worker_id: WorkerId) -> int:
+        """The prompt counts as the worker's load from now on; returns how much of it the worker should have cached."""
         held_tokens = self._fleet.held_tokens(active.hashes).get(worker_id, 0)
         self._count(active, worker_id, prefill_tokens=max(1, active.request.num_prompt_tokens - held_tokens))
+        return held_tokens
 
     def _count(self, active: ActiveRequest, worker_id: WorkerId, *, prefill_tokens: int) -> None:
         """The work counts as the worker's load from now on."""

@@ -130,30 +130,34 @@ class Fleet:
                     held[worker_id] = blocks * key.block_size
         return held
 
-    def submit_decode(
-        self, worker_id: WorkerId, request: GenerateRequest, work_id: str, transfer_id: TransferId
-    ) -> bool:
+    def submit_decode(self, worker_id: WorkerId, request: GenerateRequest, work_id: TransferId) -> bool:
         """Ask to reserve. Returns False when the worker is not connected."""
         channel = self.pool.decode(worker_id)
         if channel is None:
             return False
-        channel.submit(request, work_id, transfer_id)
+        channel.submit(request, work_id)
         return True
 
     def submit_prefill(
         self,
         worker_id: WorkerId,
         request: GenerateRequest,
-        work_id: str,
-        transfer_id: TransferId,
+        work_id: TransferId,
         decode: WorkerId | None,
+        *,
+        cached_tokens: int,
     ) -> bool:
-        """Send the prompt. Returns False when it is not connected, or the decode worker is not known any more."""
+        """Send the prompt. Returns False when it is not connected, or the decode worker is not known any more.
+
+        Args:
+            work_id: names the transfer, too.
+            cached_tokens: of the prompt, that the worker should have in its prefix cache.
+        """
         channel = self.pool.prefill(worker_id)
         decode_record = self.records.get(decode) if decode is not None else None
         if channel is None or (decode is not None and decode_record is None):
             return False
-        channel.submit(request, work_id, transfer_id, decode_record)
+        channel.submit(request, work_id, decode_record, cached_tokens=cached_tokens)
         return True
 
     async def list_kv_decisions(self, worker_id: WorkerId, last: int) -> worker_pb2.ListKvDecisionsResponse:

@@ -123,7 +123,9 @@ class _Channel(ABC, Generic[Command, Report]):
 class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
     """To a prefill worker."""
 
-    def submit(self, request: GenerateRequest, work_id: str, transfer_id: str, decode: WorkerRecord | None) -> None:
+    def submit(
+        self, request: GenerateRequest, work_id: str, decode: WorkerRecord | None, *, cached_tokens: int
+    ) -> None:
         """Send the prompt; `decode` is where its KV goes, None for a request of one token."""
         wire = request_to_wire(request)
         wire.request_id = work_id
@@ -131,9 +133,10 @@ class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
             request=wire,
             kv_quality_floor=request.kv_quality_floor,
             handoff_budget_s=request.handoff_budget_s,
+            cached_tokens=cached_tokens,
         )
         if decode is not None:
-            message.transfer_id = transfer_id
+            message.transfer_id = work_id
             message.decode_worker_id = decode.worker_id
             message.decode_epoch = decode.epoch
             message.decode_address = decode.address
@@ -174,12 +177,12 @@ class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
 class DecodeChannel(_Channel[pb.DecodeCommand, pb.DecodeReport]):
     """To a decode worker."""
 
-    def submit(self, request: GenerateRequest, work_id: str, transfer_id: str) -> None:
-        """Ask to reserve blocks for the KV that will be offered under `transfer_id`."""
+    def submit(self, request: GenerateRequest, work_id: str) -> None:
+        """Ask to reserve blocks for the KV that will be offered under the work's id."""
         wire = request_to_wire(request)
         wire.request_id = work_id
         lease_s = self._config.reservation_lease_s
-        self._send(pb.DecodeCommand(submit=pb.DecodeSubmit(request=wire, transfer_id=transfer_id, lease_s=lease_s)))
+        self._send(pb.DecodeCommand(submit=pb.DecodeSubmit(request=wire, transfer_id=work_id, lease_s=lease_s)))
 
     def _connect(
         self, commands: AsyncIterator[pb.DecodeCommand]

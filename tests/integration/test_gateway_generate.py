@@ -215,6 +215,10 @@ async def test_siblings_follow_the_prefix(checkpoint: Path) -> None:
             assert got.finished.placement.prefill_worker == first.finished.placement.prefill_worker
             assert got.finished.placement.reason == "prefix_hit"
             assert got.finished.usage.cached_tokens == 28
+            chosen = next(one for one in cluster.prefills if one.worker_id == got.finished.placement.prefill_worker)
+            submitted = chosen.submits[-1]
+            assert isinstance(submitted, worker_pb2.PrefillSubmit)
+            assert submitted.cached_tokens == 28, "the prefill worker is told what it should have"
             assert got.started is not None
             explained = cluster.gateway.dispatcher.placer.explain(RequestId(got.started.request_id))
             assert [len(one.decision.candidates) for one in explained] == [4]

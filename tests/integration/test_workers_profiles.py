@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -188,7 +189,7 @@ async def test_without_a_library_transfers_are_exact_whatever_is_asked_for() -> 
         assert {candidate.profile for candidate in decision.candidates} <= {"none", "lossless"}
 
 
-def raw_submit(pair: Pair, name: str, **terms: float) -> worker_pb2.PrefillSubmit:
+def raw_submit(pair: Pair, name: str, **terms: Any) -> worker_pb2.PrefillSubmit:
     """Return a submission as no gateway of ours would send it: with these terms and no others."""
     return worker_pb2.PrefillSubmit(
         request=codec.request_to_wire(request(name, 20)),
@@ -211,6 +212,21 @@ async def test_terms_that_a_gateway_leaves_open_are_the_workers_own() -> None:
         assert (first.quality_floor, first.HasField("budget_s")) == (0.99, False)
         assert (second.quality_floor, second.HasField("budget_s"), second.budget_s) == (0.0, True, 0.0)
         assert json.loads(second.json)["compute_s"] > 0, "the prompts that are queued take time"
+
+
+async def test_what_should_be_cached_is_not_thought_to_take_time() -> None:
+    async with worker_pair() as pair:
+        expected = []
+        for name, terms in (("a", {}), ("bb", {}), ("ccc", {"cached_tokens": 20})):
+            await pair.submit_decode(request(name, 20))
+            await pair.to_decode.answer("accepted", name)
+            await pair.to_prefill.send(submit=raw_submit(pair, name, **terms))
+            await pair.to_decode.until_finished(name)
+            await pair.prefill_is_empty()
+        for decision in reversed((await pair.to_prefill.list_kv_decisions(0)).decisions):
+            expected.append(json.loads(decision.json)["compute_s"])
+        assert expected[0] == 0.0, "no rate was measured yet"
+        assert 0 < expected[2] < expected[1] / 4
 
 
 @pytest.mark.parametrize("terms", [{"kv_quality_floor": 1.5}, {"handoff_budget_s": float("nan")}], ids=str)
