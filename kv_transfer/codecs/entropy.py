@@ -35,7 +35,7 @@ def squeeze(plain: U8, level: int, block_bytes: int | None = None) -> bytes | No
 
 
 def _params(level: int) -> zstandard.ZstdCompressionParameters:
-    """Return level 1 with a smaller table: an eighth less time and as small, because what recurs are rows of a token."""
+    """Return level 1 with a smaller table: an eighth less time, and as small, since what recurs are rows of tokens."""
     smaller = {"hash_log": _HASH_LOG} if level == 1 else {}
     return zstandard.ZstdCompressionParameters.from_level(level, **smaller)
 
