@@ -47,11 +47,13 @@ from benchmarks.kv_links_model import layout_of_tiny, record_kv, texts_of_tiny
 from benchmarks.kv_links_policies import CONTROLLER, ORACLE, Shelf, open_shelf
 from benchmarks.kv_links_workload import Scenario, requests_of
 from benchmarks.netns import NetnsUnavailable, ShapedPair, end_on_signals
+from core.errors import ConfigError
 from kv_transfer.profile import NONE
 
 _ROOT = Path(__file__).parent.parent
 _RESULTS = _ROOT / "benchmarks" / "results"
 _MBIT = (200.0, 532.0, 1414.0, 3761.0, 10_000.0)
+_SCHEDULERS = {os.SCHED_OTHER: "default", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr"}
 _EXPERIMENTS = ("table", "drift", "mixed")
 
 
@@ -222,6 +224,7 @@ def _machine() -> dict[str, object]:
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load_1m": round(os.getloadavg()[0], 2),
+        "scheduler": _SCHEDULERS.get(os.sched_getscheduler(0), "other"),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -241,6 +244,17 @@ def _calibrate(pair: ShapedPair, mbit: Sequence[float], journal: Journal) -> Non
         }
         journal.emit("kv_links.link", **values)
         journal.note(f"{rate:7.0f} Mbit/s  a plain socket gets {values['measured_mbit_per_s']:.0f}")
+
+
+def _plot(results: Path | None) -> None:
+    found = results or max(_RESULTS.glob("kv_links_*.jsonl"), default=None)
+    if found is None:
+        sys.exit("there are no results to plot; run the benchmark first")
+    try:
+        from benchmarks.kv_links_plot import plot
+    except ImportError as error:
+        sys.exit(f"plots need the extra `profiles`: {error}")
+    plot(found, _ROOT / "docs")
 
 
 def _arguments() -> argparse.Namespace:
@@ -289,15 +303,16 @@ def _plan(args: argparse.Namespace, shelf: Shelf) -> Plan:
 def main() -> None:
     args = _arguments()
     if args.plot:
-        from benchmarks.kv_links_plot import plot
-
-        plot(args.output or max(_RESULTS.glob("kv_links_*.jsonl")), _ROOT / "docs")
+        _plot(args.output)
         return
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     output = args.output or _RESULTS / f"kv_links_{today}.jsonl"
     torch.set_num_threads(1)
     layout = layout_of_tiny()
-    shelf = open_shelf(args.library, layout)
+    try:
+        shelf = open_shelf(args.library, layout)
+    except ConfigError as error:
+        sys.exit(f"{error}")
     plan = _plan(args, shelf)
     with ExitStack() as stack:
         stack.enter_context(end_on_signals())

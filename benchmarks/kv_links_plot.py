@@ -13,6 +13,7 @@ from matplotlib import pyplot
 from benchmarks import kv_links_summary as summary
 
 _CONTROLLER, _NONE, _ORACLE = "controller", "none", "oracle"
+_TITLES = {"drift": "all requests at one quality floor", "mixed": "a third each: exact, high, balanced"}
 
 
 def plot(results: Path, folder: Path) -> list[Path]:
@@ -23,7 +24,7 @@ def plot(results: Path, folder: Path) -> list[Path]:
     runs = _latest(lines, "kv_links.run")
     if runs:
         written.append(_jct(runs, folder / "kv_links_jct.png"))
-    drifts = [line for line in _latest(lines, "kv_links.drift_run") if line["experiment"] == "drift"]
+    drifts = _latest(lines, "kv_links.drift_run")
     if drifts:
         written.append(_drift(drifts, folder / "kv_links_drift.png"))
     for path in written:
@@ -44,7 +45,7 @@ def _style(policy: str, position: float) -> dict[str, Any]:
         return {"color": "tab:red", "linewidth": 1.6, "marker": "x", "linestyle": "--"}
     if policy == _ORACLE:
         return {"color": "tab:green", "linewidth": 1.8, "marker": "+", "linestyle": ":"}
-    return {"color": pyplot.get_cmap("viridis")(position), "linewidth": 1.2, "marker": "."}
+    return {"color": pyplot.get_cmap("turbo")(0.1 + 0.75 * position), "linewidth": 1.2, "marker": "."}
 
 
 def _jct(runs: Sequence[dict[str, Any]], path: Path) -> Path:
@@ -76,34 +77,50 @@ def _jct(runs: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def _drift(runs: Sequence[dict[str, Any]], path: Path) -> Path:
+    experiments = [name for name in _TITLES if any(run["experiment"] == name for run in runs)]
+    figure, (above, *below) = pyplot.subplots(
+        1 + len(experiments),
+        1,
+        figsize=(11, 3 + 4 * len(experiments)),
+        sharex=True,
+        height_ratios=(1, *(3 for _ in experiments)),
+        layout="constrained",
+    )
+    segments = runs[0]["segments"]
+    width = segments[1]["begins_s"] - segments[0]["begins_s"]
+    middles = [segment["begins_s"] + width / 2 for segment in segments]
+    rates = [segment["mbit_per_s"] for segment in segments]
+    above.bar(middles, rates, width=width, color="lightsteelblue")
+    above.set(
+        yscale="log", ylabel="link, Mbit/s", title=f"a link that drifts {max(rates) / min(rates):.0f}x down and up"
+    )
+    for axis, experiment in zip(below, experiments, strict=True):
+        _segments(axis, [run for run in runs if run["experiment"] == experiment], middles)
+        axis.set(title=_TITLES[experiment], yscale="log", ylabel="mean JCT of a segment's arrivals, ms")
+    below[-1].set(xlabel="arrival, s")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _segments(axis: Any, runs: Sequence[dict[str, Any]], middles: Sequence[float]) -> None:
     by_policy: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         by_policy.setdefault(run["policy"], []).append(run)
     policies = _ordered(set(by_policy), {run["policy"]: run["ratio"] or 1.0 for run in runs})
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(11, 7), sharex=True, height_ratios=(1, 3), layout="constrained"
-    )
-    segments = by_policy[policies[0]][0]["segments"]
-    width = segments[1]["begins_s"] - segments[0]["begins_s"]
-    middles = [segment["begins_s"] + width / 2 for segment in segments]
-    above.bar(middles, [segment["mbit_per_s"] for segment in segments], width=width, color="lightsteelblue")
-    above.set(yscale="log", ylabel="link, Mbit/s", title="a link that drifts 50x down and up")
     for i, policy in enumerate(policies):
-        means = [
-            summary.median_of([run["segments"][s]["jct_mean_s"] for run in by_policy[policy]])
-            for s in range(len(segments))
-        ]
-        total = summary.median_of([run["jct_mean_s"] for run in by_policy[policy]]) or float("nan")
-        values = [float("nan") if mean is None else mean * 1e3 for mean in means]
-        below.plot(
-            middles, values, label=f"{policy}: {total * 1e3:.0f} ms", **_style(policy, i / max(1, len(policies) - 1))
+        mine = by_policy[policy]
+        means = [summary.median_of([run["segments"][s]["jct_mean_s"] for run in mine]) for s, _ in enumerate(middles)]
+        total = summary.median_of([run["jct_mean_s"] for run in mine]) or float("nan")
+        exact = summary.median_of([run["exact_share"] for run in mine]) or 0.0
+        axis.plot(
+            middles,
+            [float("nan") if mean is None else mean * 1e3 for mean in means],
+            label=f"{policy}: {total * 1e3:.0f} ms, {exact:.0%} exact",
+            **_style(policy, i / max(1, len(policies) - 1)),
         )
-    below.set(yscale="log", xlabel="arrival, s", ylabel="mean JCT of the arrivals of a segment, ms")
-    below.grid(which="both", alpha=0.25)
-    below.legend(fontsize="small", title="mean JCT")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+    axis.grid(which="both", alpha=0.25)
+    axis.legend(fontsize="small", title="mean JCT; KV that arrives bit for bit")
 
 
 def _ordered(policies: set[str], ratios: dict[str, float]) -> list[str]:
