@@ -210,6 +210,7 @@ async def _goodput(
         mib=num_bytes // MIB,
         slot_bytes=config.slot_bytes,
         num_slots=config.num_slots,
+        credit_mib=config.credit_bytes // MIB,
         repetitions=args.repetitions,
         raw_gb_s=_rate(num_bytes, raw),
         contiguous_gb_s=_rate(num_bytes, times["contiguous"]),
@@ -295,6 +296,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens-per-s", type=float, default=20_000, help="pace of the prefill (default 20000)")
     parser.add_argument("--slot-mib", type=float, help="frame size; default: the configuration's")
     parser.add_argument("--num-slots", type=int, help="frames outstanding; default: the configuration's")
+    parser.add_argument("--credit-mib", type=int, help="bytes that may be on their way; default: the configuration's")
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file too")
     parser.add_argument("--far-port", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -307,6 +309,8 @@ def main() -> None:
         changes["slot_bytes"] = int(args.slot_mib * MIB) + HEADER_BYTES
     if args.num_slots:
         changes["num_slots"] = args.num_slots
+    if args.credit_mib:
+        changes["credit_bytes"] = args.credit_mib * MIB
     max_tokens = max([args.goodput_mib, *args.exposed_mib]) * MIB // LAYOUT.bytes_per_token
     if args.far_port:
         (carrier,) = args.carrier
