@@ -38,7 +38,7 @@ TRACES: dict[str, Callable[[random.Random, float], Trace]] = {
     "ramp": worlds.ramp,
     "walk": worlds.walk,
 }
-ALTRUISMS = (0.0, 0.3, 1.0)
+ALTRUISMS = (0.0, 0.5)
 NUM_LINKS = 64
 
 
