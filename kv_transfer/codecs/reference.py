@@ -232,7 +232,8 @@ def _grouped(y: Tensor, rule: SegmentRule) -> Tensor:
 def _spread(scales: Tensor, rule: SegmentRule, num_tokens: int, head_dim: int) -> Tensor:
     """Turn ``[S]`` into what goes with ``[T, D]``."""
     if rule.axis == "group":
-        return scales.reshape(-1, head_dim).repeat_interleave(rule.group_tokens, dim=0)[:num_tokens]
+        # Never more than the plane's own size: a frame may state groups of any length.
+        return scales.reshape(-1, head_dim)[torch.arange(num_tokens) // rule.group_tokens]
     return scales[:, None] if rule.axis == "token" else scales[None, :]
 
 
