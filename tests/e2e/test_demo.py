@@ -13,5 +13,5 @@ async def test_demo(tmp_path: Path) -> None:
     code, out, err = await tandem(tmp_path, "demo")
     assert (code, err) == (0, []), "\n".join(out)
     text = "\n".join(out)
-    for wanted in ("TTFT", "TPOT", "transfer", "KV sent", "prefix", "peak", "MiB (PSS)", "all held"):
+    for wanted in ("TTFT", "TPOT", "transfer", "on the wire", "profile", "prefix", "peak", "MiB (PSS)", "all held"):
         assert wanted in text
