@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_transfers_with_random_faults_leave_nothing_behind() -> None:
     command = [sys.executable, "-m", "benchmarks.kv_soak", "--transfers", "300", "--batch", "100", "--seed", "5"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
