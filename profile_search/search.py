@@ -26,7 +26,7 @@ from profile_search.observations import Observations
 from profile_search.scores import PromptScore, disagreement, quality_of
 from profile_search.surrogate import features_of, guess
 
-FLOORS = (0.99, 0.98, 0.97, 0.95, 0.90)
+FLOORS = (0.99, 0.985, 0.98, 0.975, 0.97, 0.95)
 RUNGS = (8, 32)  # prompts of the first steps of successive halving; the last step is all of them
 COLD_STARTS = 6
 SLOWER = 1.7
