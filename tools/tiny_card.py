@@ -80,6 +80,14 @@ longer than 1,024 tokens were only the last 5% of training. No safety training o
 The training text is part of CPython and its documentation, copyright Python Software Foundation, PSF License
 Agreement version 2; some standard-library files carry further notices of their authors. The model memorises passages
 of that text. The weights are distributed under the licence of this repository, subject to those terms.
+
+## Validation prompts
+
+    python -m tools.tiny_prompts
+
+`validation_prompts.jsonl`: 128 prompts of about 140 to 1,500 tokens, cut from the held-out split above (so under the same
+licence), on which KV profiles are judged. 64 are for the search, 64 others for acceptance; each half is dealt in turn
+from nine strata (prose, code, chat; short, medium, long).
 """
 
 
