@@ -85,9 +85,10 @@ of that text. The weights are distributed under the licence of this repository, 
 
     python -m tools.tiny_prompts
 
-`validation_prompts.jsonl`: 128 prompts of about 140 to 1,500 tokens, cut from the held-out split above (so under the same
-licence), on which KV profiles are judged. 64 are for the search, 64 others for acceptance; each half is dealt in turn
-from nine strata (prose, code, chat; short, medium, long).
+`validation_prompts.jsonl`: 128 prompts of about 140 to 1,500 tokens, cut from the held-out split above (so under the
+same licence), on which KV profiles are judged. 64 are for the search, 64 others for acceptance; each half is dealt in
+turn from nine strata (prose, code, chat; short, medium, long). `kv_profiles.yaml` is the library that
+`tandem profile search models/tiny` found.
 """
 
 
