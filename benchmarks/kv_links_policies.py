@@ -15,6 +15,7 @@ from kv_transfer.choice import AlwaysRaw, Choice, ProfileChooser, TransferObserv
 from kv_transfer.codec import RAW, Encoder
 from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.pipeline import open_encoder
+from kv_transfer.codecs.spec import PipelineSpec
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.controller.opening import open_chooser
 from kv_transfer.profile import NONE, Profile, find_library
@@ -25,8 +26,9 @@ Schedule = Sequence[tuple[float, float, str]]  # (begins at, of requests with th
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
-    """The profiles there are: encoders by name, and what was measured of them, if it was."""
+    """The profiles there are: pipelines and encoders by name, and what was measured of them, if it was."""
 
+    pipelines: Mapping[str, PipelineSpec]
     encoders: Mapping[str, Encoder]
     profiles: tuple[Profile, ...]
 
@@ -48,7 +50,7 @@ def open_shelf(library: str, layout: KvLayout) -> Shelf:
             raise ConfigError("models/tiny has no library of profiles; `tandem profile search` makes one")
         profiles = found.validated(layout)
         specs = {profile.name: profile.pipeline for profile in profiles}
-    return Shelf({name: RAW if name == NONE else open_encoder(spec) for name, spec in specs.items()}, profiles)
+    return Shelf(specs, {name: RAW if name == NONE else open_encoder(spec) for name, spec in specs.items()}, profiles)
 
 
 class StaticProfile:
