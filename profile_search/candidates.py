@@ -120,16 +120,20 @@ def _uniform(levels: int, step: float) -> Quantiser:
 
 
 def _by_token() -> Iterator[Candidate]:
-    for is_rotated, entropy, (k, v) in product((True, False), ("zstd", "none"), _TOKEN_LEVELS):
+    traits_of = {True: "rotated", False: "unrotated"}
+    for is_rotated, is_coded, recent, (k, v) in product((True, False), (True, False), (0, 32), _TOKEN_LEVELS):
         spec = PipelineSpec(
             center_k=is_rotated,
             rotate_k=is_rotated,
             rotate_v=is_rotated,
             k=Quantiser(levels=k),
             v=Quantiser(levels=v),
-            entropy="zstd" if entropy == "zstd" else "none",
+            recent_tokens=recent,
+            k_recent=Quantiser(levels=255) if recent else None,
+            v_recent=Quantiser(levels=255) if recent else None,
+            entropy="zstd" if is_coded else "none",
         )
-        traits = ("token", "rotated" if is_rotated else "unrotated", f"entropy {entropy}")
+        traits = ("token", traits_of[is_rotated], "coded" if is_coded else "packed", f"recent {recent}")
         yield Candidate(spec, traits, (-math.log2(k), -math.log2(v)))
 
 
