@@ -31,7 +31,7 @@ from profile_search.judge import InjectionJudge
 from profile_search.prompts import PROMPTS_NAME, load_prompts
 from profile_search.scores import PromptScore, quality_of, ratio_of, score_prompt
 
-LEVEL_PROMPTS = 12
+LEVEL_PROMPTS = 9
 FRAME_TOKENS = 512
 _TINY = Path("models/tiny")
 

@@ -27,6 +27,12 @@ How to read it:
 - Baselines have **equal bytes**: levels are chosen so that their ratio is the rung's; headers are not counted against
   them, and CacheGen's coder is counted at its ideal entropy. "-": cannot be that small. A baseline's number is **bold**
   where it is better than the rung's beyond doubt (the interval of the paired difference excludes zero).
+- Rungs of 2 GB/s and more have no entropy coder. Where one of them is behind CacheGen-like, that is why: the ideal
+  entropy that is counted there is what such a rung gives up for its speed.
+- Agreement has no zero: with KV that is destroyed, small models that repeat themselves still agree at about 0.7 of the
+  positions, since the continuation itself is context. KL tells the same rungs apart more sharply.
+- A library's rungs are the best of some thirty finalists on these prompts, so its bounds are a little lucky; another
+  draw of prompts may give a rung a few thousandths less.
 - GB/s are raw bytes per second and core, encode / decode, on `{machine}`; the machine was shared.
 
 {tables}
