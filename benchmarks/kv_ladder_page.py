@@ -22,8 +22,8 @@ How to read it:
   search has not seen, {num_positions} positions on the first model. **KL** is the divergence of the next-token
   distributions there (reference || injected), nats.
 - Intervals are 95 %, by a bootstrap over prompts; agreement's are never narrower than Wilson's over all positions. The
-  arithmetic is the serving engine's own in bfloat16, in which near ties flip whatever is done: noise of a
-  thousandth of K and V costs half a percent of agreement already.
+  arithmetic is the serving engine's own in bfloat16, in which near ties flip whatever is done: noise of two
+  thousandths of K and V costs half a percent of agreement already.
 - Baselines have **equal bytes**: levels are chosen so that their ratio is the rung's; headers are not counted against
   them, and CacheGen's coder is counted at its ideal entropy. "-": cannot be that small. A baseline's number is **bold**
   where it is better than the rung's beyond doubt (the interval of the paired difference excludes zero).
