@@ -3,7 +3,7 @@
 The receiver of a pair hosts a TCPStore; both ends build the backend object over ``PrefixStore(<plan name>)``; the
 sender is rank 0. A name is never used twice, because the keys of a dead group stay in the store.
 
-Two ways to carry a message (ADR 0003 has the measurements):
+Two ways to carry a message (ADR 3 has the measurements):
 
 - **slots** (gloo): the receiver posts receives of the whole slot size ahead of time; a message may be shorter than its
   buffer. One gloo message per frame, nothing to wait for. A message LONGER than its buffer would kill the receiving
