@@ -96,7 +96,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bandwidths", type=float, nargs="+", metavar="MBIT_PER_S", help=f"default {_MBIT}")
     parser.add_argument("--policies", nargs="+", help="none, profiles, controller; default: all")
     parser.add_argument("--repetitions", type=int, help="of the table (default 3)")
-    parser.add_argument("--drift-repetitions", type=int, help="of each drift (default 2)")
+    parser.add_argument("--drift-repetitions", type=int, help="of each drift (default 3)")
     parser.add_argument("--requests", type=int, help="of a run of the table (default 60)")
     parser.add_argument("--drift-requests", type=int, help="of a run of a drift (default 270)")
     parser.add_argument("--floor", type=float, default=0.97, help="quality floor of all requests (default 0.97)")
@@ -126,7 +126,7 @@ def _plan(args: argparse.Namespace, shelf: Shelf) -> Plan:
         policies=tuple(policies),
         repetitions=args.repetitions or (1 if args.quick else 3),
         drift_mbit=tuple(args.bandwidths or _MBIT),
-        drift_repetitions=args.drift_repetitions or (1 if args.quick else 2),
+        drift_repetitions=args.drift_repetitions or (1 if args.quick else 3),
         num_requests=args.requests or (40 if args.quick else 60),
         drift_requests=args.drift_requests or (120 if args.quick else 270),
         floor=args.floor,
