@@ -79,7 +79,7 @@ def profile_search(
     )
     for row in report.comparison:
         print(
-            f"floor {row.floor:.2f}: found {row.found_ratio:.2f}x, of all {row.exhaustive_ratio:.2f}x: "
+            f"floor {row.floor:.3f}: found {row.found_ratio:.2f}x, of all {row.exhaustive_ratio:.2f}x: "
             f"{'same' if row.is_same else 'DIFFERENT'}"
         )
     _console().print(_table_of(report.library))

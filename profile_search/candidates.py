@@ -70,14 +70,15 @@ def _uniform_steps(rope_theta: float | None, steps: PlaneSteps) -> Iterator[Cand
     thetas = (None,) if rope_theta is None else (None, rope_theta)
     for theta, is_weighted, (recent, (tokens, finer)) in product(thetas, (False, True), RECENT.items()):
         traits = ("uniform", "rotary" if theta is None else "unrotary", recent, "weighted" if is_weighted else "flat")
+        finest_k, finest_v = (min(map(min, half)) if is_weighted else 1.0 for half in (steps.k, steps.v))
         for k_step, factor in product(_STEPS, _V_FACTORS):
             v_step = k_step * factor
             spec = PipelineSpec(
                 rope_theta=theta,
                 center_v=True,
                 rotate_v=True,
-                k=_uniform(_levels(k_step), k_step),
-                v=_uniform(_levels(v_step), v_step),
+                k=_uniform(_levels(k_step * finest_k), k_step),
+                v=_uniform(_levels(v_step * finest_v), v_step),
                 k_plane_steps=steps.k if is_weighted else (),
                 v_plane_steps=steps.v if is_weighted else (),
                 recent_tokens=tokens,
@@ -110,9 +111,9 @@ def _packed_steps(rope_theta: float | None) -> Iterator[Candidate]:
             yield Candidate(spec, ("packed", f"step {step}"), (nominal, nominal))
 
 
-def _levels(step: float) -> int:
-    """Odd, so that zero is a level: most values are near it. Fine steps need more of them."""
-    return 63 if step < 0.45 else 15
+def _levels(finest_step: float) -> int:
+    """Return levels that clip no plane before 2.5 root mean squares; odd, since most values are near zero."""
+    return 15 if finest_step * 7 >= 2.5 else 63
 
 
 def _uniform(levels: int, step: float) -> Quantiser:

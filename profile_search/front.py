@@ -41,8 +41,8 @@ class FloorComparison:
     """The best of a search against the best of all, at one floor.
 
     Attributes:
-        is_same: equal ratio within 1 %, or the difference is a candidate whose interval holds the floor: one that
-            another draw of prompts might as well have refused.
+        is_same: equal ratio within 3 % (a search looks for no smaller gain), or the difference is a candidate whose
+            interval holds the floor: one that another draw of prompts might as well have refused.
     """
 
     floor: float
@@ -57,7 +57,7 @@ def compare(found: Sequence[Judged], everything: Sequence[Judged], floors: Seque
     for floor in floors:
         ours, theirs = best_at(found, floor), best_at(everything, floor)
         our_ratio, their_ratio = (item.one.cost.ratio if item else 1.0 for item in (ours, theirs))
-        is_close = our_ratio >= 0.99 * their_ratio
+        is_close = our_ratio >= 0.97 * their_ratio
         is_doubtful = theirs is not None and theirs.agreement_low - floor < 0.25 * (
             theirs.agreement - theirs.agreement_low
         )

@@ -98,7 +98,7 @@ def run_search(settings: SearchSettings, told: Told = lambda stage, done, of: No
         num_total = len(pool) * observations.num_prompts
 
         def told_search(floor: float, num_left: int) -> None:
-            told(f"quality {floor:.2f}, {num_left} candidates left", observations.num_scores, num_total)
+            told(f"quality {floor:.3f}, {num_left} candidates left", observations.num_scores, num_total)
 
         search(pool, observations, told=told_search)
         num_judged = observations.num_scores
