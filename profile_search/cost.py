@@ -5,7 +5,7 @@ a frame, from frames of two sizes; of several runs the fastest counts: what else
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
