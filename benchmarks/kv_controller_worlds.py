@@ -35,6 +35,7 @@ _LADDER = (
     ("x10", 10.4, 0.28 * GB, 0.6 * GB, 0.96),
 )
 FIXED_S = 0.0002
+_FLOOR = 0.9  # of every request: below what any of them has
 
 
 def ladder() -> tuple[Arm, ...]:
@@ -49,14 +50,14 @@ def ladder() -> tuple[Arm, ...]:
     )
 
 
-def jobs(rng: random.Random, *, num_jobs: int, per_s: float, floor: float = 0.9) -> list[Job]:
+def jobs(rng: random.Random, *, num_jobs: int, per_s: float) -> list[Job]:
     """Return transfers of 1 to 64 MB (median 8) with Poisson arrivals; every third one begins during its prefill."""
     made, at_s = [], 0.0
     for _ in range(num_jobs):
         at_s += rng.expovariate(per_s)
         raw_bytes = int(min(64 * MB, max(1 * MB, rng.lognormvariate(math.log(8 * MB), 0.8))))
         compute_s = raw_bytes / (0.4 * GB) if rng.random() < 1 / 3 else 0.0
-        terms = TransferTerms(quality_floor=floor, compute_s=compute_s)
+        terms = TransferTerms(quality_floor=_FLOOR, compute_s=compute_s)
         made.append(Job(at_s, raw_bytes, terms, rng.lognormvariate(0.0, 0.08), rng.lognormvariate(0.0, 0.08)))
     return made
 

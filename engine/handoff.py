@@ -54,17 +54,14 @@ class _Hold:
 class HandoffTable:
     """All holds of one engine."""
 
-    def __init__(self, pool: KvPool, on_drained: Callable[[], None] = lambda: None) -> None:
-        """
-        Args:
-            on_drained: called, from the copying thread, when a closed hold lost its last pin; must not block.
-        """
+    def __init__(self, pool: KvPool) -> None:
         self._pool = pool
         self._all_heads = range(pool.layout.num_kv_heads)
         self._lock = Lock()
         self._holds: dict[RequestId, _Hold] = {}
         self._drained: list[_Hold] = []
-        self.on_drained = on_drained
+        # Called from the copying thread when a closed hold lost its last pin; must not block.
+        self.on_drained: Callable[[], None] = lambda: None
 
     def open_reading(self, request_id: RequestId, block_ids: NDArray[np.int32], num_tokens: int) -> None:
         """Let `read` copy positions 0..num_tokens of these blocks. What is computed so far the caller must know."""

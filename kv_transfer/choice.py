@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.ids import RequestId, TransferId, WorkerId
+from core.kv_quality import EXACT
 from kv_transfer.codec import RAW, Encoder
 from kv_transfer.token_selection import TokenSelection
-
-EXACT = 1.0  # a quality floor that only lossless profiles meet
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """Configuration of KV transfer; part of both workers' configuration."""
 
 import os
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from core.config import ConfigModel
+from core.kv_quality import KvQuality
 from kv_transfer.controller.config import ControllerConfig
 from kv_transfer.frame import HEADER_BYTES
 
@@ -97,7 +98,7 @@ class KvTransferConfig(ConfigModel):
         description="controller chooses a profile per transfer; or the name of the one profile to use where the "
         "request's quality allows it",
     )
-    quality: Literal["exact", "high", "balanced"] | Annotated[float, Field(ge=0, le=1)] = Field(
+    quality: KvQuality = Field(
         "exact",
         description="of requests that ask for none: the least token agreement of their profile (a lower confidence "
         "bound); exact means lossless, high 0.99, balanced 0.97",

@@ -23,8 +23,11 @@ class KvTransferMetrics:
         self.raw_bytes = Counter(
             "tandem_kv_transfer_raw_bytes", "KV that was handed over (before coding)", ["side"], registry=registry
         )
-        self.profiles = Counter(
-            "tandem_kv_transfer_profiles", "Transfers by profile and why", ["profile", "reason"], registry=registry
+        self.decisions = Counter(
+            "tandem_kv_transfer_profile_decisions",
+            "Profiles chosen, by reason",
+            ["profile", "reason"],
+            registry=registry,
         )
         self.frames_refused = Counter(
             "tandem_kv_transfer_frames_refused", "Frames not written, by reason", ["reason"], registry=registry

@@ -1,4 +1,7 @@
-"""When to try a peer again that could not be reached: after 1 s, then 2, 4, ... up to 60, until something works."""
+"""When to try a peer again that could not be reached: after 1 s, then 2, 4, ... up to 60.
+
+Whoever reaches the peer forgets its record: the next failure begins at the first step.
+"""
 
 
 class PeerHealth:
@@ -34,7 +37,3 @@ class PeerHealth:
             return
         self._wait_s = min(self._wait_s * 2 or self._first_retry_s, self._max_retry_s)
         self._retry_at = now + self._wait_s
-
-    def succeeded(self) -> None:
-        """The peer answered: the next failure begins at the first step again."""
-        self._wait_s = 0.0

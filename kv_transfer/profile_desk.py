@@ -40,7 +40,7 @@ class ProfileDesk:
             choice = _FALLBACK
         else:
             self._asked[question.transfer_id] = _Asked(question.raw_bytes, choice.profile, self._clock.now())
-        self._metrics.profiles.labels(choice.profile, choice.reason).inc()
+        self._metrics.decisions.labels(choice.profile, choice.reason).inc()
         return choice
 
     def expected_bytes(self, profile: str, raw_bytes: int) -> int:

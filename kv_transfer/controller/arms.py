@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.errors import ConfigError
-from kv_transfer.choice import EXACT
+from core.kv_quality import EXACT
 from kv_transfer.codec import RAW, Encoder
 from kv_transfer.codecs.spec import PipelineSpec
 from kv_transfer.profile import NONE, Profile

@@ -30,7 +30,6 @@ class Chooser:
         if len(self._outstanding) > _MAX_OUTSTANDING:
             self._outstanding.popitem(last=False)
         self._ring.add(decision)
-        self._metrics.decided(decision)
         chosen = decision.chosen
         arm = self.policy.arms[chosen.profile]
         return Choice(chosen.profile, arm.encoder, chosen.predicted_s, decision.reason.value, arm.selection)

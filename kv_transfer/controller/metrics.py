@@ -1,4 +1,5 @@
-"""What the controller counts, in the registry that the worker exports."""
+"""How good the controller's predictions are, in the registry that the worker exports. Its choices are counted with the
+transfers (`kv_transfer.metrics`), whoever makes them."""
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
@@ -12,12 +13,6 @@ class ControllerMetrics:
     """One set per registry; a second one in the same registry is an error of prometheus."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._decisions = Counter(
-            "tandem_kv_transfer_profile_decisions",
-            "Profiles chosen, by reason",
-            ["profile", "reason"],
-            registry=registry,
-        )
         self._predicted = Histogram(
             "tandem_kv_transfer_predicted_seconds",
             "Reserved to acknowledged, as predicted",
@@ -43,14 +38,6 @@ class ControllerMetrics:
             "Estimated time lost against the best candidate in hindsight",
             registry=registry,
         )
-        self._counters: dict[tuple[str, str], Counter] = {}  # labels() costs as much as half a decision
-
-    def decided(self, decision: Decision) -> None:
-        key = (decision.chosen.profile, decision.reason.value)
-        counter = self._counters.get(key)
-        if counter is None:
-            counter = self._counters[key] = self._decisions.labels(*key)
-        counter.inc()
 
     def ended(self, decision: Decision, outcome: Outcome) -> None:
         if outcome.observation.failure:

@@ -439,6 +439,7 @@ async def test_the_chooser_is_asked_once_and_told_once() -> None:
         assert observed.exposed_s is not None
         (failed,) = coded.chooser.observed[aborted]
         assert (failed.failure, failed.exposed_s, failed.payload_bytes) == ("cancelled", None, 0)
+        assert duo.sender_metrics.decisions.labels("flip", "test")._value.get() == len(asked)
 
 
 async def test_a_chooser_that_fails_costs_no_transfer() -> None:
@@ -450,6 +451,7 @@ async def test_a_chooser_that_fails_costs_no_transfer() -> None:
         assert await coded.settled(transfer_id) == ("acked", "landed")
         assert torch.equal(kv, target)
         assert coded.chooser.observed == {}
+        assert duo.sender_metrics.decisions.labels("none", "chooser_failed")._value.get() == 1
 
 
 async def test_the_second_question_knows_the_link() -> None:
