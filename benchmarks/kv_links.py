@@ -17,7 +17,7 @@ JCT: arrival to last token. TTFT: arrival to first token, which the prefill work
 second token, the first that needs the hand-off. Without root (or tc) the sender's rate cap stands in for the link, the
 reason is printed, and nothing drifts.
 
-    python -m benchmarks.kv_links                # all of it: about 12 minutes on two cores
+    python -m benchmarks.kv_links                # all of it: about 11 minutes on two cores
     python -m benchmarks.kv_links --quick        # the machinery, small: a minute and a half
     python -m benchmarks.kv_links --plot         # docs/kv_links_*.png from the newest results
 """
@@ -167,6 +167,9 @@ def main() -> None:
             "machine": _machine(),
         }
         journal = Journal(output, facts)
+        for profile in shelf.profiles:
+            low = None if profile.quality is None else profile.quality.agreement_low
+            journal.emit("kv_links.profile", name=profile.name, ratio=profile.ratio, agreement_low=low)
         if pair is not None:
             _calibrate(pair, plan.mbit, journal)
         torch.save(record_kv(texts_of_tiny()), folder / "kv.pt")

@@ -34,6 +34,7 @@ def pair() -> Iterator[ShapedPair]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # both processes compile the codec's kernels where nobody has yet
 async def test_every_request_ends_and_what_lands_is_what_was_sent(pair: ShapedPair, tmp_path: Path) -> None:
     recorded = tmp_path / "kv.pt"
     torch.save(record_kv(texts_of_tiny(), num_windows=4), recorded)
