@@ -135,7 +135,7 @@ class Door:
             if isinstance(key.data, str):
                 assert isinstance(key.fileobj, socket.socket)
                 self._let_in(key.fileobj, key.data)
-            elif isinstance(key.data, _Visitor):
+            elif key.data in self._visitors:  # not turned away since `select`, for somebody who came just now
                 self._listen_to(key.data)
         now = time.monotonic()
         for visitor in [visitor for visitor in self._visitors if visitor.expires_at <= now]:

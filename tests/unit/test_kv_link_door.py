@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from kv_transfer import link_door
 from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd
 from kv_transfer.link_address import TcpAddress, parse_address
 from kv_transfer.link_door import MAX_NAME_BYTES, Arrival, Door, answer, hello, is_answer
@@ -95,6 +96,18 @@ def test_a_crowd_that_says_nothing_does_not_keep_the_peer_out() -> None:
         sender = crowd.enter_context(_knock(port, hello(TOKEN, "tcp", NAME)))
         arrival = crowd.enter_context(meeting.result(WAIT_S).connection)
         assert arrival.getpeername() == sender.getsockname()
+
+
+def test_a_stranger_that_speaks_while_it_is_turned_away_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _door() as (door, port), ExitStack() as everybody:
+        stranger = everybody.enter_context(_knock(port, b""))
+        first = everybody.enter_context(_knock(port, hello(TOKEN, "tcp", "first")))
+        everybody.enter_context(door.meet("first", WAIT_S).connection)
+        monkeypatch.setattr(link_door, "_MAX_VISITORS", 1)  # the stranger has the only place
+        sender = everybody.enter_context(_knock(port, hello(TOKEN, "tcp", NAME)))
+        stranger.sendall(b"GET /")  # both are found ready at once, the newcomer first
+        arrival = everybody.enter_context(door.meet(NAME, WAIT_S).connection)
+        assert arrival.getpeername() == sender.getsockname() != first.getsockname()
 
 
 def test_whoever_comes_second_under_a_name_is_turned_away() -> None:
