@@ -65,6 +65,7 @@ class LinkQuota:
         with self._changed:
             if not self._changed.wait_for(lambda: self._has_place(peer), timeout_s):
                 raise QuotaExceeded(f"all {self._max_links} links are busy")
+            self._lru.closed(peer)  # an earlier thread's place, if that is not through yet: nothing counts twice
             self._lru.touched(peer)
             self._holders[peer] = holder
             for _ in range(self._transfers[peer]):

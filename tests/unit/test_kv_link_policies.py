@@ -1,10 +1,11 @@
-"""Small policies of links: the rate cap, the probe of a dead peer, the choice of a link to give up."""
+"""Small policies of links: the rate cap, the probe of a dead peer, the choice of a link to give up, the quota."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_transfer.link_lru import LinkLru
+from kv_transfer.link_quota import LinkQuota, QuotaExceeded
 from kv_transfer.peer_health import PeerHealth
 from kv_transfer.rate_cap import RateCap
 
@@ -172,3 +173,32 @@ def test_a_victim_is_always_open_idle_and_the_oldest(max_links: int, events: lis
         assert lru.victim() == expected
         assert len(lru) == len(used)
         assert all(open_peer in lru for open_peer in used)
+
+
+# --- quota ------------------------------------------------------------------------------------------------------------
+
+
+class Holder:
+    """A sender thread that does as it is asked, at once."""
+
+    def __init__(self, quota: LinkQuota, peer: str) -> None:
+        self._quota = quota
+        self._peer = peer
+
+    def give_up_link(self) -> None:
+        self._quota.closed(self._peer, self)
+
+
+def test_a_peer_that_came_back_before_its_old_link_was_closed_is_idle_when_its_transfers_ended() -> None:
+    quota = LinkQuota(1)
+    old, new, other = Holder(quota, "d"), Holder(quota, "d"), Holder(quota, "e")
+    quota.began("d")
+    quota.open("d", old, 0.0)
+    quota.began("d")  # offered to the next incarnation
+    quota.ended("d")  # of the old one
+    quota.open("d", new, 0.0)
+    quota.closed("d", old)  # its thread took long
+    with pytest.raises(QuotaExceeded):
+        quota.open("e", other, 0.0)
+    quota.ended("d")
+    quota.open("e", other, 0.0)
