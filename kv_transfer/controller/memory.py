@@ -51,7 +51,7 @@ def restore(data: bytes, experience: Experience, arms: Iterable[Arm], now: float
     """Replace what is known by a snapshot. Returns False, with a line in the log, when it is not one of these arms."""
     try:
         beliefs = _read(data, fingerprint(arms), now)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         _log.warning("the controller starts without experience: %s", error)
         return False
     experience.restore(beliefs)

@@ -140,6 +140,7 @@ def damaged() -> dict[str, bytes]:
         "short row": json.dumps(data | {"beliefs": [row[:5]]}).encode(),
         "text for a number": with_row("0.1", 0.1, 1.0),
         "nan": with_row(float("nan"), 0.1, 1.0),
+        "larger than any float": with_row(10**400, 0.1, 1.0),
         "mean out of range": with_row(50.0, 0.1, 1.0),
         "no doubt at all": with_row(0.1, 0.0, 1.0),
         "too much doubt": with_row(0.1, 99.0, 1.0),
