@@ -277,8 +277,11 @@ class Engine:
             num_dropped: prompt tokens whose KV was left out; that of the others was written to the first places.
         Raises:
             NoSuchHandoff: there is no such reservation.
-            TransferError: KV is missing, being written, or left out of a model that needs it; the reservation stays.
+            TransferError: KV is missing, being written, or left out of a model that needs it, or these are no tokens
+                of the model; the reservation stays.
         """
+        if not all(0 <= token_id < self.model_info.vocab_size for token_id in first_tokens):
+            raise TransferError("first_token", f"one of {list(first_tokens)} is not in the vocabulary")
         if num_dropped and (exact or self.model_info.has_sliding_window):
             raise TransferError("dropped_tokens", f"{num_dropped} tokens were left out, and every one is needed")
         self._handoffs.check_complete(request_id, num_dropped)

@@ -12,7 +12,7 @@ from core.request import Finish, FinishReason, GenerateRequest, RequestOutput, S
 from engine.engine import Engine
 from engine.handoff import NoSuchHandoff
 from engine.pool import KvPool
-from tests.fake_model import NUM_LAYERS, fake_engine, greedy, reference_tokens, run_to_end, token_ids
+from tests.fake_model import NUM_LAYERS, VOCAB_SIZE, fake_engine, greedy, reference_tokens, run_to_end, token_ids
 
 LAYERS = range(NUM_LAYERS)
 SHORT_S = 5.0
@@ -139,6 +139,19 @@ def test_prefills_are_not_preempted_and_decodes_yield_to_them() -> None:
     expected = reference_tokens(request("decode", range(8), greedy(max_tokens=20, ignore_eos=True)))
     assert token_ids(outputs["decode"]) == expected[-len(token_ids(outputs["decode"])) :]
     assert outputs["decode"][-1].tokens[-1].index == 19
+
+
+@pytest.mark.parametrize("token_id", [VOCAB_SIZE, 2**32 - 1, -1])
+def test_a_first_token_that_is_none_of_the_models_does_not_join_the_batch(token_id: int) -> None:
+    source, target = fake_engine(), fake_engine()
+    hand_over(source, target, request("a", range(16)))
+    one = request("b", range(16))
+    assert target.reserve(one).held_tokens == 16
+    with pytest.raises(TransferError, match="not in the vocabulary"):
+        target.activate(one.request_id, [token_id])
+    target.check()
+    target.activate(one.request_id, [1])
+    assert run_to_end(target)["b"][-1].finish is not None
 
 
 def test_held_prefix_needs_no_writing_and_may_not_be_written() -> None:
