@@ -17,17 +17,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.clock import Clock
 from core.ids import TransferId
-from kv_transfer.codec_threads import Buffers, CodecThreads
-from kv_transfer.config import KvTransferConfig
 from kv_transfer.decode_line import DecodeLine
 from kv_transfer.frame import HEADER_BYTES, FrameRefused
 from kv_transfer.landing import Arrival, LandingZone
-from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd, Slot
-from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd, Slot
 from kv_transfer.receiver_events import FramesWritten
 from kv_transfer.session import NackReason
+from kv_transfer.shared_parts import ReceiverParts
 
 _log = logging.getLogger(__name__)
 # A slow link would be blind while a whole portion of credit crosses it: so much later, so much is told.
@@ -62,30 +59,21 @@ class ReceivePump:
     """Thread of one link epoch. All methods that are not private: any thread, none blocks."""
 
     def __init__(
-        self,
-        config: KvTransferConfig,
-        links: Links,
-        plan: LinkPlan,
-        link_epoch: int,
-        zone: LandingZone,
-        threads: CodecThreads,
-        buffers: Buffers,
-        hooks: ReceiveHooks,
-        metrics: KvTransferMetrics,
-        clock: Clock,
+        self, parts: ReceiverParts, plan: LinkPlan, link_epoch: int, zone: LandingZone, hooks: ReceiveHooks
     ) -> None:
-        self._links = links
+        config = parts.config
+        self._links = parts.links
         self._plan = plan
         self._link_epoch = link_epoch
         self._zone = zone
         self._hooks = hooks
-        self._metrics = metrics
-        self._clock = clock
+        self._metrics = parts.metrics
+        self._clock = parts.clock
         self._close_timeout_s = config.close_timeout_s
         self._line = DecodeLine(
             zone,
-            threads,
-            buffers,
+            parts.threads,
+            parts.buffers,
             self,
             max_raw_bytes=config.lookahead_bytes,
             patience_s=config.codec_timeout_s,
@@ -98,7 +86,7 @@ class ReceivePump:
         self._is_closing = False
         self._consumed_bytes = 0
         self._received_bytes = self._told_bytes = 0
-        self._told_at = self._received_at = clock.now()
+        self._told_at = self._received_at = parts.clock.now()
         self.finished: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"kv-receive-{plan.name}", daemon=True)
 

@@ -36,10 +36,11 @@ from kv_transfer.link import Links
 from kv_transfer.links import open_links
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.ports import KvWriter, LandedStats, ReceiverOutcomes
-from kv_transfer.receiver_pair import ReceiverPair, ReceiverParts
+from kv_transfer.receiver_pair import ReceiverPair
 from kv_transfer.receiver_session import ReceiverSession
 from kv_transfer.receiver_streams import ReceiverStreams
 from kv_transfer.session import NackReason
+from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -85,16 +86,16 @@ class KvReceiver:
         self._metrics = metrics or process_metrics()
         self._threads = CodecThreads(config.codec_threads, identity.worker_id)
         self._parts = ReceiverParts(
-            identity,
-            config,
-            layout,
-            self._links,
-            writer,
-            decoders or default_decoders(),
-            self._metrics,
-            clock,
-            self._threads,
-            Buffers(),
+            identity=identity,
+            config=config,
+            layout=layout,
+            links=self._links,
+            writer=writer,
+            decoders=decoders or default_decoders(),
+            metrics=self._metrics,
+            clock=clock,
+            threads=self._threads,
+            buffers=Buffers(),
         )
         self._streams = ReceiverStreams(self._parts, owner=self, on_detached=self._on_detached)
         self._transfers: dict[TransferId, _Transfer] = {}

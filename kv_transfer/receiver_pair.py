@@ -2,26 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
-from core.clock import Clock
 from core.errors import ProtocolError
 from core.ids import TransferId
-from core.layout import KvLayout
-from core.membership import WorkerIdentity
 from kv_transfer import receiver_events as session
-from kv_transfer.codec import Decoder
-from kv_transfer.codec_threads import Buffers, CodecThreads
-from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack_reason
 from kv_transfer.landing import FrameStamp, Landing, LandingZone
-from kv_transfer.link import LinkPlan, Links, PairIdentity
-from kv_transfer.metrics import KvTransferMetrics
-from kv_transfer.ports import KvWriter
+from kv_transfer.link import LinkPlan, PairIdentity
 from kv_transfer.receive_pump import ReceivePump
 from kv_transfer.session import NackReason
+from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -38,22 +30,6 @@ class ReceiverPairOwner(Protocol):
         ...
 
     def on_link_lost(self, pair: "ReceiverPair", detail: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiverParts:
-    """What all pairs of one receiver share."""
-
-    identity: WorkerIdentity
-    config: KvTransferConfig
-    layout: KvLayout
-    links: Links
-    writer: KvWriter
-    decoders: Mapping[int, Decoder]
-    metrics: KvTransferMetrics
-    clock: Clock
-    threads: CodecThreads
-    buffers: Buffers
 
 
 class ReceiverPair:
@@ -156,9 +132,7 @@ class ReceiverPair:
             slot_bytes=config.slot_bytes,
             backend=parts.links.backend,
         )
-        self._pump = ReceivePump(
-            config, parts.links, plan, link_epoch, zone, parts.threads, parts.buffers, self, parts.metrics, parts.clock
-        )
+        self._pump = ReceivePump(parts, plan, link_epoch, zone, self)
         self._pump.start()
         self.say(pb.ReceiverMessage(link_opened=opened))
         self.say(pb.ReceiverMessage(credit=pb.Credit(bytes=config.credit_bytes, link_epoch=link_epoch)))

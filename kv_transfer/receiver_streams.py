@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from core.errors import DeadlineExceeded, ProtocolError, RejectedError, RejectReason
 from kv_transfer.control import ControlReply
 from kv_transfer.frame import FRAME_VERSION
-from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner, ReceiverParts
+from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner
+from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb
 
 _KEPT_EPOCHS = 4096

@@ -7,15 +7,13 @@ under the condition that the sender thread waits on, so that one wait can be for
 import itertools
 import threading
 
-from core.clock import Clock
-from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES
-from kv_transfer.link import LinkError, LinkPlan, Links, PairIdentity, SendEnd, Slot
+from kv_transfer.link import LinkError, LinkPlan, PairIdentity, SendEnd, Slot
 from kv_transfer.link_gauge import LinkGauge
-from kv_transfer.link_quota import LinkHolder, LinkQuota
-from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.link_quota import LinkHolder
 from kv_transfer.outgoing import OpenedLink, Outgoing, PumpHooks
 from kv_transfer.rate_cap import RateCap
+from kv_transfer.shared_parts import SenderParts
 
 
 class Unreachable(LinkError):
@@ -27,28 +25,24 @@ class SendLink:
 
     def __init__(
         self,
-        config: KvTransferConfig,
+        parts: SenderParts,
         pair: PairIdentity,
-        links: Links,
-        quota: LinkQuota,
         holder: LinkHolder,
         hooks: PumpHooks,
-        metrics: KvTransferMetrics,
-        clock: Clock,
         changed: threading.Condition,
     ) -> None:
         """`changed` is notified whenever something may go on."""
-        self._config = config
+        self._config = parts.config
         self._pair = pair
-        self._links = links
-        self._quota = quota
+        self._links = links = parts.links
+        self._quota = parts.quota
         self._holder = holder
         self._hooks = hooks
-        self._metrics = metrics
-        self._clock = clock
+        self._metrics = parts.metrics
+        self._clock = parts.clock
         self._changed = changed
-        rate = config.rate_limit_bytes_per_s
-        self.gauge = LinkGauge(clock, rate, "" if links.backend == "auto" else links.backend)
+        rate = parts.config.rate_limit_bytes_per_s
+        self.gauge = LinkGauge(parts.clock, rate, "" if links.backend == "auto" else links.backend)
         self._rate_cap = None if rate is None else RateCap(rate)
         self._end: SendEnd | None = None
         self._spare: Slot | None = None  # acquired, and then not needed

@@ -18,23 +18,18 @@ from concurrent.futures import Future
 
 from torch import Tensor
 
-from core.clock import Clock
 from core.errors import ConfigError
-from core.layout import KvLayout
 from kv_transfer.box import Box, cut
 from kv_transfer.codec import Encoded
-from kv_transfer.codec_threads import Buffers, CodecThreads
-from kv_transfer.config import KvTransferConfig
 from kv_transfer.encoding import EncodeFailed, FrameEncoder, largest_raw_bytes
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, seal, section_spans
-from kv_transfer.link import LinkError, Links, PairIdentity, Slot
-from kv_transfer.link_quota import LinkQuota, QuotaExceeded
-from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.link import LinkError, PairIdentity, Slot
+from kv_transfer.link_quota import QuotaExceeded
 from kv_transfer.outgoing import Commit, Outgoing, PumpHooks
-from kv_transfer.ports import KvReader, TokenReader
 from kv_transfer.send_line import LineItem, SendLine
 from kv_transfer.send_link import SendLink, Unreachable
 from kv_transfer.session import NackReason
+from kv_transfer.shared_parts import SenderParts
 
 _log = logging.getLogger(__name__)
 # An idle pump looks after frames in flight this late (a busy one meets them when it needs a slot): while it flushes it
@@ -45,30 +40,17 @@ _IDLE_FLUSH_S = 0.5
 class SendPump:
     """Thread and queue of one pair. All methods that are not private: any thread, none blocks."""
 
-    def __init__(
-        self,
-        config: KvTransferConfig,
-        pair: PairIdentity,
-        layout: KvLayout,
-        links: Links,
-        reader: KvReader,
-        threads: CodecThreads,
-        buffers: Buffers,
-        quota: LinkQuota,
-        hooks: PumpHooks,
-        metrics: KvTransferMetrics,
-        clock: Clock,
-        tokens: TokenReader | None = None,
-    ) -> None:
-        self._config = config
+    def __init__(self, parts: SenderParts, pair: PairIdentity, hooks: PumpHooks) -> None:
+        self._config = parts.config
         self._pair = pair
-        self._layout = layout
+        self._layout = parts.layout
         self._hooks = hooks
-        self._metrics = metrics
-        self._encoder = FrameEncoder(layout, reader, tokens)
-        self._line = SendLine(self._encoder, threads, buffers, self.wake, max_raw_bytes=config.lookahead_bytes)
+        self._metrics = parts.metrics
+        self._encoder = FrameEncoder(parts.layout, parts.reader, parts.tokens)
+        max_raw_bytes = parts.config.lookahead_bytes
+        self._line = SendLine(self._encoder, parts.threads, parts.buffers, self.wake, max_raw_bytes=max_raw_bytes)
         self._changed = threading.Condition()
-        self.link = SendLink(config, pair, links, quota, self, hooks, metrics, clock, self._changed)
+        self.link = SendLink(parts, pair, self, hooks, self._changed)
         self._queue: deque[tuple[Outgoing, Box | Commit]] = deque()
         self._is_giving_up_link = False
         self.finished: Future[None] = Future()

@@ -39,9 +39,10 @@ from kv_transfer.peer_health import PeerHealth
 from kv_transfer.ports import KvReader, Peer, PeerDown, SenderOutcomes, TokenReader
 from kv_transfer.profile_desk import ProfileDesk
 from kv_transfer.rpc import GrpcDialer
-from kv_transfer.sender_pair import SenderPair, SenderParts
+from kv_transfer.sender_pair import SenderPair
 from kv_transfer.sender_session import SenderSession
 from kv_transfer.session import NackReason
+from kv_transfer.shared_parts import SenderParts
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -97,17 +98,17 @@ class KvSender:
         self._threads = CodecThreads(config.codec_threads, identity.worker_id)
         self._quota = LinkQuota(config.max_links)
         self._parts = SenderParts(
-            identity,
-            config,
-            layout,
-            self._links,
-            reader,
-            self._metrics,
-            clock,
-            self._threads,
-            Buffers(),
-            self._quota,
-            tokens,
+            identity=identity,
+            config=config,
+            layout=layout,
+            links=self._links,
+            reader=reader,
+            tokens=tokens,
+            metrics=self._metrics,
+            clock=clock,
+            threads=self._threads,
+            buffers=Buffers(),
+            quota=self._quota,
         )
         self._health: OrderedDict[Peer, PeerHealth] = OrderedDict()
         self._transfers: dict[TransferId, _Transfer] = {}

@@ -4,26 +4,19 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-from core.clock import Clock
 from core.errors import ProtocolError, ServingError, WorkerLost
 from core.ids import TransferId
-from core.layout import KvLayout
-from core.membership import WorkerIdentity
 from kv_transfer import sender_session as session
-from kv_transfer.codec_threads import Buffers, CodecThreads
-from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlStream, nack_reason
 from kv_transfer.frame import FRAME_VERSION
-from kv_transfer.link import Links, PairIdentity
-from kv_transfer.link_quota import LinkQuota
-from kv_transfer.metrics import KvTransferMetrics
+from kv_transfer.link import PairIdentity
 from kv_transfer.outgoing import OpenedLink, Outgoing
-from kv_transfer.ports import KvReader, Peer, TokenReader
+from kv_transfer.ports import Peer
 from kv_transfer.send_pump import SendPump
 from kv_transfer.session import NackReason
+from kv_transfer.shared_parts import SenderParts
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -43,23 +36,6 @@ class PairOwner(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class SenderParts:
-    """What all pairs of one sender share."""
-
-    identity: WorkerIdentity
-    config: KvTransferConfig
-    layout: KvLayout
-    links: Links
-    reader: KvReader
-    metrics: KvTransferMetrics
-    clock: Clock
-    threads: CodecThreads
-    buffers: Buffers
-    quota: LinkQuota
-    tokens: TokenReader | None = None
-
-
 class SenderPair:
     """One decode worker as the sender sees it. Event loop only, but for the pump's hooks."""
 
@@ -76,20 +52,7 @@ class SenderPair:
         self._loop = asyncio.get_running_loop()
         identity, layout = parts.identity, parts.layout
         names = PairIdentity(identity.worker_id, identity.epoch, peer.worker_id, peer.epoch)
-        self.pump = SendPump(
-            parts.config,
-            names,
-            layout,
-            parts.links,
-            parts.reader,
-            parts.threads,
-            parts.buffers,
-            parts.quota,
-            self,
-            parts.metrics,
-            parts.clock,
-            parts.tokens,
-        )
+        self.pump = SendPump(parts, names, self)
         self.pump.start()
         hello = pb.SenderHello(
             worker_id=identity.worker_id,

@@ -22,8 +22,9 @@ from kv_transfer.link import Slot
 from kv_transfer.memory_links import MemoryLinks
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.receiver_events import FramesWritten
-from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner, ReceiverParts
+from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner
 from kv_transfer.session import NackReason
+from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb
 from tests.kv_peers import LAYOUT, ArrayPool
 
@@ -154,16 +155,16 @@ async def test_the_event_loop_never_sees_half_of_a_frame(monkeypatch: pytest.Mon
     site = Site()
     owner = create_autospec(ReceiverPairOwner, instance=True)
     parts = ReceiverParts(
-        WorkerIdentity(WorkerId("decode"), Epoch(7), "test"),
-        KvTransferConfig(backend="memory"),
-        LAYOUT,
-        MemoryLinks(),
-        site.pool,
-        default_decoders(),
-        KvTransferMetrics(CollectorRegistry()),
-        ManualClock(),
-        CodecThreads(1, "test"),
-        Buffers(),
+        identity=WorkerIdentity(WorkerId("decode"), Epoch(7), "test"),
+        config=KvTransferConfig(backend="memory"),
+        layout=LAYOUT,
+        links=MemoryLinks(),
+        writer=site.pool,
+        decoders=default_decoders(),
+        metrics=KvTransferMetrics(CollectorRegistry()),
+        clock=ManualClock(),
+        threads=CodecThreads(1, "test"),
+        buffers=Buffers(),
     )
     pair = ReceiverPair(pb.SenderHello(worker_id="prefill", epoch=3), parts, lambda message: None, owner)
     pair.landings[T] = site.landing
