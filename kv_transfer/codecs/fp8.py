@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kv_transfer.codec import Encoded, FramePlace
+from kv_transfer.codecs.reference import narrowed
 from kv_transfer.codecs.spec import CODEC_VERSION
 from kv_transfer.frame import FrameRefused, section_spans
 from kv_transfer.session import NackReason
@@ -102,4 +103,4 @@ def _decode(codes: Tensor, scales: Tensor, head_dim: int, dtype: torch.dtype) ->
         decode_e4m3(codes.numpy(), _TABLE.numpy(), head_dim, scales.numpy(), bits)
         return torch.from_numpy(bits.view(np.uint8)).view(torch.bfloat16)
     rows = codes.view(torch.float8_e4m3fn).view(-1, head_dim).float()
-    return (rows * scales[:, None]).to(dtype)
+    return narrowed(rows * scales[:, None], dtype)

@@ -18,6 +18,7 @@ from kv_transfer.codecs.decode_kernel import decode_half
 from kv_transfer.codecs.encode_kernel import encode_half
 from kv_transfer.codecs.frame_plan import MAX_HEAD_DIM
 from kv_transfer.codecs.planes import F32, I64, U8, HalfCodes, HalfPlan, digits_per_byte, plane_scales
+from kv_transfer.codecs.reference import narrowed
 from kv_transfer.codecs.rotation import parts
 
 _AXES = ("token", "group", "channel", "tensor")
@@ -83,7 +84,7 @@ def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
     )
     if wide is not kv:
         at = torch.from_numpy(plan.planes_at)
-        kv[at, plan.start : plan.stop] = wide[at, plan.start : plan.stop].to(kv.dtype)
+        kv[at, plan.start : plan.stop] = narrowed(wide[at, plan.start : plan.stop], kv.dtype)
     return is_decoded
 
 

@@ -21,7 +21,8 @@ is a constant computed in double and rounded once. Per plane ``x[T, D]``, values
    ``q = rint(clamp(y * inv + (levels - 1) / 2, 0, levels - 1))``; asymmetric: ``q = rint(clamp((y - low) * inv, 0,
    levels - 1))``. Packed as `planes.HalfCodes` says.
 5. Back. ``y = (q - (levels - 1) / 2) * step``, or ``q * step + low``; the butterflies of 2, ``* f32(1 / sqrt(n))``,
-   ``* sign``; ``x = y + m'``; the embedding again: ``u * cos - w * sin``, ``w * cos + u * sin``; rounded to the dtype.
+   ``* sign``; ``x = y + m'``; the embedding again: ``u * cos - w * sin``, ``w * cos + u * sin``; rounded to the dtype,
+   where float16 saturates.
 
 An input that is not finite, or has a step, mean or least value from 2 ** 96 on, is not coded.
 """
@@ -50,6 +51,7 @@ LAST_WORD = 3568  # steps from 2 ** 96 on are not coded: nothing that is decoded
 LAST_BFLOAT16 = 0x6F80  # the same for means and least values
 _BLOCK = 32
 _TINY = 2.0**-126
+_LARGEST_FLOAT16 = 65504.0
 
 
 def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
@@ -99,8 +101,13 @@ def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
     x = y + (torch.from_numpy(codes.mean_codes.copy()).float() * step[:, None])[:, None, :]
     if plan.rope is not None:
         x = _redo_rope(x, *plan.rope)
-    kv[torch.from_numpy(plan.planes_at), plan.start : plan.stop] = x.to(kv.dtype)
+    kv[torch.from_numpy(plan.planes_at), plan.start : plan.stop] = narrowed(x, kv.dtype)
     return True
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float32 in a dtype of KV. Levels reach past the largest magnitude; float16 has no room for that. Pure."""
+    return x.clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).to(dtype) if dtype == torch.float16 else x.to(dtype)
 
 
 def _encode_plane(y: Tensor, z: Tensor, codes: HalfCodes, segment: Segment, plane: int) -> int | None:

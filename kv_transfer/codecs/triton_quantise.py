@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kv_transfer.codecs.planes import HalfCodes, HalfPlan, Segment, digits_per_byte, plane_scales, plane_symbols
-from kv_transfer.codecs.reference import LAST_BFLOAT16, LAST_WORD
+from kv_transfer.codecs.reference import LAST_BFLOAT16, LAST_WORD, narrowed
 
 _log = logging.getLogger(__name__)
 _BLOCK = 32
@@ -162,7 +162,7 @@ def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
     x = y + mean[:, None, :]
     if plan.rope is not None:
         x = _turn(x, plan.rope, is_back=True)
-    kv[_on(plan.planes_at, device), plan.start : plan.stop] = x.to(kv.dtype)
+    kv[_on(plan.planes_at, device), plan.start : plan.stop] = narrowed(x, kv.dtype)
     return True
 
 
