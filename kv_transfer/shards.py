@@ -70,6 +70,9 @@ class ShardTally:
         if self._landed and self._landed[0][0] != first_token_id and self._failure is None:
             detail = f"{shard} says that the first token is {first_token_id}, others say {self._landed[0][0]}"
             self._failure = ShardsFailed(NackReason.PROTOCOL, detail)
+        if self._landed and self._landed[0][1].dropped_tokens != stats.dropped_tokens and self._failure is None:
+            detail = f"{shard} left out {stats.dropped_tokens} tokens, others {self._landed[0][1].dropped_tokens}"
+            self._failure = ShardsFailed(NackReason.PROTOCOL, detail)
         self._landed.append((first_token_id, stats))
 
     def failed(self, shard: TransferId, reason: str, detail: str) -> None:
@@ -102,4 +105,5 @@ def _together(shards: list[LandedStats]) -> LandedStats:
         wire_bytes=sum(stats.wire_bytes for stats in shards),
         profile=profiles.pop() if len(profiles) == 1 else "mixed",
         profile_is_lossless=all(stats.profile_is_lossless for stats in shards),
+        dropped_tokens=shards[0].dropped_tokens,
     )

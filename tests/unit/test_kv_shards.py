@@ -1,6 +1,7 @@
 """Head shards: who brings what, under which id, and when a request has landed."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -64,3 +65,21 @@ def test_shards_that_disagree_on_the_first_token_have_failed() -> None:
     tally.landed(B, 8, _stats())
     assert isinstance(tally.verdict, ShardsFailed)
     assert tally.verdict.reason == NackReason.PROTOCOL
+
+
+def test_tokens_that_all_shards_left_out_are_told() -> None:
+    tally = ShardTally([A, B])
+    for shard in (A, B):
+        tally.landed(shard, 7, replace(_stats(is_lossless=False), dropped_tokens=5))
+    verdict = tally.verdict
+    assert isinstance(verdict, ShardsLanded)
+    assert verdict.stats.dropped_tokens == 5
+
+
+def test_shards_that_left_out_unequal_numbers_of_tokens_are_no_prompt() -> None:
+    tally = ShardTally([A, B])
+    tally.landed(A, 7, replace(_stats(is_lossless=False), dropped_tokens=5))
+    tally.landed(B, 7, _stats())
+    verdict = tally.verdict
+    assert isinstance(verdict, ShardsFailed)
+    assert verdict.reason == NackReason.PROTOCOL
