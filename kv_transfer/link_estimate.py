@@ -40,6 +40,7 @@ _WIRE_BOUND_S = 0.01  # a thread that waits for a processor loses this much, too
 _LULL_RATIO = 0.25
 _RTT_WEIGHT = 0.125
 _RTT_MEMORY_SAMPLES = 64  # the minimum is forgotten after so many round trips: routes change
+_MAX_UNACKNOWLEDGED = 16_384  # messages; of a receiver that grants credit and tells nothing, the oldest have arrived
 _MIN_INTERVAL_S = 1e-6  # less is a clock, not a wire
 
 
@@ -116,6 +117,8 @@ class GoodputEstimator:
             self._anchor = _Anchor(self._delivered, now, now, self._lull_s, is_idle=True)
         elif not self._unacknowledged[-1].is_backlogged:
             self._lull_s += now - self._unacknowledged[-1].at
+        if len(self._unacknowledged) >= _MAX_UNACKNOWLEDGED:
+            self._delivered = self._unacknowledged.popleft().stop
         self._unacknowledged.append(_Send(self._sent, cumulative_bytes, now, self._lull_s, is_backlogged))
         self._sent = cumulative_bytes
 

@@ -246,3 +246,15 @@ def test_any_mix_of_lone_transfers_converges_without_latency(rate: float, sizes:
     for num_bytes in sizes:
         wire.transfer(num_bytes)
     assert wire.error < 1.05
+
+
+@pytest.mark.parametrize("told_bytes", [0, 1])
+def test_a_receiver_that_tells_nothing_costs_a_bounded_memory(told_bytes: int) -> None:
+    estimator = GoodputEstimator()
+    for at in range(1, 100_001):
+        estimator.sent(at * 0.001, at * 1000, is_backlogged=True)
+        estimator.acknowledged(at * 0.001, told_bytes)
+    assert len(estimator._unacknowledged) < 20_000
+    assert estimator.in_flight_bytes < 20_000 * 1000
+    estimator.acknowledged(101.0, 100_000_000)
+    assert estimator.in_flight_bytes == 0
