@@ -4,7 +4,7 @@ A worker keeps its pool over its lives, so that a block which a dead incarnation
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import grpc
@@ -16,20 +16,18 @@ from benchmarks.soak_faults import Plan
 from benchmarks.soak_pool import Ledger, OwnedPool
 from benchmarks.soak_wires import BadDialer, BadLinks
 from core.clock import MonotonicClock
-from core.errors import ServingError, WorkerLost
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from core.rpc import bind, create_server
 from kv_transfer.config import KvTransferConfig
-from kv_transfer.control import ControlStream
 from kv_transfer.links import open_links
+from kv_transfer.memory_control import MemoryDialer
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.rpc import GrpcDialer, add_kv_transfer
 from kv_transfer.sender import KvSender
-from protos import kv_transfer_pb2 as pb
 
 
 class Outcomes:
@@ -181,49 +179,3 @@ class DecodeSide:
 
     def _end(self, transfer_id: TransferId, outcome: str) -> None:
         self.pool.free(self._world.plans[transfer_id].request_id)
-
-
-class MemoryDialer:
-    """Control streams straight into a receiver of this process; an address that nobody has is a peer that is gone."""
-
-    def __init__(self, receivers: Mapping[str, KvReceiver]) -> None:
-        self._receivers = receivers
-
-    def dial(self, peer: Peer) -> ControlStream:
-        return _MemoryStream(self._receivers.get(peer.address))
-
-
-class _MemoryStream:
-    def __init__(self, receiver: KvReceiver | None) -> None:
-        self._receiver = receiver
-        self._to_receiver: asyncio.Queue[pb.SenderMessage | None] = asyncio.Queue()
-        self._to_sender: asyncio.Queue[pb.ReceiverMessage | ServingError | None] = asyncio.Queue()
-        self._served: asyncio.Task[None] | None = None
-
-    def send(self, message: pb.SenderMessage) -> None:
-        self._to_receiver.put_nowait(message)
-
-    async def messages(self) -> AsyncIterator[pb.ReceiverMessage]:
-        if self._receiver is None:
-            raise WorkerLost("nobody is at this address")
-        self._served = asyncio.create_task(self._serve(self._receiver))
-        while (message := await self._to_sender.get()) is not None:
-            if isinstance(message, ServingError):
-                raise WorkerLost(str(message)) from message
-            yield message
-
-    async def close(self) -> None:
-        self._to_receiver.put_nowait(None)
-        if self._served is not None:
-            await asyncio.wait([self._served])
-
-    async def _serve(self, receiver: KvReceiver) -> None:
-        try:
-            await receiver.serve(self._inbound(), self._to_sender.put_nowait)
-            self._to_sender.put_nowait(None)
-        except ServingError as error:
-            self._to_sender.put_nowait(error)
-
-    async def _inbound(self) -> AsyncIterator[pb.SenderMessage]:
-        while (message := await self._to_receiver.get()) is not None:
-            yield message

@@ -1,6 +1,6 @@
 """The control plane's ports: streams of `protos/kv_transfer.proto` messages, without saying what carries them.
 
-`rpc` carries them over gRPC; tests carry them over an in-memory wire that may drop, repeat, reorder and delay.
+`rpc` carries them over gRPC, `memory_control` within one process; tests wrap both in wires that drop, repeat and delay.
 """
 
 from collections.abc import AsyncIterator, Callable

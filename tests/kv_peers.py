@@ -1,4 +1,4 @@
-"""Peers for the KV transfer tests: pools that are plain arrays, owners that remember, control streams in memory."""
+"""Peers for the KV transfer tests: pools that are plain arrays, owners that remember, control streams to look into."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from core.clock import ManualClock, MonotonicClock
-from core.errors import RejectedError, RejectReason, ServingError, WorkerLost
+from core.errors import RejectedError, RejectReason
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
@@ -18,6 +18,7 @@ from kv_transfer.choice import ProfileChooser
 from kv_transfer.codec import TORCH_DTYPES, Decoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.link import Links
+from kv_transfer.memory_control import MemoryStream
 from kv_transfer.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
@@ -137,25 +138,24 @@ class Outcomes:
         return self.told[transfer_id][0][0]
 
 
-class MemoryDialer:
-    """Control streams straight into a receiver of this process."""
+class WatchedDialer:
+    """Control streams straight into one receiver of this process, kept to be looked at."""
 
     def __init__(self, receiver: KvReceiver) -> None:
         self.receiver = receiver
-        self.streams: list[MemoryStream] = []
+        self.streams: list[WatchedStream] = []
 
-    def dial(self, peer: Peer) -> "MemoryStream":
-        stream = MemoryStream(self.receiver)
+    def dial(self, peer: Peer) -> "WatchedStream":
+        stream = WatchedStream(self.receiver)
         self.streams.append(stream)
         return stream
 
 
-class MemoryStream:
+class WatchedStream(MemoryStream):
+    """Remembers what was said on it, and lets tests wait for it."""
+
     def __init__(self, receiver: KvReceiver) -> None:
-        self._receiver = receiver
-        self.to_receiver: asyncio.Queue[pb.SenderMessage | None] = asyncio.Queue()
-        self.to_sender: asyncio.Queue[pb.ReceiverMessage | ServingError | None] = asyncio.Queue()
-        self._served: asyncio.Task[None] | None = None
+        super().__init__(receiver)
         self.sent: list[pb.SenderMessage] = []
         self.heard: list[pb.ReceiverMessage] = []
         self._changed = asyncio.Event()
@@ -163,21 +163,13 @@ class MemoryStream:
     def send(self, message: pb.SenderMessage) -> None:
         self.sent.append(message)
         self._changed.set()
-        self.to_receiver.put_nowait(message)
+        super().send(message)
 
     async def messages(self) -> AsyncIterator[pb.ReceiverMessage]:
-        self._served = asyncio.create_task(self._serve())
-        while (message := await self.to_sender.get()) is not None:
-            if isinstance(message, ServingError):
-                raise WorkerLost(str(message)) from message
+        async for message in super().messages():
             self.heard.append(message)
             self._changed.set()
             yield message
-
-    async def close(self) -> None:
-        self.to_receiver.put_nowait(None)
-        if self._served is not None:
-            await asyncio.wait([self._served])
 
     async def until_heard(self, kind: str, count: int = 1) -> None:
         """Wait until the sender has heard `count` messages of a kind."""
@@ -201,20 +193,8 @@ class MemoryStream:
                 self._changed.clear()
                 await self._changed.wait()
 
-    def break_off(self) -> None:
-        """End the stream as a crash would: both sides notice."""
-        self.to_receiver.put_nowait(None)
-        self.to_sender.put_nowait(None)
-
-    async def _serve(self) -> None:
-        try:
-            await self._receiver.serve(self._inbound(), self.to_sender.put_nowait)
-            self.to_sender.put_nowait(None)
-        except ServingError as error:
-            self.to_sender.put_nowait(error)
-
     async def _inbound(self) -> AsyncIterator[pb.SenderMessage]:
-        while (message := await self.to_receiver.get()) is not None:
+        async for message in super()._inbound():
             self._changed.set()
             yield message
 
@@ -253,7 +233,7 @@ class Duo:
             decoders=decoders,
             metrics=self.receiver_metrics,
         )
-        self.dialer = MemoryDialer(self.receiver)
+        self.dialer = WatchedDialer(self.receiver)
         self.sender = KvSender(
             self.config,
             WorkerIdentity(WorkerId("prefill"), Epoch(3), "test"),

@@ -19,7 +19,7 @@ from kv_transfer.ports import Peer
 from kv_transfer.receiver_session import ReceiverSession, ReceiveState
 from kv_transfer.sender_session import SenderSession, SendState
 from protos import kv_transfer_pb2 as pb
-from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, MemoryDialer, MemoryStream
+from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, WatchedDialer, WatchedStream
 
 LAYERS = range(LAYOUT.num_layers)
 NUM_TOKENS = 40
@@ -250,7 +250,7 @@ class SkippingClock(MonotonicClock):
         return super().now() + self.skipped_s
 
 
-class BadStream(MemoryStream):
+class BadStream(WatchedStream):
     """Delivers every message of one kind not at all, twice, or behind the next one; the first of its kind only."""
 
     kind, fault = "", ""
@@ -290,12 +290,12 @@ class BadStream(MemoryStream):
             put(late.pop())
 
 
-class BadDialer(MemoryDialer):
+class BadDialer(WatchedDialer):
     def __init__(self, duo: Duo, kind: str, fault: str) -> None:
         super().__init__(duo.receiver)
         self._duo, self._kind, self._fault = duo, kind, fault
 
-    def dial(self, peer: Peer) -> MemoryStream:
+    def dial(self, peer: Peer) -> WatchedStream:
         stream = BadStream(self._duo)
         if not self.streams:
             stream.kind, stream.fault = self._kind, self._fault
@@ -346,7 +346,7 @@ async def test_a_sender_that_dials_again_takes_over_from_its_dead_stream() -> No
     async with Duo() as duo:
         transfer_id, _, _ = await duo.begin("a", NUM_TOKENS)
         await duo.dialer.streams[0].until_heard("reserved")
-        again = MemoryStream(duo.receiver)
+        again = WatchedStream(duo.receiver)
         hello = pb.SenderHello(
             worker_id="prefill",
             epoch=3,

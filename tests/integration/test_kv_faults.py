@@ -16,7 +16,7 @@ from kv_transfer.link import LinkPlan, Links, ReceiveEnd, SendEnd, Slot
 from kv_transfer.links import open_links
 from kv_transfer.process_group_links import ProcessGroupLinks
 from tests.kv_codecs import FixedChooser
-from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, MemoryDialer
+from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, WatchedDialer
 
 LAYERS = range(LAYOUT.num_layers)
 CONFIG = KvTransferConfig(backend="gloo", slot_bytes=4096, credit_bytes=16384, send_timeout_s=PATIENCE_S)
@@ -243,7 +243,7 @@ async def test_carriers_that_differ_are_told_apart() -> None:
     async with duo:
         gloo = Duo(config, links=(ProcessGroupLinks("gloo", "127.0.0.1"), ProcessGroupLinks("gloo", "127.0.0.1")))
         async with gloo:
-            duo.sender._dialer = MemoryDialer(gloo.receiver)
+            duo.sender._dialer = WatchedDialer(gloo.receiver)
             transfer_id, request_id = TransferId("a"), RequestId("a")
             duo.source.fill(request_id, 9)
             gloo.target.clear(request_id, 9)

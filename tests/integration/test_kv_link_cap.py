@@ -15,13 +15,14 @@ from core.membership import WorkerIdentity
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlStream
 from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd
+from kv_transfer.memory_control import MemoryStream
 from kv_transfer.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer, PeerDown
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from protos import kv_transfer_pb2 as pb
-from tests.kv_peers import LAYOUT, PATIENCE_S, ArrayPool, Duo, MemoryStream, Outcomes
+from tests.kv_peers import LAYOUT, PATIENCE_S, ArrayPool, Duo, Outcomes
 
 LAYERS = range(LAYOUT.num_layers)
 CONFIG = KvTransferConfig(backend="memory", slot_bytes=4096, credit_bytes=16384, max_links=2)

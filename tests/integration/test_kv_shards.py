@@ -18,6 +18,7 @@ from engine.pool import KvPool
 from kv_transfer.codec import RAW, Encoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlStream
+from kv_transfer.memory_control import MemoryStream
 from kv_transfer.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
@@ -25,7 +26,7 @@ from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.shards import ShardsFailed, ShardsLanded, ShardTally, common_heads, shard_heads, shard_id
 from tests.kv_codecs import FixedChooser, FlippingDecoder, FlippingEncoder, decoders_with
-from tests.kv_peers import PATIENCE_S, MemoryStream
+from tests.kv_peers import PATIENCE_S
 
 MODEL = KvLayout("weights", num_layers=3, num_kv_heads=4, head_dim=8, dtype="bfloat16", block_size=4)
 CONFIG = KvTransferConfig(backend="memory", slot_bytes=4096, credit_bytes=16384, min_frame_raw_bytes=4096)
