@@ -36,6 +36,7 @@ def demo_config(model: Path) -> ClusterConfig:
         "model": {"path": model, "dtype": "float32", "served_name": "tandem-tiny"},
         "prefill": pool,
         "decode": pool,
+        "transfer": {"profiles": "none"},  # those of the model were validated in its own bfloat16
         "router": {"port": 0},
         "supervision": {"worker_start_deadline_s": 180.0},
         "log_level": "WARNING",
