@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench protos clean
+.PHONY: setup demo test check bench bench-kv protos clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,13 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.engine $(if $(VLLM),--with-vllm)
 	$(BIN)/python -m benchmarks.link
+
+# KV transfer: codecs, the controller's decisions, faults, job completion over shaped links (about 15 minutes)
+bench-kv: $(STAMP)
+	$(BIN)/python -m benchmarks.codec
+	$(BIN)/python -m benchmarks.kv_controller
+	$(BIN)/python -m benchmarks.kv_soak
+	$(BIN)/python -m benchmarks.kv_links
 
 protos: $(STAMP)
 	$(BIN)/python -m tools.protos
