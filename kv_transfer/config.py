@@ -11,6 +11,7 @@ from kv_transfer.controller.config import ControllerConfig
 from kv_transfer.frame import HEADER_BYTES
 
 MIB = 1024 * 1024
+MIN_SLOT_BYTES, MAX_SLOT_BYTES = 4 * HEADER_BYTES, 256 * MIB
 
 
 def _default_codec_threads() -> int:
@@ -31,8 +32,8 @@ class KvTransferConfig(ConfigModel):
     )
     slot_bytes: int = Field(
         4 * MIB + HEADER_BYTES,
-        ge=4 * HEADER_BYTES,
-        le=256 * MIB,
+        ge=MIN_SLOT_BYTES,
+        le=MAX_SLOT_BYTES,
         description="largest message on a link, header area included; a frame is cut to fit into it",
     )
     num_slots: int = Field(4, ge=2, le=64, description="staging slots per pair and side: frames outstanding on a link")

@@ -18,6 +18,7 @@ from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
 _MAX_PROFILE_CHARS = 64
+_MAX_DYING_LINKS = 64  # each has a thread until it is opened in vain, or its last frames are decoded
 
 
 class ReceiverPairOwner(Protocol):
@@ -114,6 +115,8 @@ class ReceiverPair:
     def _open_link(self, link_epoch: int) -> None:
         if link_epoch <= self._link_epoch:
             return  # a duplicate, or older than what is open
+        if sum(not pump.finished.done() for pump in self._dying_pumps) >= _MAX_DYING_LINKS:
+            raise ProtocolError(f"{self.sender_id} opens links faster than they close")
         self._lost(self._link_epoch, f"the sender went on to link epoch {link_epoch}")
         parts, config = self._parts, self._parts.config
         self._link_epoch = link_epoch

@@ -7,6 +7,7 @@ under the condition that the sender thread waits on, so that one wait can be for
 import itertools
 import threading
 
+from kv_transfer.config import MAX_SLOT_BYTES, MIN_SLOT_BYTES
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkError, LinkPlan, PairIdentity, SendEnd, Slot
 from kv_transfer.link_gauge import LinkGauge
@@ -212,6 +213,8 @@ class SendLink:
             raise LinkError("the receiver did not open its end")
         if opened.backend != self._links.backend:
             raise LinkError(f"the receiver's links are {opened.backend}, ours are {self._links.backend}")
+        if not MIN_SLOT_BYTES <= opened.slot_bytes <= MAX_SLOT_BYTES:  # so much is allocated here
+            raise LinkError(f"the receiver names slots of {opened.slot_bytes} bytes")
         return opened
 
     def _wait_for_rate(self, outgoing: Outgoing, num_bytes: int) -> bool:

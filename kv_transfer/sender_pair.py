@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
@@ -135,17 +136,24 @@ class SenderPair:
                 self.pump.link.grant(message.credit.bytes)
                 self._hear_received(message.credit)
             case "reserved":
-                granted = session.ReservationGranted(message.reserved.held_tokens, message.reserved.lease_s)
+                lease_s = self._seconds(message.reserved.lease_s)
+                granted = session.ReservationGranted(message.reserved.held_tokens, lease_s)
                 self._owner.feed(TransferId(message.reserved.transfer_id), granted)
             case "ack":
                 self._hear_received(message.ack)
-                self._owner.feed(TransferId(message.ack.transfer_id), session.AckReceived(message.ack.exposed_s))
+                acked = session.AckReceived(self._seconds(message.ack.exposed_s))
+                self._owner.feed(TransferId(message.ack.transfer_id), acked)
             case "nack":
                 nack = message.nack
                 received = session.NackReceived(nack_reason(nack.reason), nack.detail)
                 self._owner.feed(TransferId(nack.transfer_id), received)
             case unexpected:
                 raise ProtocolError(f"{self.peer.worker_id} said {unexpected or 'nothing that is known here'}")
+
+    def _seconds(self, said: float) -> float:
+        if not 0.0 <= said < math.inf:
+            raise ProtocolError(f"{self.peer.worker_id} said {said} seconds")
+        return said
 
     def _hear_received(self, news: pb.Credit | pb.Ack) -> None:
         self.pump.link.gauge.arrived(news.link_epoch, news.received_bytes, news.received_ago_s)

@@ -18,6 +18,7 @@ from core.ids import TransferId
 from kv_transfer.session import NackReason
 
 RENEWALS_PER_LEASE = 3
+_MIN_RENEWAL_S = 0.01  # whatever lease is granted
 
 
 class SendState(StrEnum):
@@ -294,7 +295,7 @@ class SenderSession:
         assert (self._renew_at is not None) == can_renew, self.state
 
     def _schedule_renewal(self, now: float) -> None:
-        self._renew_at = now + self._lease_s / RENEWALS_PER_LEASE
+        self._renew_at = now + max(self._lease_s / RENEWALS_PER_LEASE, _MIN_RENEWAL_S)
 
 
 def _farewell(before: SendState, event: SenderEvent) -> list[SenderEffect]:
