@@ -21,7 +21,8 @@ from protos import inference_pb2 as pb
 from router.config import RouterConfig
 from router.service import Gateway
 from tests.fakes.reading import Reading
-from tests.fakes.worker import PATIENCE_S, FakeDecodeWorker, FakeNetwork, FakePrefillWorker, Reply, echo_alphabet
+from tests.fakes.script import PATIENCE_S, FakeNetwork, Reply, echo_alphabet
+from tests.fakes.worker import FakeDecodeWorker, FakePrefillWorker
 
 CLUSTER = "test"
 

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from protos import inference_pb2 as pb
-from tests.fakes.worker import PATIENCE_S
+from tests.fakes.script import PATIENCE_S
 
 
 class Reading:

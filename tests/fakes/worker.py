@@ -7,87 +7,29 @@ to die.
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
 import grpc
 
-from core.errors import RejectedError, RejectReason, StoreUnavailable
+from core.errors import StoreUnavailable
 from core.ids import Epoch, RequestId, WorkerId
 from core.kv_events import BlocksStored, KvEvent, KvEventBatch
 from core.membership import LoadReport, Role, WorkerRecord, WorkerState, kv_event_stream, worker_key
-from core.request import Finish, FinishReason, RequestOutput, TokenLogprob, TokenOutput
+from core.request import RequestOutput, TokenLogprob, TokenOutput
 from core.rpc import bind, create_server
 from core.store import Store
 from core.streams import Outbox
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
-from protos.codec import kv_events_to_wire, load_to_wire, outputs_to_wire, rejection_to_wire
+from protos.codec import kv_events_to_wire, outputs_to_wire, rejection_to_wire
+from tests.fakes.script import PATIENCE_S, FakeNetwork, Reply, WorkerScript, client_id
 
-PATIENCE_S = 10.0
 WEIGHTS_VERSION = "fake-weights"
 BLOCK_SIZE = 4
 LAYOUT = "layout-a"
 
 Report = TypeVar("Report", pb.PrefillReport, pb.DecodeReport)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What the "model" generates for one request."""
-
-    token_ids: tuple[int, ...]
-    finish: Finish = Finish(FinishReason.LENGTH)  # noqa: RUF009 - frozen
-
-
-def echo_alphabet(request: pb.WorkRequest) -> Reply:
-    """Generate a b c ... (ids of a byte tokenizer, see checkpoint.py), shifted by the seed unless greedy."""
-    shift = 0 if request.sampling.temperature == 0 else request.sampling.seed % 26
-    first = ord("a") - 33  # the byte alphabet begins at "!"
-    return Reply(tuple(first + (shift + index) % 26 for index in range(request.sampling.max_tokens)))
-
-
-class FakeNetwork:
-    """What the workers of one test share."""
-
-    def __init__(self, reply: Callable[[pb.WorkRequest], Reply] = echo_alphabet) -> None:
-        self.reply = reply
-        self.bytes_per_token = 1024
-        self.padding_logprobs = 0  # alternatives per token beyond those asked for: big messages
-        self._landed: dict[str, asyncio.Event] = {}
-
-    def landing(self, transfer_id: str) -> asyncio.Event:
-        """Return the event that a prefill worker sets and a decode worker waits for."""
-        return self._landed.setdefault(transfer_id, asyncio.Event())
-
-
-@dataclass
-class WorkerScript:
-    """How a worker behaves. Change it at any time."""
-
-    refusals: deque[RejectedError] = field(default_factory=deque)
-    always_refuse: RejectedError | None = None
-    is_silent: bool = False  # neither accepts nor rejects
-    go: asyncio.Event = field(default_factory=asyncio.Event)  # prefill: may compute; decode: may take its steps
-    failure: pb.WorkFailed | None = None  # sent instead of tokens
-    garble: Callable[[tuple[TokenOutput, ...]], tuple[TokenOutput, ...]] | None = None
-
-    def __post_init__(self) -> None:
-        self.go.set()
-
-    def next_refusal(self) -> RejectedError | None:
-        return self.refusals.popleft() if self.refusals else self.always_refuse
-
-
-def client_id(work_id: str) -> str:
-    """Return the client's id of the request that a work was made for."""
-    return work_id.rpartition("/")[0]
-
-
-def refusal(reason: RejectReason = RejectReason.QUEUE_FULL, retry_after_s: float = 0.0) -> RejectedError:
-    return RejectedError(reason, "scripted", retry_after_s)
 
 
 class _FakeWorker(Generic[Report]):
@@ -120,7 +62,6 @@ class _FakeWorker(Generic[Report]):
         self.max_model_len = max_model_len
         self._server: grpc.aio.Server | None = None
         self._address = ""
-        self._outboxes: list[Outbox[Report]] = []
         self._works: dict[str, asyncio.Task[None]] = {}
         self._sequence = 0
         self._chains: list[BlocksStored] = []
@@ -172,17 +113,12 @@ class _FakeWorker(Generic[Report]):
             task.cancel()
         await asyncio.gather(*self._works.values(), return_exceptions=True)
 
-    def send_load(self, load: LoadReport) -> None:
-        """Report load over every open stream."""
-        for outbox in self._outboxes:
-            outbox.put(self._load(load))
-
-    async def publish(self, *events: KvEvent, skip: int = 0) -> None:
-        """Append KV events to the store; `skip` loses that many batches on the way."""
+    async def publish(self, *events: KvEvent) -> None:
+        """Append KV events to the store."""
         for event in events:
             if isinstance(event, BlocksStored):
                 self._chains.append(event)
-        self._sequence += 1 + skip
+        self._sequence += 1
         batch = KvEventBatch(self.worker_id, self.epoch, self._sequence, events)
         stream = kv_event_stream(self._cluster, self.worker_id)
         with contextlib.suppress(StoreUnavailable):  # lost on the way: the next one shows the gap
@@ -222,7 +158,6 @@ class _FakeWorker(Generic[Report]):
         self.gateways.append(hello.gateway_id)
         outbox: Outbox[Report] = Outbox(10_000)
         outbox.put(self._welcome(pb.Welcome(worker_id=self.worker_id, epoch=self.epoch)))
-        self._outboxes.append(outbox)
         works: list[str] = []
         reader = asyncio.create_task(self._read(commands, outbox, works))
         reader.add_done_callback(lambda _: outbox.close())
@@ -230,7 +165,6 @@ class _FakeWorker(Generic[Report]):
             async for report in outbox:
                 await context.write(report)
         finally:
-            self._outboxes.remove(outbox)
             reader.cancel()
             for request_id in works:
                 self._free(request_id)
@@ -309,9 +243,6 @@ class _FakeWorker(Generic[Report]):
     def _rejected(self, rejected: pb.Rejected) -> Report:
         raise NotImplementedError
 
-    def _load(self, load: LoadReport) -> Report:
-        raise NotImplementedError
-
 
 class FakePrefillWorker(_FakeWorker[pb.PrefillReport]):
     """Accepts, "computes", streams the first token, hands over."""
@@ -362,9 +293,6 @@ class FakePrefillWorker(_FakeWorker[pb.PrefillReport]):
 
     def _rejected(self, rejected: pb.Rejected) -> pb.PrefillReport:
         return pb.PrefillReport(rejected=rejected)
-
-    def _load(self, load: LoadReport) -> pb.PrefillReport:
-        return pb.PrefillReport(load=load_to_wire(load))
 
 
 class FakeDecodeWorker(_FakeWorker[pb.DecodeReport]):
@@ -442,9 +370,6 @@ class FakeDecodeWorker(_FakeWorker[pb.DecodeReport]):
 
     def _rejected(self, rejected: pb.Rejected) -> pb.DecodeReport:
         return pb.DecodeReport(rejected=rejected)
-
-    def _load(self, load: LoadReport) -> pb.DecodeReport:
-        return pb.DecodeReport(load=load_to_wire(load))
 
 
 class _PrefillServicer(pb_grpc.PrefillWorkerServicer):

@@ -27,7 +27,7 @@ from tandem_client import (
 )
 from tests.fakes.checkpoint import ASSISTANT, MAX_MODEL_LEN, USER, VOCAB_SIZE, write_checkpoint
 from tests.fakes.cluster import fake_cluster
-from tests.fakes.worker import PATIENCE_S, Reply, echo_alphabet
+from tests.fakes.script import PATIENCE_S, Reply, echo_alphabet
 
 
 @pytest.fixture(scope="module")

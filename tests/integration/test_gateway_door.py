@@ -16,7 +16,7 @@ from router.rpc import InferenceServicer
 from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import FakeCluster, fake_cluster, text_request
 from tests.fakes.reading import fails
-from tests.fakes.worker import PATIENCE_S
+from tests.fakes.script import PATIENCE_S
 
 
 @pytest.fixture(scope="module")

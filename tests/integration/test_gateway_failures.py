@@ -24,7 +24,8 @@ from router.worker_codec import WorkEvents
 from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import CLUSTER, FakeCluster, fake_cluster, text_request
 from tests.fakes.reading import Reading, collect, fails
-from tests.fakes.worker import PATIENCE_S, FakeDecodeWorker, FakePrefillWorker, refusal
+from tests.fakes.script import PATIENCE_S, refusal
+from tests.fakes.worker import FakeDecodeWorker, FakePrefillWorker
 
 
 @pytest.fixture(scope="module")

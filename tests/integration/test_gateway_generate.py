@@ -14,7 +14,7 @@ from protos import worker_pb2
 from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import fake_cluster, text_request
 from tests.fakes.reading import collect
-from tests.fakes.worker import Reply, client_id, echo_alphabet, refusal
+from tests.fakes.script import Reply, client_id, echo_alphabet, refusal
 
 
 @pytest.fixture(scope="module")

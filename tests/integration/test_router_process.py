@@ -12,7 +12,8 @@ from core.rpc import connect
 from core.store_redis import RedisStore
 from tandem_client import Client
 from tests.fakes.checkpoint import write_checkpoint
-from tests.fakes.worker import PATIENCE_S, FakeDecodeWorker, FakeNetwork, FakePrefillWorker
+from tests.fakes.script import PATIENCE_S, FakeNetwork
+from tests.fakes.worker import FakeDecodeWorker, FakePrefillWorker
 from tests.redis_process import RedisProcess
 
 ROOT = Path(__file__).resolve().parent.parent.parent
