@@ -45,22 +45,17 @@ def can_code_on(device: torch.device, head_dim: int) -> bool:
 
 def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
     """As `reference.encode`; `kv` on the device, the codes on the host."""
-    from kv_transfer.codecs import triton_kernels as kernels
-
-    device, planes, head_dim = kv.device, plan.num_planes, plan.head_dim
+    device, planes = kv.device, plan.num_planes
     x = kv[_on(plan.planes_at, device), plan.start : plan.stop].float().contiguous()
     if not bool(torch.isfinite(x).all()):
         return None
     if plan.rope is not None:
         x = _turn(x, plan.rope, is_back=False)
     mean_bits = torch.zeros(planes, dtype=torch.int32, device=device)
-    mean_codes = torch.zeros(planes, head_dim, device=device)
+    mean_codes = torch.zeros(planes, plan.head_dim, device=device)
     if plan.is_centred:
-        mean = _sum_tokens(x, is_squared=False) * _f32(1.0 / x.shape[1])
-        mean_bits = ((mean.abs().amax(-1) / 127.0).view(torch.int32) + 0xFFFF) >> 16
-        step = _from_bfloat16(mean_bits)
-        mean_codes = (mean * _inverse(step)[:, None]).clamp(-127, 127).round()
-        x = x - (mean_codes * step[:, None])[:, None, :]
+        mean_bits, mean_codes = _means(x)
+        x = x - (mean_codes * _from_bfloat16(mean_bits)[:, None])[:, None, :]
         if bool((mean_bits >= LAST_BFLOAT16).any()):
             return None
     y = x
@@ -82,27 +77,7 @@ def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
         if bool((base + scale.amax(-1) >= LAST_WORD).any()):
             return None
         bases[idx] = base
-        inverse = _inverse(((scale + base[:, None]) << 19).view(torch.float32)).contiguous()
-        levels, digits = _counts(segment, device)
-        kernels.quantise[(planes, -(-len(span) // _TILE))](
-            y,
-            inverse,
-            lows,
-            levels,
-            digits,
-            _on(segment.symbols_at, device),
-            symbols,
-            y.shape[1],
-            span.start,
-            span.stop,
-            inverse.shape[1],
-            segment.rule.group_tokens,
-            IS_SYMMETRIC=segment.rule.is_symmetric,
-            AXIS=_AXES.index(segment.rule.axis),
-            TOKENS=_TILE,
-            D=head_dim,
-            enable_fp_fusion=False,
-        )
+        _quantise(y, span, _step_of(scale, base), lows, segment, symbols)
         at = segment.scales_at[:, None] + np.arange(scale.shape[1])
         scales[at] = scale.cpu().numpy().astype(np.uint8)
         if low_bits is not None:
@@ -119,42 +94,21 @@ def encode(kv: Tensor, plan: HalfPlan) -> HalfCodes | None:
 
 def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
     """As `reference.decode`; `kv` on the device."""
-    from kv_transfer.codecs import triton_kernels as kernels
-
     device, planes, head_dim = kv.device, plan.num_planes, plan.head_dim
     if not _are_levels(codes, plan):
         return False
     y = torch.empty(planes, plan.stop - plan.start, head_dim, device=device)
     symbols = torch.from_numpy(np.ascontiguousarray(codes.symbols)).to(device)
     for idx, segment in enumerate(plan.segments):
-        rule = segment.rule
-        at = segment.scales_at[:, None] + np.arange(plane_scales(rule, segment.num_tokens, head_dim))
+        span = range(segment.start - plan.start, segment.stop - plan.start)
+        at = segment.scales_at[:, None] + np.arange(plane_scales(segment.rule, segment.num_tokens, head_dim))
         scale = torch.from_numpy(codes.scales[at].astype(np.int32)).to(device)
         base = torch.from_numpy(codes.bases[idx].astype(np.int32)).to(device)
-        steps = ((scale + base[:, None]) << 19).view(torch.float32).contiguous()
+        steps = _step_of(scale, base).contiguous()
         lows = steps
-        if not rule.is_symmetric:
+        if not segment.rule.is_symmetric:
             lows = _from_bfloat16(torch.from_numpy(codes.mins[at].astype(np.int32)).to(device)).contiguous()
-        levels, digits = _counts(segment, device)
-        kernels.dequantise[(planes, -(-segment.num_tokens // _TILE))](
-            symbols,
-            steps,
-            lows,
-            levels,
-            digits,
-            _on(segment.symbols_at, device),
-            y,
-            y.shape[1],
-            segment.start - plan.start,
-            segment.stop - plan.start,
-            steps.shape[1],
-            rule.group_tokens,
-            IS_SYMMETRIC=rule.is_symmetric,
-            AXIS=_AXES.index(rule.axis),
-            TOKENS=_TILE,
-            D=head_dim,
-            enable_fp_fusion=False,
-        )
+        _dequantise(symbols, steps, lows, segment, y, span)
     if plan.signs is not None:
         _rotate(y, plan, is_inverse=True)
     step = _from_bfloat16(torch.from_numpy(codes.mean_steps.astype(np.int32)).to(device))
@@ -164,6 +118,72 @@ def decode(codes: HalfCodes, plan: HalfPlan, kv: Tensor) -> bool:
         x = _turn(x, plan.rope, is_back=True)
     kv[_on(plan.planes_at, device), plan.start : plan.stop] = narrowed(x, kv.dtype)
     return True
+
+
+def _means(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of channels, coded: bits of their steps [P], and counts of steps [P, D]."""
+    mean = _sum_tokens(x, is_squared=False) * _f32(1.0 / x.shape[1])
+    bits = ((mean.abs().amax(-1) / 127.0).view(torch.int32) + 0xFFFF) >> 16
+    return bits, (mean * _inverse(_from_bfloat16(bits))[:, None]).clamp(-127, 127).round()
+
+
+def _step_of(scale: Tensor, base: Tensor) -> Tensor:
+    """Return the steps [P, S] that scales and the bases of their planes mean."""
+    return ((scale + base[:, None]) << 19).view(torch.float32)
+
+
+def _quantise(y: Tensor, span: range, steps: Tensor, lows: Tensor, segment: Segment, symbols: Tensor) -> None:
+    """Write the packed digits of one segment, tokens `span` of `y`, into `symbols`."""
+    from kv_transfer.codecs import triton_kernels as kernels
+
+    planes, num_tokens, head_dim = y.shape
+    levels, digits = _counts(segment, y.device)
+    kernels.quantise[(planes, -(-len(span) // _TILE))](
+        y,
+        _inverse(steps).contiguous(),
+        lows,
+        levels,
+        digits,
+        _on(segment.symbols_at, y.device),
+        symbols,
+        num_tokens,
+        span.start,
+        span.stop,
+        steps.shape[1],
+        segment.rule.group_tokens,
+        IS_SYMMETRIC=segment.rule.is_symmetric,
+        AXIS=_AXES.index(segment.rule.axis),
+        TOKENS=_TILE,
+        D=head_dim,
+        enable_fp_fusion=False,
+    )
+
+
+def _dequantise(symbols: Tensor, steps: Tensor, lows: Tensor, segment: Segment, y: Tensor, span: range) -> None:
+    """Write what the packed digits of one segment mean to tokens `span` of `y`."""
+    from kv_transfer.codecs import triton_kernels as kernels
+
+    planes, num_tokens, head_dim = y.shape
+    levels, digits = _counts(segment, y.device)
+    kernels.dequantise[(planes, -(-len(span) // _TILE))](
+        symbols,
+        steps,
+        lows,
+        levels,
+        digits,
+        _on(segment.symbols_at, y.device),
+        y,
+        num_tokens,
+        span.start,
+        span.stop,
+        steps.shape[1],
+        segment.rule.group_tokens,
+        IS_SYMMETRIC=segment.rule.is_symmetric,
+        AXIS=_AXES.index(segment.rule.axis),
+        TOKENS=_TILE,
+        D=head_dim,
+        enable_fp_fusion=False,
+    )
 
 
 def _steps(y: Tensor, z: Tensor, segment: Segment) -> tuple[Tensor, Tensor, Tensor | None] | None:
