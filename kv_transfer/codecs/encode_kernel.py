@@ -190,11 +190,13 @@ def _ranges(y: Any, axis: int, group: int, factor: Any, raws: Any, lows: Any, mi
     bits = lows.view(np.uint32)
     for i in range(raws.shape[0]):
         word = np.int64(bits[i])
+        if word == 0x80000000:  # there is one zero
+            word = 0
         down = (word >> 16) + (1 if word >> 31 and word & 0xFFFF else 0)
         is_bad |= down & 0x7FFF >= LAST_BFLOAT16
         mins[i] = np.uint16(down)
         bits[i] = np.uint32((down & 0xFFFF) << 16)
-        raws[i] = (raws[i] - lows[i]) * factor
+        raws[i] = abs(raws[i] - lows[i]) * factor
     if is_bad:
         raws[0] = np.float32(np.inf)
 

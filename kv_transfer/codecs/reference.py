@@ -13,7 +13,7 @@ is a constant computed in double and rounded once. Per plane ``x[T, D]``, values
    pairs at distance n/2, n/4, ... 1; then ``* f32(1 / sqrt(n))``.
 3. Step, per scale of a segment. Symmetric: ``raw = max |y| * f32(2 * clip / (levels - 1))``. With step_rms: ``ss[d]`` =
    sum of ``z * z`` in the order of 1; ``r`` = sum of ``ss`` over d, in order; ``raw = sqrt(r * f32(1 / (T * D))) *
-   f32(step_rms)``. Asymmetric: ``low`` = ``min y`` rounded down to bfloat16; ``raw = (max y - low) *
+   f32(step_rms)``. Asymmetric: ``low`` = ``min y`` rounded down to bfloat16, never -0; ``raw = |max y - low| *
    f32(1 / (levels - 1))``.
    ``word = (bits(raw) + 0x7FFFF) >> 19`` (rounded up to 4 bits of mantissa); ``base = max(0, largest word of the
    plane's segment - 255)``; ``scale = max(0, word - base)``; the step used is ``float((base + scale) << 19)``.
@@ -125,7 +125,7 @@ def _encode_plane(y: Tensor, z: Tensor, codes: HalfCodes, segment: Segment, plan
         if bool(((low_bits & 0x7FFF) >= LAST_BFLOAT16).any()):
             return None
         low = _from_bfloat16(low_bits)
-        raw = (groups.amax(-1) - low) * factor
+        raw = (groups.amax(-1) - low).abs() * factor  # of two zeros it may be -0
         mins_out[:] = low_bits.numpy().astype(np.uint16)
     if not bool(torch.isfinite(raw).all()):
         return None
@@ -246,7 +246,7 @@ def _spread(scales: Tensor, rule: SegmentRule, num_tokens: int, head_dim: int) -
 
 def _bfloat16_down(value: Tensor) -> Tensor:
     """Return bits (int32) of the largest bfloat16 that is not above `value`."""
-    bits = value.view(torch.int32)
+    bits = torch.where(value == 0, 0, value.view(torch.int32))  # which of two zeros is the least, machines differ in
     down = (bits >> 16) + ((bits < 0) & (bits & 0xFFFF != 0)).to(torch.int32)
     return down & 0xFFFF
 

@@ -202,7 +202,7 @@ def _steps(y: Tensor, z: Tensor, segment: Segment) -> tuple[Tensor, Tensor, Tens
         if bool(((low_bits & 0x7FFF) >= LAST_BFLOAT16).any()):
             return None
         lows = _from_bfloat16(low_bits).contiguous()
-        raw = (groups.amax(-1) - lows) * factor
+        raw = (groups.amax(-1) - lows).abs() * factor
     if not bool(torch.isfinite(raw).all()):
         return None
     return (raw.contiguous().view(torch.int32) + 0x7FFFF) >> 19, lows, low_bits
@@ -296,7 +296,7 @@ def _inverse(steps: Tensor) -> Tensor:
 
 def _bfloat16_down(value: Tensor) -> Tensor:
     """Return bits (int32) of the largest bfloat16 that is not above `value`."""
-    bits = value.contiguous().view(torch.int32)
+    bits = torch.where(value == 0, 0, value.contiguous().view(torch.int32))
     return ((bits >> 16) + ((bits < 0) & (bits & 0xFFFF != 0)).to(torch.int32)) & 0xFFFF
 
 

@@ -13,7 +13,7 @@ from kv_transfer.codecs import quantised, reference
 from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.planes import digits_per_byte
 from kv_transfer.codecs.rotation import parts, signs
-from kv_transfer.codecs.spec import PipelineSpec
+from kv_transfer.codecs.spec import Axis, PipelineSpec, Quantiser
 from tests.kv_codec_frames import code, place_of, quantised_specs, random_kv
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -93,3 +93,18 @@ def test_the_largest_float16_stays_finite(name: str, arithmetic: str) -> None:
             stack.enter_context(patch.object(quantised, "_arithmetic", lambda *_: reference))
         decoded = code(ladder(1e4)[name], kv).decode()
     assert torch.isfinite(decoded).all()
+
+
+@pytest.mark.parametrize("axis", ["token", "group", "channel", "tensor"])
+@pytest.mark.parametrize("shape", [(1, 2, 1, 2, 80), (1, 2, 2, 70, 3)], ids=str)
+def test_zeros_of_either_sign_are_coded_alike(axis: Axis, shape: tuple[int, ...]) -> None:
+    levels = Quantiser(levels=2, axis=axis, symmetric=False)
+    spec = PipelineSpec(center_k=False, k=levels, v=levels, entropy="none")
+    signs_of_zero = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).bool()
+    kv = torch.where(signs_of_zero, -0.0, 0.0).bfloat16()
+    fast = code(spec, kv)
+    with patch.object(quantised, "_arithmetic", lambda *_: reference):
+        slow = code(spec, kv)
+    assert fast.params == slow.params
+    assert all(torch.equal(a, b) for a, b in zip(fast.sections, slow.sections, strict=True))
+    assert not fast.decode().any()
