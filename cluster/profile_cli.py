@@ -111,6 +111,9 @@ def profile_validate(
 ) -> None:
     """Measure the profiles of a library again, on this machine and model; exit code 1 when something does not hold.
 
+    What is stated holds for the prompts that the library was made with: with fewer of them, or with others, a profile
+    may miss its figures and be as good as ever.
+
     Example:
 
         tandem profile validate models/tiny

@@ -20,6 +20,7 @@ from kv_transfer.codecs.spec import PipelineSpec
 from kv_transfer.frame import section_spans
 from kv_transfer.profile import CodecTime
 
+COST_PROMPTS = 9  # one of each stratum: what a ratio is judged on where no answers are
 SMALL_TOKENS, LARGE_TOKENS = 64, 512
 _RUNS = 5
 

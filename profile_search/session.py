@@ -21,7 +21,7 @@ from kv_transfer.machine import machine_fingerprint
 from kv_transfer.profile import ProfileLibrary, save_library
 from profile_search import library as libraries
 from profile_search.candidates import Candidate, exact, grid
-from profile_search.cost import Cost, measure_cost
+from profile_search.cost import COST_PROMPTS, Cost, measure_cost
 from profile_search.front import FloorComparison, Judged, compare
 from profile_search.journal import Journal
 from profile_search.judge import InjectionJudge
@@ -30,8 +30,6 @@ from profile_search.plot import draw
 from profile_search.prompts import load_prompts
 from profile_search.search import FLOORS, Costed, search
 from profile_search.sensitivity import PlaneSteps, measure_steps
-
-COST_PROMPTS = 9  # one of each stratum: the ratio of record is the finalists', on all prompts
 
 Told = Callable[[str, int, int], None]  # stage, done, of
 

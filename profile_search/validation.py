@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.injection import PREFILL_TOKENS, InjectionHarness
 from kv_transfer.machine import machine_fingerprint
 from kv_transfer.profile import Profile, ProfileLibrary, Quality
-from profile_search.cost import Cost, measure_cost
+from profile_search.cost import COST_PROMPTS, Cost, measure_cost
 from profile_search.judge import InjectionJudge
 from profile_search.prompts import load_prompts
 from profile_search.scores import quality_of
@@ -16,7 +16,6 @@ RATIO_TOLERANCE = 0.03
 TIME_TOLERANCE = 2.0  # a busy neighbour is no broken promise
 _FRAME_BYTES = 2**20
 _BLOCK_SIZE = 16  # any: profiles do not depend on it
-_COST_PROMPTS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def validate(
         quality = None
         if not profile.is_lossless:
             quality = quality_of([judge.score(profile.pipeline, at) for at in range(judge.num_prompts)])
-        cost = measure_cost(profile.pipeline, kvs if quality else kvs[:_COST_PROMPTS], PREFILL_TOKENS)
+        cost = measure_cost(profile.pipeline, kvs if quality else kvs[:COST_PROMPTS], PREFILL_TOKENS)
         yield Finding(profile, cost, quality, broken(profile, cost, quality, is_measured_here=is_measured_here))
 
 
