@@ -27,6 +27,11 @@ class RateCap:
         self._paid_at = begins + num_bytes / self._bytes_per_s
         return max(0.0, self._paid_at - now)
 
+    def withdraw(self, num_bytes: int) -> None:
+        """Take back the message that was admitted last: it did not leave."""
+        if self._paid_at is not None:
+            self._paid_at -= num_bytes / self._bytes_per_s
+
     def change(self, now: float, bytes_per_s: float) -> None:
         """Cap at another rate from now on; what is owed is owed in bytes."""
         self._check(bytes_per_s)

@@ -222,4 +222,7 @@ class SendLink:
             return True
         delay_s = self._rate_cap.delay_s(self._clock.now(), num_bytes)
         with self._changed:
-            return not self._changed.wait_for(lambda: outgoing.gate.is_closed or self.is_closing, delay_s)
+            has_ended = self._changed.wait_for(lambda: outgoing.gate.is_closed or self.is_closing, delay_s)
+        if has_ended:
+            self._rate_cap.withdraw(num_bytes)
+        return not has_ended

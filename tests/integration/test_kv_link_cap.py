@@ -249,3 +249,17 @@ async def test_a_rate_cap_holds_messages_back_and_not_the_pool() -> None:
         sent = duo.sender_metrics.payload_bytes.labels("sender")._value.get()
         assert sent <= 65536  # what the bucket holds at the beginning
         assert duo.source.num_inside == 0
+
+
+async def test_what_was_held_back_when_its_transfer_was_aborted_is_not_paid_by_the_next() -> None:
+    config = CONFIG.model_copy(update={"rate_limit_bytes_per_s": 1.0, "slot_bytes": 65536, "credit_bytes": 262144})
+    async with Duo(config) as duo:
+        first, _, _ = await duo.begin("a", num_tokens=300)  # two frames, of which the bucket holds one
+        duo.sender.push(first, LAYERS, range(300))
+        assert await asyncio.to_thread(duo.source.is_entered.wait, PATIENCE_S)
+        await asyncio.wait_for(duo.sender.abort(first, "enough"), PATIENCE_S)
+        second, kv, target = await duo.begin("b", num_tokens=8)
+        duo.sender.push(second, LAYERS, range(8))
+        duo.sender.commit(second, 1)
+        assert await duo.landed.outcome(second) == "landed"
+        assert torch.equal(kv, target)
