@@ -101,8 +101,8 @@ class KvTransferConfig(ConfigModel):
     )
     quality: KvQuality = Field(
         "exact",
-        description="of requests that ask for none: the least token agreement of their profile (a lower confidence "
-        "bound); exact means lossless, high 0.99, balanced 0.97",
+        description="what the gateway takes for requests that ask for none: the least token agreement of their "
+        "profile (a lower confidence bound); exact means lossless, high 0.99, balanced 0.97",
     )
     controller: ControllerConfig = Field(default=ControllerConfig(), description="how a profile is chosen")
 
