@@ -71,7 +71,15 @@ def _lanes(indices: list[int]) -> ir.Constant:
 _h1, _h2, _h4, _h8, _h16, _h32, _h64, _h128, _h256, _h512, _h1024 = (_make(1 << bit) for bit in range(11))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function when it is called first, and keep the outcome on disk if there is a place for it."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # none of the places can be written to: a read-only image; every process compiles for itself
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@compiled
 def rotate_rows(flat: Any, num_rows: int, width: int, start: int, size: int, scale: Any) -> None:
     """Transform channels [start, start + size) of each row of ``flat[num_rows * width]`` in place.
 

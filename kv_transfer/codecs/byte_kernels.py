@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from kv_transfer.codecs.encode_kernel import MAGIC, compiled
+from kv_transfer.codecs.butterflies import compiled
+from kv_transfer.codecs.encode_kernel import MAGIC
 
 _F0 = np.float32(0)
 _F1 = np.float32(1)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kv_transfer.codecs.encode_kernel import TENSOR, TOKEN, compiled, rotate, scale_at
+from kv_transfer.codecs.butterflies import compiled
+from kv_transfer.codecs.encode_kernel import TENSOR, TOKEN, rotate, scale_at
 
 _TILE = 64  # tokens at most that are worked on at once
 _HALF = np.float32(0.5)

@@ -13,9 +13,8 @@ and write another, or LLVM does not vectorise them.
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from kv_transfer.codecs.butterflies import rotate_rows
+from kv_transfer.codecs.butterflies import compiled, rotate_rows
 
 BLOCK = 32  # tokens that are summed before they are added to the sum; a tile
 LAST_WORD = 3568  # steps from 2 ** 96 on are not coded: nothing that is decoded can overflow
@@ -27,8 +26,6 @@ _F0 = np.float32(0)
 _F1 = np.float32(1)
 _TINY = np.float32(2.0**-126)
 _ABS = np.uint32(0x7FFFFFFF)
-
-compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.codecs import quantised, reference
+from kv_transfer.codecs.butterflies import compiled
 from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.planes import digits_per_byte
 from kv_transfer.codecs.rotation import parts, signs
@@ -108,3 +109,13 @@ def test_zeros_of_either_sign_are_coded_alike(axis: Axis, shape: tuple[int, ...]
     assert fast.params == slow.params
     assert all(torch.equal(a, b) for a, b in zip(fast.sections, slow.sections, strict=True))
     assert not fast.decode().any()
+
+
+def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])  # as on a read-only image
+
+    @compiled
+    def twice(number: int) -> int:
+        return 2 * number
+
+    assert twice(21) == 42
