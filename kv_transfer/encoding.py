@@ -163,14 +163,15 @@ class EncodeJob:
     def run(self) -> None:
         if self._discarded.is_set():
             return
-        payload = self._buffers.lend(self._outgoing.encoder.max_payload_bytes(self.raw_bytes))
+        payload: Tensor | None = None
         encoded: Encoded | None = None
         failure: EncodeFailed | None = None
         try:
+            payload = self._buffers.lend(self._outgoing.encoder.max_payload_bytes(self.raw_bytes))
             encoded = self._encoder.encode(self._outgoing, self._box, payload)
         except EncodeFailed as error:
             failure = error
-        except Exception as error:  # a defect of ours: the transfer must hear of it, or the sender thread would wait
+        except Exception as error:  # no memory, or a defect: the transfer must hear of it, or the sender would wait
             _log.exception("making a frame of %s", self._outgoing.transfer_id)
             failure = EncodeFailed(NackReason.CODEC, f"{type(error).__name__}: {error}")
         with self._lock:

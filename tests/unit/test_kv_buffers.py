@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from core.clock import ManualClock
+from core.ids import RequestId, TransferId
+from kv_transfer.box import Box
 from kv_transfer.codec import RAW
 from kv_transfer.codec_threads import Buffers, CodecThreads, Scratch
-from kv_transfer.encoding import largest_raw_bytes
+from kv_transfer.encoding import EncodeFailed, EncodeJob, FrameEncoder, largest_raw_bytes
 from kv_transfer.link_gauge import LinkGauge
+from kv_transfer.outgoing import Outgoing
 from tests.kv_codecs import FlippingEncoder
-from tests.kv_peers import PATIENCE_S
+from tests.kv_peers import LAYOUT, PATIENCE_S, ArrayPool
 
 MIB = 1024 * 1024
 
@@ -125,3 +128,20 @@ def test_news_of_an_older_link_are_ignored() -> None:
     assert gauge.view(0).queued_bytes == MIB
     gauge.arrived(2, MIB, 0.0)
     assert gauge.view(0).queued_bytes == 0
+
+
+class NoBuffers(Buffers):
+    def lend(self, num_bytes: int) -> Tensor:
+        raise MemoryError(f"no {num_bytes} bytes")
+
+
+def test_a_frame_that_there_is_no_memory_for_fails_at_once() -> None:
+    told: list[bool] = []
+    outgoing = Outgoing(TransferId("a"), RequestId("a"), num_tokens=4, heads=range(2))
+    box = Box(range(1), range(2), range(4))
+    job = EncodeJob(FrameEncoder(LAYOUT, ArrayPool()), outgoing, box, NoBuffers(), lambda: told.append(job.is_done))
+    job.run()
+    assert told == [True]
+    with pytest.raises(EncodeFailed, match="MemoryError"):
+        job.result()
+    job.discard()
