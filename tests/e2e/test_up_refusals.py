@@ -153,5 +153,7 @@ async def test_the_death_of_ray_ends_the_launch(tmp_path: Path, daemon: str) -> 
     async with asyncio.timeout(30.0):
         _, err = await process.communicate()
     assert process.returncode == 1
-    assert err.decode() == f"error: ray: its {daemon} died; everything was taken down\n"
+    # asyncio may say before that it found a child reaped by somebody else (Ray's own code does that)
+    assert err.decode().splitlines()[-1] == f"error: ray: its {daemon} died; everything was taken down"
+    assert "Traceback" not in err.decode()
     assert _left_of(tmp_path) == []
