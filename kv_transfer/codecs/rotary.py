@@ -12,6 +12,7 @@ import numpy as np
 from kv_transfer.codecs.planes import F32
 
 _BLOCK = 512
+_MAX_BLOCKS = 256  # 64 MiB at 128 channels: a longer prompt's every frame would push out the next one's tables
 
 
 def rope_tables(theta: float, head_dim: int, first_token: int, num_tokens: int) -> tuple[F32, F32]:
@@ -23,7 +24,7 @@ def rope_tables(theta: float, head_dim: int, first_token: int, num_tokens: int) 
     return cos, sin
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_MAX_BLOCKS)
 def _table(theta: float, head_dim: int, block: int) -> tuple[F32, F32]:
     position = np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.float64)
     angle = np.outer(position, theta ** (-np.arange(0, head_dim // 2, dtype=np.float64) * 2 / head_dim))

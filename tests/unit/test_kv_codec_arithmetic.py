@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_transfer.codecs import quantised, reference
+from kv_transfer.codecs import quantised, reference, rotary
 from kv_transfer.codecs.butterflies import compiled
 from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.planes import digits_per_byte
@@ -119,3 +119,12 @@ def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch: pytes
         return 2 * number
 
     assert twice(21) == 42
+
+
+def test_the_tables_of_a_long_prompt_are_computed_once() -> None:
+    rotary._table.cache_clear()
+    for _ in range(3):  # every layer asks again
+        for first in range(0, 131_072, 2048):
+            rotary.rope_tables(1e4, 2, first, 2048)
+    assert rotary._table.cache_info().misses == 131_072 // 512
+    rotary._table.cache_clear()
