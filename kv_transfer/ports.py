@@ -44,7 +44,7 @@ class LandedStats:
         held_tokens: prefix that was not sent because this side had it.
         dropped_tokens: prompt tokens past it that the profile left out; the KV of the others is in the first places.
         transfer_s: offer to landed.
-        exposed_s: commit received to landed: the part of the hand-off that nothing hid.
+        exposed_s: prefill end (as the sender says it with its commit) to landed: the part that nothing hid.
     """
 
     num_frames: int

@@ -61,6 +61,7 @@ class CommitReceived:
     first_token_id: int
     profile: str = "none"  # its name, for people
     kept_tokens: int | None = None  # past the held prefix, when some were left out
+    waited_s: float = 0.0  # on the sender's side, since the prefill ended; finite, not negative
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -66,12 +67,15 @@ class ReceiverPair:
                 self._owner.on_offer(self, message.offer)
             case "commit":
                 commit = message.commit
+                if not 0.0 <= commit.waited_s < math.inf:
+                    raise ProtocolError(f"{self.sender_id} said {commit.waited_s} seconds")
                 received = session.CommitReceived(
                     commit.num_frames,
                     commit.payload_bytes,
                     commit.first_token_id,
                     commit.profile[:_MAX_PROFILE_CHARS],
                     commit.kept_tokens or None,
+                    commit.waited_s,
                 )
                 self._owner.feed_from(self, TransferId(commit.transfer_id), received)
             case "abort":

@@ -232,7 +232,7 @@ class ReceiverSession:
                 self._written = event
             case CommitReceived() if self._commit is None and self._offer is not None and self._expected is not None:
                 self._commit = event
-                self._committed_at = now
+                self._committed_at = max(self._offered_at, now - event.waited_s)
                 if event.kept_tokens is not None:
                     self._expires_at = now + self._expected.lease_s
                     return [NeedOnly(event.kept_tokens)]

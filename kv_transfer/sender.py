@@ -292,6 +292,7 @@ class KvSender:
                 pair.pump.reserve(transfer.outgoing, held_tokens)
             case session.SayCommit(num_frames, payload_bytes, first_token_id):
                 kept = transfer.outgoing.kept
+                now, ended_at = self._clock.now(), transfer.committed_at
                 commit = pb.Commit(
                     transfer_id=transfer_id,
                     num_frames=num_frames,
@@ -299,6 +300,7 @@ class KvSender:
                     first_token_id=first_token_id,
                     profile=transfer.profile,
                     kept_tokens=0 if kept is None else len(kept),
+                    waited_s=0.0 if ended_at is None else max(0.0, now - ended_at),
                 )
                 pair.say(pb.SenderMessage(commit=commit))
             case session.SayAbort(reason):

@@ -355,6 +355,7 @@ class Commit(_message.Message):
     FIRST_TOKEN_ID_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     KEPT_TOKENS_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     num_frames: _builtins.int
     payload_bytes: _builtins.int
@@ -363,6 +364,8 @@ class Commit(_message.Message):
     """name, for people; what the frames are is in the frames"""
     kept_tokens: _builtins.int
     """past the held prefix; the others were left out and these moved together. 0: nothing was"""
+    waited_s: _builtins.float
+    """since the prefill ended: for frames that had to leave first"""
     def __init__(
         self,
         *,
@@ -372,10 +375,11 @@ class Commit(_message.Message):
         first_token_id: _builtins.int = ...,
         profile: _builtins.str = ...,
         kept_tokens: _builtins.int = ...,
+        waited_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id", "kept_tokens", b"kept_tokens", "num_frames", b"num_frames", "payload_bytes", b"payload_bytes", "profile", b"profile", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id", "kept_tokens", b"kept_tokens", "num_frames", b"num_frames", "payload_bytes", b"payload_bytes", "profile", b"profile", "transfer_id", b"transfer_id", "waited_s", b"waited_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -394,7 +398,7 @@ class Ack(_message.Message):
     RECEIVED_AGO_S_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     exposed_s: _builtins.float
-    """commit received to landed"""
+    """prefill end to landed"""
     link_epoch: _builtins.int
     """as in Credit"""
     received_bytes: _builtins.int
