@@ -26,13 +26,14 @@ def attention_to(queries: Tensor, keys: Tensor) -> Tensor:
     """
     window, num_heads, head_dim = queries.shape
     num_kv_heads, num_tokens, _ = keys.shape
-    grouped = queries.float().view(window, num_kv_heads, num_heads // num_kv_heads, head_dim).permute(1, 2, 0, 3)
-    scores = (grouped.reshape(num_kv_heads, -1, head_dim) @ keys.float().transpose(1, 2)) * head_dim**-0.5
-    scores = scores.view(num_kv_heads, -1, window, num_tokens)
+    grouped = queries.float().view(window, num_kv_heads, num_heads // num_kv_heads, head_dim)
     at = torch.arange(num_tokens, device=keys.device)
     is_later = at > torch.arange(num_tokens - window, num_tokens, device=keys.device)[:, None]
-    attention: Tensor = scores.masked_fill(is_later, float("-inf")).softmax(-1).sum((0, 1, 2))
-    return attention
+    total = torch.zeros(num_tokens, device=keys.device)
+    for head in range(num_kv_heads):  # one at a time: all at once would be gigabytes for a long prompt
+        scores = grouped[:, head].transpose(0, 1) @ keys[head].float().T * head_dim**-0.5  # [H / K, W, T]
+        total += scores.masked_fill_(is_later, float("-inf")).softmax(-1).sum((0, 1))
+    return total
 
 
 def smooth(scores: Tensor) -> Tensor:
