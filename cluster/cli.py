@@ -22,7 +22,7 @@ from cluster.own_session import enter_own_session
 from cluster.profile_cli import profile_app
 from cluster.progress import LineProgress, LiveProgress
 from cluster.serve import Interrupted, serve
-from cluster.view import status_table
+from cluster.view import status_table, transfer_line
 from core.errors import ConfigError, ServingError
 from core.telemetry import setup_logging
 from tandem_client import Client, ClusterStatus, KvDecision, Message, Sampling
@@ -155,7 +155,7 @@ def generate(
 
         tandem generate --chat "What does len() do?" -n 60 --seed 7
 
-        tandem generate "Return a list of" --kv-quality balanced
+        tandem generate "Return a list of" --kv-quality balanced      # and say on standard error how the KV went
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     roles = [Message("system", system)] if system else []
@@ -175,7 +175,11 @@ def generate(
     async def stream(client: Client) -> None:
         async for piece in client.generate(messages, deadline_s=deadline_s, kv_quality=quality, **sampling):
             print(piece.text, end="", flush=True)
-        print()
+            if piece.summary is not None and quality is not None:
+                print(flush=True)
+                print(transfer_line(piece.summary.placement), file=sys.stderr)
+        if quality is None:
+            print()
 
     _with_client(_gateway(cluster, address), stream, tenant)
 

@@ -5,7 +5,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tandem_client import ClusterStatus, WorkerStatus
+from tandem_client import ClusterStatus, Placement, WorkerStatus
 
 _STYLES = {"ready": "green", "starting": "yellow", "loading": "yellow", "draining": "cyan", "stopped": "red"}
 _LEFT = ("worker", "role", "state", "epoch", "pid")
@@ -27,6 +27,17 @@ def status_table(status: ClusterStatus, address: str) -> Group:
     for row in rows:
         table.add_row(*row)
     return Group(table, *(Text(f"{worker.worker_id}: {worker.detail}") for worker in workers if worker.detail))
+
+
+def transfer_line(placement: Placement) -> str:
+    """Say in one line how the KV of a request went."""
+    if not placement.kv_profile:
+        return "KV: nothing was transferred"
+    exactness = "bit for bit" if placement.kv_lossless else "lossy"
+    return (
+        f"KV: {placement.kv_tokens_sent} tokens sent, {placement.kv_tokens_held} held; profile {placement.kv_profile}, "
+        f"{exactness}; {placement.kv_bytes / 1024:.0f} KiB as {placement.kv_wire_bytes / 1024:.0f} KiB on the wire"
+    )
 
 
 def _row(worker: WorkerStatus) -> list[Text]:

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from cluster.decisions_view import decisions_table
-from cluster.view import status_table
-from tandem_client import ClusterStatus, KvDecision, WorkerStatus
+from cluster.view import status_table, transfer_line
+from tandem_client import ClusterStatus, KvDecision, Placement, WorkerStatus
 
 
 def worker(name: str, detail: str = "") -> WorkerStatus:
@@ -56,3 +56,10 @@ def test_every_decision_is_a_line() -> None:
         "prefill-10 > decode-12 3599 s 1048576 x8-fine 8.00 less_lossy; failed: 0.975 1250 12500.0 13250.0 lab",
     ]
     assert "link_lost" in text
+
+
+def test_a_line_tells_how_the_kv_went() -> None:
+    sent = Placement("prefill-0", "decode-0", "", 1, 245_760, 120, 16, "x10.3", kv_lossless=False, kv_wire_bytes=24_576)
+    assert transfer_line(sent) == ("KV: 120 tokens sent, 16 held; profile x10.3, lossy; 240 KiB as 24 KiB on the wire")
+    assert "bit for bit" in transfer_line(replace(sent, kv_lossless=True))
+    assert transfer_line(replace(sent, kv_profile="")) == "KV: nothing was transferred"
