@@ -21,7 +21,8 @@ class Estimate:
     """One arm in one place.
 
     Attributes:
-        codec_factor, wire_factor, residual: that experience puts on the model's stages, and on the exposed time.
+        codec_factor, wire_factor, ratio_factor, residual: that experience puts on the model's stages, on the profile's
+            ratio, and on the exposed time without the wait in the queue, which is no profile's doing.
         total_s, exposed_s: after all of them.
         price_s, score_s: of crowding, and with it; set by the policy.
         wire_key, codec_key, rest_key: whose beliefs these are.
@@ -33,6 +34,7 @@ class Estimate:
         "codec_key",
         "exposed_s",
         "price_s",
+        "ratio_factor",
         "residual",
         "rest_key",
         "score_s",
@@ -46,6 +48,7 @@ class Estimate:
     times: Prediction
     codec_factor: float
     wire_factor: float
+    ratio_factor: float
     residual: float
     exposed_s: float
     total_s: float
@@ -68,7 +71,7 @@ class Estimate:
             times.decode_s,
             doubt,
             self.codec_factor,
-            self.wire_factor,
+            self.wire_factor / self.ratio_factor,
             self.residual,
             times.is_hidden,
         )
@@ -95,17 +98,19 @@ class Estimator:
         machine, wire = next(believed), next(believed)
         if where.is_prior:  # the mean time, not the time at the mean: a link may be slower by far more than faster
             wire += self._experience.believe(keys[1], now)[1] / 2
+        wire_factor = exp(wire)
         estimates, wire_key, at_key = [], keys[1], 2
         for arm, codec, ratio, rest in zip(arms, believed, believed, believed, strict=True):
             codec_factor = exp(machine + codec) if arm.loss_rank else 1.0
-            wire_factor = exp(wire - ratio)
-            times = predict(arm, at, codec_factor, wire_factor)
+            ratio_factor = exp(ratio) if ratio else 1.0
+            times = predict(arm, at, codec_factor, wire_factor, ratio_factor)
             estimate = Estimate()  # filled here: a call per arm is a tenth of a decision
-            exposed = times.total_s - compute_s
             residual = exp(rest) if rest else 1.0
-            exposed = (exposed if exposed > MIN_EXPOSED_S else MIN_EXPOSED_S) * residual
+            own = times.total_s - compute_s - times.waited_s
+            exposed = times.waited_s + (own if own > MIN_EXPOSED_S else MIN_EXPOSED_S) * residual
             estimate.arm, estimate.times = arm, times
-            estimate.codec_factor, estimate.wire_factor, estimate.residual = codec_factor, wire_factor, residual
+            estimate.codec_factor, estimate.residual = codec_factor, residual
+            estimate.wire_factor, estimate.ratio_factor = wire_factor, ratio_factor
             estimate.exposed_s = exposed
             estimate.total_s = estimate.score_s = compute_s + exposed
             estimate.price_s = 0.0
@@ -130,8 +135,10 @@ class Estimator:
     def causes(self, estimate: Estimate, where: Place) -> list[Cause]:
         """Return what the arm's exposed time depends on, and how much; the wire is the second."""
         arm = estimate.arm
-        depends = sensitivity(arm, where.situation, estimate.codec_factor, estimate.wire_factor, estimate.times)
-        causes = [Cause(estimate.rest_key, 1.0), Cause(estimate.wire_key, depends.wire)]
+        times, factors = estimate.times, (estimate.codec_factor, estimate.wire_factor, estimate.ratio_factor)
+        depends = sensitivity(arm, where.situation, *factors, times)
+        own_part = 1.0 - times.waited_s / estimate.exposed_s
+        causes = [Cause(estimate.rest_key, own_part), Cause(estimate.wire_key, depends.wire)]
         if arm.loss_rank:
             causes.append(Cause(_MACHINE, depends.codec))
             causes.append(Cause(estimate.codec_key, depends.codec))

@@ -53,6 +53,7 @@ class Prediction(NamedTuple):
         total_s: all together.
         encode_s, decode_s: of all frames, in core seconds.
         wire_s: of all frames, without the queue.
+        waited_s: the part of `total_s` that is the queue's: the time of what is ahead, which no arm changes.
         occupancy_s: how long the busiest shared stage works for this transfer: what others wait for.
         is_hidden: the prefill is the slowest stage: only the last frame's way is exposed.
     """
@@ -61,6 +62,7 @@ class Prediction(NamedTuple):
     encode_s: float
     wire_s: float
     decode_s: float
+    waited_s: float
     occupancy_s: float
     is_hidden: bool
 
@@ -93,10 +95,12 @@ def situation(
     )
 
 
-def predict(arm: Arm, at: Situation, codec_factor: float = 1.0, wire_factor: float = 1.0) -> Prediction:
-    """Return the times of `arm`. Pure. The factors stretch the arm's codec times and the link's time per byte."""
+def predict(
+    arm: Arm, at: Situation, codec_factor: float = 1.0, wire_factor: float = 1.0, ratio_factor: float = 1.0
+) -> Prediction:
+    """Return the times of `arm`. Pure. The factors stretch its codec times, the link's time per byte, and its ratio."""
     first, rest, num_rest, threads = at.first_bytes, at.rest_bytes, at.rest_frames, at.codec_threads
-    s_per_raw_byte = at.s_per_wire_byte * wire_factor / arm.ratio
+    s_per_raw_byte = at.s_per_wire_byte * wire_factor / (arm.ratio * ratio_factor)
     encode_first = (arm.encode_fixed_s + arm.encode_s_per_byte * first) * codec_factor
     decode_first = (arm.decode_fixed_s + arm.decode_s_per_byte * first) * codec_factor
     encode_rest = (arm.encode_fixed_s * num_rest + arm.encode_s_per_byte * rest) * codec_factor
@@ -113,13 +117,14 @@ def predict(arm: Arm, at: Situation, codec_factor: float = 1.0, wire_factor: flo
     begun = compute_first if compute_first > at.encode_backlog_s else at.encode_backlog_s
     made = begun + encode_first + (compute_rest if is_hidden else slowest)
     released = at.queue_s * wire_factor + arriving
-    total = at.rtt_s + wire_first + decode_first + (made if made > released else released)
+    waited_s = released - made if released > made else 0.0
+    total = at.rtt_s + wire_first + decode_first + made + waited_s
     encode_s = encode_first + encode_rest
     decode_s = decode_first + decode_rest
     wire_s = wire_first + wire_rest
     codec_stage = (encode_s if encode_s > decode_s else decode_s) / threads
     occupancy = wire_s if wire_s > codec_stage else codec_stage
-    return Prediction(total, encode_s, wire_s, decode_s, occupancy, is_hidden)
+    return Prediction(total, encode_s, wire_s, decode_s, waited_s, occupancy, is_hidden)
 
 
 class Sensitivity(NamedTuple):
@@ -133,8 +138,10 @@ _STRETCH = 1.5
 _PER_LOG_STRETCH = 1.0 / math.log(_STRETCH)
 
 
-def sensitivity(arm: Arm, at: Situation, codec_factor: float, wire_factor: float, base: Prediction) -> Sensitivity:
-    """Return how the exposed time of `base` depends on both factors. Pure.
+def sensitivity(
+    arm: Arm, at: Situation, codec_factor: float, wire_factor: float, ratio_factor: float, base: Prediction
+) -> Sensitivity:
+    """Return how the exposed time of `base` depends on codec and wire. Pure.
 
     A secant to half as much again, not the tangent: the maximum over stages has kinks, and a stage just below the
     slowest one is a suspect too when something took longer than expected.
@@ -142,8 +149,8 @@ def sensitivity(arm: Arm, at: Situation, codec_factor: float, wire_factor: float
     scale = _PER_LOG_STRETCH / exposed_s(base.total_s, at.compute_s)
     codec = wire = 0.0
     if base.encode_s > 0.0 or base.decode_s > 0.0:
-        codec = predict(arm, at, codec_factor * _STRETCH, wire_factor).total_s - base.total_s
-    wire = predict(arm, at, codec_factor, wire_factor * _STRETCH).total_s - base.total_s
+        codec = predict(arm, at, codec_factor * _STRETCH, wire_factor, ratio_factor).total_s - base.total_s
+    wire = predict(arm, at, codec_factor, wire_factor * _STRETCH, ratio_factor).total_s - base.total_s
     return Sensitivity(codec * scale, wire * scale)
 
 

@@ -10,7 +10,7 @@ from kv_transfer.controller.bandit import NOISE_VARIANCE, PRIOR_VARIANCES, SURPR
 from kv_transfer.controller.config import ControllerConfig
 from kv_transfer.controller.model import predict
 from kv_transfer.controller.policy import place
-from tests.fakes.arms import ARMS, GB, PIPELINE, outcome, policy, question
+from tests.fakes.arms import ARMS, GB, LOSSLESS, MB, NONE, PIPELINE, outcome, policy, question
 
 CODEC, WIRE, REST = Key("codec", "", "eighth"), Key("wire", "tcp"), Key("rest", "tcp", "eighth", 3, 4)
 
@@ -109,6 +109,22 @@ def test_a_codec_that_is_slow_here_is_left_and_known_to_be_slow_on_other_links_t
     elsewhere = subject.decide(question("after", goodput=quick, carrier="gloo", peer="decode-1"), 60.0)
     eighth = next(one for one in elsewhere.candidates if one.profile == "eighth")
     assert eighth.codec_factor > 1.25
+
+
+def test_what_was_learned_of_a_profile_does_not_stretch_the_queue_in_front_of_it() -> None:
+    subject, slow = policy((NONE, LOSSLESS)), 0.002 * GB
+    for idx in range(20):  # a tenth slower than told, and with a poorer ratio
+        asked = question(f"{idx}", raw_bytes=2 * MB, goodput=slow, floor=1.0)
+        decision = subject.decide(asked, float(idx))
+        assert decision.chosen.profile == "lossless"
+        subject.learn(decision, outcome(asked, 0.79, ratio=1.35), float(idx))
+    behind = question("behind", raw_bytes=2 * MB, goodput=slow, floor=1.0, queued_bytes=20 * MB, peer="decode-1")
+    decision = subject.decide(behind, 20.0)
+    assert decision.chosen.profile == "lossless"
+    predicted = {one.profile: one.predicted_s for one in decision.candidates}
+    alone = subject.decide(question("alone", raw_bytes=2 * MB, goodput=slow, floor=1.0, peer="decode-2"), 20.0)
+    saved = {one.profile: one.predicted_s for one in alone.candidates}
+    assert predicted["none"] - predicted["lossless"] == pytest.approx(saved["none"] - saved["lossless"], abs=0.05)
 
 
 def test_none_learns_too() -> None:

@@ -111,7 +111,7 @@ def test_the_codecs_are_busy_with_others_first() -> None:
 @pytest.mark.parametrize(("rate", "codec", "wire"), [(1e6, 0.0, 1.0), (1e12, 1.0, 0.0)])
 def test_sensitivity_finds_the_bottleneck(rate: float, codec: float, wire: float) -> None:
     where = situation(60 * MB, 10 * MB, rate)
-    found = sensitivity(EIGHTH, where, 1.0, 1.0, predict(EIGHTH, where))
+    found = sensitivity(EIGHTH, where, 1.0, 1.0, 1.0, predict(EIGHTH, where))
     assert found.codec == pytest.approx(codec, abs=0.25)  # a secant to 1.5 of a straight line: 0.5 / log 1.5 = 1.23
     assert found.wire == pytest.approx(wire, abs=0.25)
 
