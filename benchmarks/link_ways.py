@@ -13,10 +13,10 @@ from typing import Protocol
 
 import torch
 
+from kv_transfer.carriers.links import open_links
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd
-from kv_transfer.links import open_links
 
 _WAIT_S = 60.0
 

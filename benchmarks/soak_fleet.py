@@ -20,9 +20,9 @@ from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from core.rpc import bind, create_server
+from kv_transfer.carriers.links import open_links
+from kv_transfer.carriers.memory_control import MemoryDialer
 from kv_transfer.config import KvTransferConfig
-from kv_transfer.links import open_links
-from kv_transfer.memory_control import MemoryDialer
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
 from kv_transfer.receiver import KvReceiver

@@ -25,6 +25,7 @@ from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import receiver_events as session
 from kv_transfer.box import Box
+from kv_transfer.carriers.links import open_links
 from kv_transfer.codec import Decoder, default_decoders
 from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
@@ -33,7 +34,6 @@ from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.landing import Landing
 from kv_transfer.link import Links
-from kv_transfer.links import open_links
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.ports import KvWriter, LandedStats, ReceiverOutcomes
 from kv_transfer.receiver_pair import ReceiverPair

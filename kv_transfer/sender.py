@@ -26,13 +26,13 @@ from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer import sender_session as session
 from kv_transfer.box import Box
+from kv_transfer.carriers.links import open_links
 from kv_transfer.choice import NO_TERMS, AlwaysRaw, ProfileChooser, TransferQuestion, TransferTerms
 from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import Dialer
 from kv_transfer.link import Links
 from kv_transfer.link_quota import LinkQuota
-from kv_transfer.links import open_links
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.outgoing import Commit, Outgoing
 from kv_transfer.peer_health import PeerHealth

@@ -4,10 +4,10 @@ import asyncio
 import threading
 
 from core.ids import TransferId
+from kv_transfer.carriers.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES, decode_header
 from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd, Slot
-from kv_transfer.memory_links import MemoryHub, MemoryLinks
 from tests.kv_codecs import FixedChooser, FlippingDecoder, FlippingEncoder, decoders_with
 from tests.kv_peers import LAYOUT, PATIENCE_S, Duo
 

@@ -14,12 +14,12 @@ from core.errors import RejectedError, RejectReason
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
+from kv_transfer.carriers.memory_control import MemoryStream
+from kv_transfer.carriers.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.choice import ProfileChooser
 from kv_transfer.codec import TORCH_DTYPES, Decoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.link import Links
-from kv_transfer.memory_control import MemoryStream
-from kv_transfer.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
 from kv_transfer.receiver import KvReceiver

@@ -7,8 +7,8 @@ end. Then it does nothing, for ever, but wait for its death.
 import sys
 import threading
 
+from kv_transfer.carriers.socket_links import SocketBackend, SocketLinks
 from kv_transfer.link import LinkPlan
-from kv_transfer.socket_links import SocketBackend, SocketLinks
 
 SLOT_BYTES = 8192
 WAIT_S = 20.0

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kv_transfer.carriers.link_address import HostIdentity
+from kv_transfer.carriers.memory_links import MemoryHub, MemoryLinks
+from kv_transfer.carriers.process_group_links import ProcessGroupLinks
+from kv_transfer.carriers.socket_links import SocketBackend, SocketLinks
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd, SendEnd
-from kv_transfer.link_address import HostIdentity
-from kv_transfer.memory_links import MemoryHub, MemoryLinks
-from kv_transfer.process_group_links import ProcessGroupLinks
-from kv_transfer.socket_links import SocketBackend, SocketLinks
 
 SLOT_BYTES = HEADER_BYTES + 4096
 WAIT_S = 20.0

@@ -8,8 +8,8 @@ from typing import IO
 
 import pytest
 
+from kv_transfer.carriers.socket_links import SocketLinks
 from kv_transfer.link import LinkError, ReceiveEnd, SendEnd
-from kv_transfer.socket_links import SocketLinks
 from tests.contract.kv_link_victim import SLOT_BYTES, WAIT_S, plan_of
 
 _ROOT = Path(__file__).parents[2]

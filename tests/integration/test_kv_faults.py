@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from core.ids import RequestId, TransferId
+from kv_transfer.carriers.links import open_links
+from kv_transfer.carriers.process_group_links import ProcessGroupLinks
 from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.pipeline import open_encoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES, decode_header, seal
 from kv_transfer.link import LinkPlan, Links, ReceiveEnd, SendEnd, Slot
-from kv_transfer.links import open_links
-from kv_transfer.process_group_links import ProcessGroupLinks
 from tests.kv_codecs import FixedChooser
 from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, WatchedDialer
 

@@ -12,11 +12,11 @@ from core.clock import ManualClock, MonotonicClock
 from core.errors import WorkerLost
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.membership import WorkerIdentity
+from kv_transfer.carriers.memory_control import MemoryStream
+from kv_transfer.carriers.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlStream
 from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd
-from kv_transfer.memory_control import MemoryStream
-from kv_transfer.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer, PeerDown
 from kv_transfer.receiver import KvReceiver

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from kv_transfer.carriers.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.codec import RAW, Encoded
 from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.pipeline import open_encoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES
-from kv_transfer.memory_links import MemoryHub, MemoryLinks
 from tests.kv_codecs import FixedChooser
 from tests.kv_coded_pair import CONFIG, FRAME_TOKENS, LAYERS, Coded, is_set
 from tests.kv_peers import LAYOUT, Duo

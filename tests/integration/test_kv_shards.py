@@ -15,11 +15,11 @@ from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from engine.pool import KvPool
+from kv_transfer.carriers.memory_control import MemoryStream
+from kv_transfer.carriers.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.codec import RAW, Encoder
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlStream
-from kv_transfer.memory_control import MemoryStream
-from kv_transfer.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
 from kv_transfer.receiver import KvReceiver

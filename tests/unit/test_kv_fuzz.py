@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kv_transfer import codec
 from kv_transfer.box import Box
+from kv_transfer.carriers.links import open_links
 from kv_transfer.codec import Encoder, FramePlace, default_decoders
 from kv_transfer.codecs.pipeline import open_encoder
 from kv_transfer.codecs.spec import PipelineSpec, Quantiser
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES, decode_header, seal, section_spans
 from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd
-from kv_transfer.links import open_links
 from kv_transfer.session import NackReason
 from tools.fuzz_target import SLOT_BYTES, Finding, FrameTarget, reseal, spoil, valid_frames
 

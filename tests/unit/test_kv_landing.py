@@ -12,6 +12,7 @@ from core.clock import ManualClock
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.membership import WorkerIdentity
 from kv_transfer.box import Box
+from kv_transfer.carriers.memory_links import MemoryLinks
 from kv_transfer.codec import default_decoders
 from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
@@ -19,7 +20,6 @@ from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, seal
 from kv_transfer.landing import FrameStamp, Landing, LandingZone
 from kv_transfer.link import Slot
-from kv_transfer.memory_links import MemoryLinks
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.receiver_events import FramesWritten
 from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner

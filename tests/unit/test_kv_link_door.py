@@ -8,11 +8,11 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from kv_transfer import link_door
+from kv_transfer.carriers import link_door
+from kv_transfer.carriers.link_address import TcpAddress, parse_address
+from kv_transfer.carriers.link_door import MAX_NAME_BYTES, Arrival, Door, answer, hello, is_answer
+from kv_transfer.carriers.socket_links import SocketLinks
 from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd
-from kv_transfer.link_address import TcpAddress, parse_address
-from kv_transfer.link_door import MAX_NAME_BYTES, Arrival, Door, answer, hello, is_answer
-from kv_transfer.socket_links import SocketLinks
 
 TOKEN = bytes(16)
 WAIT_S = 20.0

@@ -12,11 +12,11 @@ import pytest
 from core.ids import TransferId
 from kv_transfer import frame
 from kv_transfer.box import Box
+from kv_transfer.carriers.shm_ends import ShmReceiveEnd, ShmSendEnd
+from kv_transfer.carriers.shm_segment import create_segment, map_segment
+from kv_transfer.carriers.tcp_ends import TcpReceiveEnd, TcpSendEnd
 from kv_transfer.frame import HEADER_BYTES, FrameHeader
 from kv_transfer.link import LinkError, LinkPlan
-from kv_transfer.shm_ends import ShmReceiveEnd, ShmSendEnd
-from kv_transfer.shm_segment import create_segment, map_segment
-from kv_transfer.tcp_ends import TcpReceiveEnd, TcpSendEnd
 
 SLOT_BYTES = HEADER_BYTES + 4096
 NUM_SLOTS = 2

@@ -17,10 +17,10 @@ import struct
 import threading
 from collections import deque
 
+from kv_transfer.carriers.link_door import shut
+from kv_transfer.carriers.shm_segment import Segment
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkError, Slot
-from kv_transfer.link_door import shut
-from kv_transfer.shm_segment import Segment
 
 _MESSAGE = struct.Struct("<II")  # slot, length
 _RELEASE = struct.Struct("<I")  # slot

@@ -15,8 +15,7 @@ import threading
 import time
 from typing import Literal
 
-from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd, SendEnd
-from kv_transfer.link_address import (
+from kv_transfer.carriers.link_address import (
     TOKEN_BYTES,
     CarrierAddress,
     HostIdentity,
@@ -25,10 +24,11 @@ from kv_transfer.link_address import (
     own_identity,
     parse_address,
 )
-from kv_transfer.link_door import ANSWER_BYTES, Door, answer, hello, is_answer
-from kv_transfer.shm_ends import ShmReceiveEnd, ShmSendEnd
-from kv_transfer.shm_segment import create_segment, map_segment
-from kv_transfer.tcp_ends import TcpReceiveEnd, TcpSendEnd
+from kv_transfer.carriers.link_door import ANSWER_BYTES, Door, answer, hello, is_answer
+from kv_transfer.carriers.shm_ends import ShmReceiveEnd, ShmSendEnd
+from kv_transfer.carriers.shm_segment import create_segment, map_segment
+from kv_transfer.carriers.tcp_ends import TcpReceiveEnd, TcpSendEnd
+from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd, SendEnd
 
 SocketBackend = Literal["auto", "shm", "tcp"]
 

@@ -1,10 +1,10 @@
 """Which carrier a configuration means."""
 
+from kv_transfer.carriers.memory_links import MemoryLinks
+from kv_transfer.carriers.process_group_links import ProcessGroupLinks
+from kv_transfer.carriers.socket_links import SocketLinks
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.link import Links
-from kv_transfer.memory_links import MemoryLinks
-from kv_transfer.process_group_links import ProcessGroupLinks
-from kv_transfer.socket_links import SocketLinks
 
 
 def open_links(config: KvTransferConfig) -> Links:

@@ -22,9 +22,9 @@ from collections import deque
 
 import torch
 
+from kv_transfer.carriers.link_door import shut
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkError, LinkPlan, Slot
-from kv_transfer.link_door import shut
 
 _LENGTH = struct.Struct("<Q")
 _RELEASED = b"\x01"

@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, Work
 
+from kv_transfer.carriers.gloo_socket import create_listening, find_connection
 from kv_transfer.frame import HEADER_BYTES, FrameRefused, decode_header
-from kv_transfer.gloo_socket import create_listening, find_connection
 from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd, SendEnd, Slot
 from kv_transfer.patience import be_patient
 
