@@ -29,7 +29,8 @@ class ProfileDesk:
         self._clock = clock
         self._metrics = metrics
         self._asked: dict[TransferId, _Asked] = {}
-        self._coded_share: dict[str, float] = {}  # payload / raw, by profile: what the queue is estimated with
+        # Payload / raw, by profile and size class: what the queue is estimated with. What is small codes poorly.
+        self._coded_shares: dict[str, dict[int, float]] = {}
 
     def choose(self, question: TransferQuestion) -> Choice:
         """Ask for a transfer that was reserved just now."""
@@ -44,8 +45,12 @@ class ProfileDesk:
         return choice
 
     def expected_bytes(self, profile: str, raw_bytes: int) -> int:
-        """Estimate the payload of a transfer from the last ones of the profile. Pure."""
-        return round(raw_bytes * self._coded_share.get(profile, 1.0))
+        """Estimate the payload of a transfer from the last ones of the profile that are nearest in size. Pure."""
+        shares = self._coded_shares.get(profile)
+        if not shares:
+            return raw_bytes
+        size_class = _size_class(raw_bytes)
+        return round(raw_bytes * shares[min(shares, key=lambda known: abs(known - size_class))])
 
     def settle(
         self,
@@ -70,8 +75,9 @@ class ProfileDesk:
         now = self._clock.now()
         if not failure and asked.raw_bytes:
             share = payload_bytes / asked.raw_bytes
-            before = self._coded_share.get(asked.profile, share)
-            self._coded_share[asked.profile] = before + _RATIO_WEIGHT * (share - before)
+            shares, size_class = self._coded_shares.setdefault(asked.profile, {}), _size_class(asked.raw_bytes)
+            before = shares.get(size_class, share)
+            shares[size_class] = before + _RATIO_WEIGHT * (share - before)
         observation = TransferObservation(
             transfer_id=transfer_id,
             observed_s=now - asked.at,
@@ -85,3 +91,8 @@ class ProfileDesk:
             self._chooser.observe(observation)
         except Exception:  # as above: what it cannot learn must not keep an owner from its outcome
             _log.exception("observing %s", transfer_id)
+
+
+def _size_class(raw_bytes: int) -> int:
+    """Return the power of four. Pure."""
+    return raw_bytes.bit_length() // 2
