@@ -1,6 +1,7 @@
 """What the sender expects of the transfers in its queue."""
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from core.clock import ManualClock
 from kv_transfer.choice import Choice, TransferObservation, TransferQuestion
@@ -22,7 +23,7 @@ class AlwaysEighth:
 
 def desk_after(*transfers: tuple[int, int]) -> ProfileDesk:
     """Args: raw and coded bytes of each."""
-    desk = ProfileDesk(AlwaysEighth(), ManualClock(), KvTransferMetrics())
+    desk = ProfileDesk(AlwaysEighth(), ManualClock(), KvTransferMetrics(CollectorRegistry()))
     for idx, (raw_bytes, payload_bytes) in enumerate(transfers):
         asked = question(f"{idx}", raw_bytes=raw_bytes)
         desk.choose(asked)
