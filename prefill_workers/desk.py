@@ -57,7 +57,7 @@ class PrefillDesk:
         self._layout = engine.layout
         self._profiles = profiles_for(config.transfer, config.model.path, engine.layout)
         if config.engine.score_window == 0 or engine.model_info.has_sliding_window:
-            self._profiles = without_scores(self._profiles)
+            self._profiles = without_scores(self._profiles, config.transfer.policy)
         self._chooser = open_chooser(
             config.transfer,
             self._profiles,

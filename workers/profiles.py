@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.errors import ConfigError
 from core.layout import KvLayout
 from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.warming import warm_up
@@ -51,12 +52,22 @@ def profiles_for(config: KvTransferConfig, model_path: Path, layout: KvLayout) -
     return found
 
 
-def without_scores(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
-    """Return the profiles that hand every token over: what is left when the engine keeps no scores of tokens. Pure."""
+def without_scores(profiles: Sequence[Profile], policy: str) -> tuple[Profile, ...]:
+    """Return the profiles that hand every token over: what is left when the engine keeps no scores of tokens.
+
+    Raises:
+        ConfigError: `policy` names one that does not.
+    """
     kept = tuple(profile for profile in profiles if profile.pipeline.selection is None)
     for profile in profiles:
-        if profile not in kept:
-            _log.warning("profile %s leaves tokens out by their scores: set engine.score_window", profile.name)
+        if profile in kept:
+            continue
+        detail = (
+            f"profile {profile.name} leaves tokens out by their scores, which are not kept: set engine.score_window"
+        )
+        if profile.name == policy:
+            raise ConfigError(f"transfer.policy: {detail}; a model with a sliding window has none")
+        _log.warning("%s", detail)
     return kept
 
 

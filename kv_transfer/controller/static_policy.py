@@ -21,7 +21,7 @@ class StaticPolicy:
         self.arms: Mapping[str, Arm] = {arm.name: arm for arm in arms}
         if name not in self.arms:
             known = ", ".join(self.arms)
-            raise ConfigError(f"kv_transfer.policy: there is no profile {name!r}; use controller, or one of {known}")
+            raise ConfigError(f"transfer.policy: there is no profile {name!r}; use controller, or one of {known}")
         self._arm = self.arms[name]
         self._lossless = [arm for arm in arms if arm.is_lossless]
         self._config = config

@@ -212,5 +212,5 @@ class TestStatic:
         assert (decision.chosen.profile, decision.reason) == (expected, DecisionReason.STATIC_BELOW_FLOOR)
 
     def test_an_unknown_name_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match=r"kv_transfer\.policy: there is no profile 'ninth'; .* eighth"):
+        with pytest.raises(ConfigError, match=r"^transfer\.policy: there is no profile 'ninth'; .* eighth"):
             self.static("ninth")
