@@ -16,7 +16,7 @@ from core.errors import ConfigError
 class ConfigModel(BaseModel):
     """Frozen, strict about keys. Compose; do not inherit one configuration from another."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 M = TypeVar("M", bound=BaseModel)

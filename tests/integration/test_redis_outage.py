@@ -23,7 +23,7 @@ def server() -> Iterator[RedisProcess]:
 
 @pytest.fixture
 async def store(server: RedisProcess) -> AsyncIterator[RedisStore]:
-    store = RedisStore(server.url, deadline_s=0.5)
+    store = RedisStore(server.url, deadline_s=2.0)
     yield store
     await store.close()
 

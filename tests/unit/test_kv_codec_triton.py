@@ -1,11 +1,15 @@
 """The Triton arithmetic, run by Triton's interpreter: codes and values equal those of the reference, bit for bit.
 
-Without Triton there is nothing to run; with a CUDA device `tests/gpu` runs the compiled kernels.
+Without Triton there is nothing to run; with a CUDA device `tests/gpu` runs the compiled kernels. Whether Triton
+interprets is settled when it is imported, and PyTorch may have imported it before: the cases run in a process of their
+own, which `test_all_in_a_process_that_interprets` starts.
 """
 
 import dataclasses
 import importlib
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -22,6 +26,8 @@ from kv_transfer.codecs.quantised import QuantisedEncoder
 from kv_transfer.codecs.spec import PipelineSpec, Quantiser
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+is_interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not is_interpreting, reason="run with TRITON_INTERPRET=1")
 
 SPECS = {
     "tokens": PipelineSpec(k=Quantiser(levels=8), v=Quantiser(levels=6), rotate_v=True),
@@ -47,13 +53,20 @@ SPECS = {
 SHAPES = ((2, 2, 37, 16), (1, 2, 66, 64))  # layers, heads, tokens, head_dim
 
 
-@pytest.fixture
-def arithmetic() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TRITON_INTERPRET", "1")
-        kernels = importlib.reload(importlib.import_module("kv_transfer.codecs.triton_kernels"))
-        yield importlib.import_module("kv_transfer.codecs.triton_quantise")
-    importlib.reload(kernels)  # who runs a kernel is fixed when it is imported
+@pytest.fixture(scope="module")
+def arithmetic() -> ModuleType:
+    return importlib.import_module("kv_transfer.codecs.triton_quantise")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(is_interpreting, reason="this is that process")
+def test_all_in_a_process_that_interprets() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
 
 
 def plans(spec: PipelineSpec, shape: tuple[int, int, int, int]) -> list[HalfPlan]:
@@ -67,6 +80,7 @@ def plans(spec: PipelineSpec, shape: tuple[int, int, int, int]) -> list[HalfPlan
     return [plan_half(params, extents, half, classes, encoder._factors_of(half, place))[0] for half in HALVES]
 
 
+@interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -90,6 +104,7 @@ def test_codes_and_values_equal_the_reference(
         assert torch.equal(got, wanted)
 
 
+@interpreted
 def test_what_cannot_be_coded_is_told_apart(arithmetic: ModuleType) -> None:
     plan = plans(SPECS["tokens"], SHAPES[0])[0]
     kv = torch.randn(8, 37, 16)
@@ -100,6 +115,7 @@ def test_what_cannot_be_coded_is_told_apart(arithmetic: ModuleType) -> None:
     assert not arithmetic.decode(codes, plan, torch.zeros(8, 37, 16))
 
 
+@interpreted
 def test_tensors_of_the_host_go_another_way(arithmetic: ModuleType) -> None:
     assert not arithmetic.can_code(torch.zeros(1, 2, 1, 1, 64))
     assert not arithmetic.can_code_on(torch.device("cuda"), 80)  # split in 64 + 16: on the host
