@@ -34,12 +34,17 @@ class LinkGauge:
             self._link_epoch, self._carrier, self._sent_bytes = link_epoch, carrier, 0
             self._estimator.link_opened()
 
-    def sent(self, payload_bytes: int, *, is_backlogged: bool) -> None:
-        """A frame is about to be handed to the link; `is_backlogged`: another one is ready behind it."""
+    def sent(self, payload_bytes: int, *, is_backlogged: bool) -> int:
+        """A frame is about to be handed to the link; `is_backlogged`: another one is ready behind it.
+
+        Returns:
+            The payload bytes that this link was given, with these.
+        """
         now = self._clock.now()
         with self._lock:
             self._sent_bytes += payload_bytes
             self._estimator.sent(now, self._sent_bytes, is_backlogged)
+            return self._sent_bytes
 
     def arrived(self, link_epoch: int, received_bytes: int, ago_s: float) -> None:
         """The receiver has taken so much from the link; news of an older link are ignored.

@@ -45,6 +45,7 @@ class Outgoing:
     held_tokens: int | None = None  # None: not reserved yet
     waiting: list[Box | Commit] = field(default_factory=list)
     link_epoch: int | None = None  # of its first frame; frames never continue on another link
+    last_link_bytes: int = 0  # payload that the link had been given with its last frame
     num_frames: int = 0
     payload_bytes: int = 0
     has_moved: bool = False  # to another link, because the first turned out to be broken

@@ -168,7 +168,7 @@ class SendLink:
             outgoing.link_epoch = self.epoch
             end = self._end
         self._spare = None
-        self.gauge.sent(payload_bytes, is_backlogged=is_backlogged)
+        outgoing.last_link_bytes = self.gauge.sent(payload_bytes, is_backlogged=is_backlogged)
         end.send(slot, message_bytes)
         self.is_in_flight = True
         return True

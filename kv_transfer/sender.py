@@ -265,6 +265,13 @@ class KvSender:
             if transfer.pair is pair:
                 self.feed(transfer_id, session.LinkLost(detail))
 
+    def on_link_moved(self, pair: SenderPair, link_epoch: int, received_bytes: int) -> None:
+        for transfer_id, transfer in list(self._transfers.items()):
+            outgoing = transfer.outgoing
+            is_on_it = outgoing.link_epoch == link_epoch and received_bytes < outgoing.last_link_bytes
+            if transfer.pair is pair and is_on_it:
+                self.feed(transfer_id, session.LinkMoved())
+
     def on_receiver_lost_link(self, pair: SenderPair, link_epoch: int, detail: str) -> None:
         for transfer_id, transfer in list(self._transfers.items()):
             if transfer.pair is pair and transfer.outgoing.link_epoch == link_epoch:

@@ -32,6 +32,10 @@ class PairOwner(Protocol):
 
     def on_receiver_lost_link(self, pair: "SenderPair", link_epoch: int, detail: str) -> None: ...
 
+    def on_link_moved(self, pair: "SenderPair", link_epoch: int, received_bytes: int) -> None:
+        """The receiver has taken so much payload from this link."""
+        ...
+
     def on_pair_lost(self, pair: "SenderPair", detail: str) -> None:
         """The stream ended, or never came up. The pair is of no more use."""
         ...
@@ -157,6 +161,7 @@ class SenderPair:
 
     def _hear_received(self, news: pb.Credit | pb.Ack) -> None:
         self.pump.link.gauge.arrived(news.link_epoch, news.received_bytes, news.received_ago_s)
+        self._owner.on_link_moved(self, news.link_epoch, news.received_bytes)
 
     # --- hooks of the pump, on its thread -----------------------------------------------------------------------------
 

@@ -92,6 +92,11 @@ class ReceiverLostLink:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkMoved:
+    """The receiver took more from the link, and frames of this transfer are still on it."""
+
+
+@dataclass(frozen=True, slots=True)
 class StreamLost:
     detail: str
 
@@ -115,6 +120,7 @@ SenderEvent = (
     | Aborted
     | LinkLost
     | ReceiverLostLink
+    | LinkMoved
     | StreamLost
     | RenewalDue
     | DeadlinePassed
@@ -188,6 +194,7 @@ EDGES: Mapping[SendState, Mapping[type, SendState]] = {
         LinkLost: _S.RESERVED,  # nothing of this transfer was on it: it goes on over the next
         ReceiverLostLink: _S.ABORTED,  # its first frame was on it, and the news of that is still under way
         StreamLost: _S.ABORTED,
+        LinkMoved: _S.RESERVED,  # the news of its first frame is still under way
         RenewalDue: _S.RESERVED,  # the prefill is computing
     },
     _S.SENDING: {
@@ -199,6 +206,7 @@ EDGES: Mapping[SendState, Mapping[type, SendState]] = {
         LinkLost: _S.ABORTED,  # frames are gone
         ReceiverLostLink: _S.ABORTED,
         StreamLost: _S.ABORTED,
+        LinkMoved: _S.SENDING,
         RenewalDue: _S.SENDING,  # later chunks are computing
     },
     _S.COMMITTED: {
@@ -210,6 +218,7 @@ EDGES: Mapping[SendState, Mapping[type, SendState]] = {
         LinkLost: _S.COMMITTED,  # perhaps everything arrived before: only the receiver knows, and it answers
         ReceiverLostLink: _S.ABORTED,  # an ACK would have come before this
         StreamLost: _S.ABORTED,
+        LinkMoved: _S.COMMITTED,  # a slow wire is not a dead one: another lease
         RenewalDue: _S.COMMITTED,  # frames are on a slow wire
         DeadlinePassed: _S.EXPIRED,  # no verdict within a lease
     },
@@ -224,6 +233,7 @@ EDGES: Mapping[SendState, Mapping[type, SendState]] = {
             Aborted: state,
             LinkLost: state,
             ReceiverLostLink: state,
+            LinkMoved: state,
             StreamLost: state,
         }
         for state in (_S.ACKED, _S.ABORTED, _S.EXPIRED)
@@ -281,6 +291,9 @@ class SenderSession:
             case AllSent(num_frames, payload_bytes, first_token_id):
                 self._expires_at = now + self._lease_s
                 return [SayCommit(num_frames, payload_bytes, first_token_id)]
+            case LinkMoved() if after is SendState.COMMITTED:
+                self._expires_at = now + self._lease_s
+                return []
             case RenewalDue():
                 self._schedule_renewal(now)
                 return [SayRenewal()]

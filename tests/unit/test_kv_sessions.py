@@ -29,6 +29,7 @@ SENDER_EVENTS: list[sending.SenderEvent] = [
     sending.Aborted(NackReason.CANCELLED, "x"),
     sending.LinkLost("x"),
     sending.ReceiverLostLink("x"),
+    sending.LinkMoved(),
     sending.StreamLost("x"),
     sending.RenewalDue(),
     sending.DeadlinePassed(),
@@ -259,3 +260,16 @@ def test_a_stray_offer_is_answered_after_a_while() -> None:
     machine = _receiver(OFFER)
     effects = machine.tick(10.0)
     assert effects == [receiving.SayNack(NackReason.UNKNOWN_TRANSFER, "nobody here expects it")]
+
+
+def test_a_committed_transfer_whose_frames_still_move_on_a_slow_wire_does_not_expire() -> None:
+    machine = sending.SenderSession(T, offer_timeout_s=5.0, now=0.0)
+    machine.handle(sending.ReservationGranted(0, 30.0), 0.0)
+    machine.handle(sending.FrameSent(), 1.0)
+    machine.handle(sending.AllSent(1, 100, 9), 2.0)
+    for at in (20.0, 45.0, 70.0):
+        assert machine.handle(sending.LinkMoved(), at) == []
+    machine.tick(99.0)
+    assert machine.state is sending.SendState.COMMITTED
+    machine.tick(100.0)
+    assert str(machine.state) == sending.SendState.EXPIRED
