@@ -3,6 +3,7 @@
 Loads torch only when a command runs.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,7 +72,11 @@ def profile_search(
         def told(stage: str, done: int, of: int) -> None:
             progress.update(task, description=stage, completed=done, total=of)
 
-        report = run_search(settings, told)
+        try:
+            report = run_search(settings, told)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from what was measured", file=sys.stderr)
+            raise
     judged, everything = report.num_judged, report.num_exhaustive
     print(
         f"{report.num_candidates} candidates; {judged} prompts judged, {everything} would be all: "
@@ -141,7 +146,7 @@ def _console() -> Console:
 
 def _table_of(library: "ProfileLibrary") -> Table:
     table = Table(
-        title=f"KV profiles of {library.model}", caption=f"times: {library.machine}, one core, MiB before coding"
+        title=f"KV profiles of {library.model}", caption=f"times: {library.machine}, one core, bytes before coding"
     )
     for name in ("profile", "ratio", "agreement (95 %)", "KL, nats", "encode GB/s", "decode GB/s"):
         table.add_column(name, justify="left" if name == "profile" else "right")
