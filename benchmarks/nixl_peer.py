@@ -61,7 +61,7 @@ class NixlPair:
 
 
 def _open_agent(name: str) -> Any:
-    from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-untyped]  # optional
+    from nixl._api import nixl_agent, nixl_agent_config
 
     agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=[]))
     agent.create_backend("UCX", {"ucx_error_handling_mode": "none"})

@@ -265,7 +265,7 @@ def test_a_chooser_is_opened_from_the_configuration(caplog: pytest.LogCaptureFix
     fixed = open_chooser(KvTransferConfig(policy="int8"), library(), ManualClock(), registry=CollectorRegistry())
     assert fixed.choose(question(floor=0.9)).profile == "int8"
     assert fixed.choose(question(floor=1.0)).encoder.is_lossless
-    with pytest.raises(ConfigError, match=r"kv_transfer\.policy"):
+    with pytest.raises(ConfigError, match=r"transfer\.policy"):
         open_chooser(KvTransferConfig(policy="x99"), library(), ManualClock(), registry=CollectorRegistry())
     bare = open_chooser(KvTransferConfig(), (), ManualClock(), registry=CollectorRegistry())
     assert bare.choose(question()).reason == "no_profiles"
