@@ -24,7 +24,7 @@ _OPTIONS: list[tuple[str, int]] = [
     (_RECEIVE_LIMIT, MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 5_000),
-    # It is also how long bytes may go unacknowledged (TCP_USER_TIMEOUT): on a wire that KV fills, longer than on an idle one
+    # It is also how long bytes may go unacknowledged (TCP_USER_TIMEOUT), which takes longer on a wire that KV fills.
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
