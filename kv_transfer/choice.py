@@ -73,7 +73,6 @@ class Choice:
         predicted_s: reserved to acknowledged; None when nothing is known yet.
         reason: of `controller` enumerations; for metrics and people.
         selection: which tokens are handed over; None: all.
-        ratio: raw bytes over coded bytes that the profile is known for.
     """
 
     profile: str
@@ -81,7 +80,6 @@ class Choice:
     predicted_s: float | None
     reason: str
     selection: TokenSelection | None = None
-    ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,11 @@ class ProfileDesk:
         self._metrics.decisions.labels(choice.profile, choice.reason).inc()
         return choice
 
-    def expected_bytes(self, choice: Choice, raw_bytes: int) -> int:
+    def expected_bytes(self, profile: str, raw_bytes: int) -> int:
         """Estimate the payload of a transfer from the last ones of the profile that are nearest in size. Pure."""
-        shares = self._coded_shares.get(choice.profile)
+        shares = self._coded_shares.get(profile)
         if not shares:
-            return round(raw_bytes / choice.ratio)
+            return raw_bytes
         size_class = _size_class(raw_bytes)
         return round(raw_bytes * shares[min(shares, key=lambda known: abs(known - size_class))])
 

@@ -349,7 +349,7 @@ class KvSender:
         choice = self._profiles.choose(question)
         transfer.profile = choice.profile
         outgoing.encoder, outgoing.selection = choice.encoder, choice.selection
-        outgoing.expected_bytes = self._profiles.expected_bytes(choice, raw_bytes)
+        outgoing.expected_bytes = self._profiles.expected_bytes(choice.profile, raw_bytes)
         even = -(-raw_bytes // config.frames_per_transfer)
         outgoing.frame_raw_bytes = min(max(even, config.min_frame_raw_bytes), config.max_frame_raw_bytes)
 

@@ -32,7 +32,7 @@ class Chooser:
         self._ring.add(decision)
         chosen = decision.chosen
         arm = self.policy.arms[chosen.profile]
-        return Choice(chosen.profile, arm.encoder, chosen.predicted_s, decision.reason.value, arm.selection, arm.ratio)
+        return Choice(chosen.profile, arm.encoder, chosen.predicted_s, decision.reason.value, arm.selection)
 
     def observe(self, observation: TransferObservation) -> None:
         decision = self._outstanding.pop(observation.transfer_id, None)
