@@ -66,6 +66,13 @@ class RejectReason(StrEnum):
     INCOMPATIBLE_LAYOUT = "incompatible_layout"
     TOO_LONG = "too_long"
     NO_WORKERS = "no_workers"
+    BUSIER = "busier"  # a worker: more is queued here than the gateway thought when it chose
+    SLO_TTFT = "slo_ttft"  # the first token would come too late
+    SLO_TPOT = "slo_tpot"  # the tokens would come too slowly
+    DEADLINE = "deadline"  # the whole answer would come too late
+    RATE_LIMITED = "rate_limited"  # of the tenant: requests or tokens per minute
+    CONCURRENCY = "concurrency"  # of the tenant: requests at once
+    SHED = "shed"  # made room for what cannot wait
 
 
 class RejectedError(ServingError):

@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\ttandem.v1\x1a\x13protos/worker.proto\"\x19\n\x17GetClusterStatusRequest\"\xc2\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\n \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x15\n\rcached_blocks\x18\r \x01(\r\x12\x11\n\tconnected\x18\x0e \x01(\x08\x12\x11\n\tin_flight\x18\x0f \x01(\r\x12\x14\n\x0cmetrics_port\x18\x10 \x01(\r\"\xc5\x01\n\x18GetClusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x19\n\x11store_staleness_s\x18\x04 \x01(\x01\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r\x12(\n\x07workers\x18\x07 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\"@\n\x1dListClusterKvDecisionsRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"U\n\x1eListClusterKvDecisionsResponse\x12\x33\n\x07workers\x18\x01 \x03(\x0b\x32\".tandem.v1.ListKvDecisionsResponse2\xcc\x01\n\x05\x41\x64min\x12[\n\x10GetClusterStatus\x12\".tandem.v1.GetClusterStatusRequest\x1a#.tandem.v1.GetClusterStatusResponse\x12\x66\n\x0fListKvDecisions\x12(.tandem.v1.ListClusterKvDecisionsRequest\x1a).tandem.v1.ListClusterKvDecisionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\ttandem.v1\x1a\x13protos/worker.proto\"\x19\n\x17GetClusterStatusRequest\"\xc2\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\n \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x15\n\rcached_blocks\x18\r \x01(\r\x12\x11\n\tconnected\x18\x0e \x01(\x08\x12\x11\n\tin_flight\x18\x0f \x01(\r\x12\x14\n\x0cmetrics_port\x18\x10 \x01(\r\"\xc5\x01\n\x18GetClusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x19\n\x11store_staleness_s\x18\x04 \x01(\x01\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r\x12(\n\x07workers\x18\x07 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\"@\n\x1dListClusterKvDecisionsRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"U\n\x1eListClusterKvDecisionsResponse\x12\x33\n\x07workers\x18\x01 \x03(\x0b\x32\".tandem.v1.ListKvDecisionsResponse\"9\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"Y\n\x16\x45xplainRequestResponse\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12+\n\tdecisions\x18\x02 \x03(\x0b\x32\x18.tandem.v1.RouteDecision\"\xf4\x02\n\rRouteDecision\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x13\n\x0bmode_reason\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x62inding\x18\x06 \x01(\t\x12)\n\x06winner\x18\x07 \x01(\x0b\x32\x19.tandem.v1.RouteCandidate\x12-\n\ncandidates\x18\x08 \x03(\x0b\x32\x19.tandem.v1.RouteCandidate\x12\x13\n\x0bstaleness_s\x18\t \x01(\x01\x12(\n\x07outcome\x18\n \x01(\x0b\x32\x17.tandem.v1.RouteOutcome\x12\x19\n\x11num_prompt_tokens\x18\x0b \x01(\r\x12\x1e\n\x16\x65xpected_output_tokens\x18\x0c \x01(\r\x12\x14\n\x0cnum_eligible\x18\r \x01(\r\x12\x12\n\ndecision_s\x18\x0e \x01(\x01\"\x8e\x02\n\x0eRouteCandidate\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\x12\x36\n\x07terms_s\x18\x05 \x03(\x0b\x32%.tandem.v1.RouteCandidate.TermsSEntry\x12\x18\n\x10predicted_ttft_s\x18\x06 \x01(\x01\x12\x18\n\x10predicted_tpot_s\x18\x07 \x01(\x01\x12\x13\n\x0bheld_tokens\x18\x08 \x01(\r\x1a-\n\x0bTermsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"{\n\x0cRouteOutcome\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x14\n\x0cttft_error_s\x18\x04 \x01(\x01\x12\x10\n\x08regret_s\x18\x05 \x01(\x01\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t2\xa3\x02\n\x05\x41\x64min\x12[\n\x10GetClusterStatus\x12\".tandem.v1.GetClusterStatusRequest\x1a#.tandem.v1.GetClusterStatusResponse\x12\x66\n\x0fListKvDecisions\x12(.tandem.v1.ListClusterKvDecisionsRequest\x1a).tandem.v1.ListClusterKvDecisionsResponse\x12U\n\x0e\x45xplainRequest\x12 .tandem.v1.ExplainRequestRequest\x1a!.tandem.v1.ExplainRequestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ROUTECANDIDATE_TERMSSENTRY']._loaded_options = None
+  _globals['_ROUTECANDIDATE_TERMSSENTRY']._serialized_options = b'8\001'
   _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=54
   _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=79
   _globals['_WORKERSTATUS']._serialized_start=82
@@ -42,6 +44,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTCLUSTERKVDECISIONSREQUEST']._serialized_end=670
   _globals['_LISTCLUSTERKVDECISIONSRESPONSE']._serialized_start=672
   _globals['_LISTCLUSTERKVDECISIONSRESPONSE']._serialized_end=757
-  _globals['_ADMIN']._serialized_start=760
-  _globals['_ADMIN']._serialized_end=964
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=759
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=816
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=818
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=907
+  _globals['_ROUTEDECISION']._serialized_start=910
+  _globals['_ROUTEDECISION']._serialized_end=1282
+  _globals['_ROUTECANDIDATE']._serialized_start=1285
+  _globals['_ROUTECANDIDATE']._serialized_end=1555
+  _globals['_ROUTECANDIDATE_TERMSSENTRY']._serialized_start=1510
+  _globals['_ROUTECANDIDATE_TERMSSENTRY']._serialized_end=1555
+  _globals['_ROUTEOUTCOME']._serialized_start=1557
+  _globals['_ROUTEOUTCOME']._serialized_end=1680
+  _globals['_ADMIN']._serialized_start=1683
+  _globals['_ADMIN']._serialized_end=1974
 # @@protoc_insertion_point(module_scope)

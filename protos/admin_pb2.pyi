@@ -183,3 +183,218 @@ class ListClusterKvDecisionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListClusterKvDecisionsResponse: _TypeAlias = ListClusterKvDecisionsResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """empty: the last decisions of this gateway"""
+    last: _builtins.int
+    """at most so many decisions, newest first; 0: 20"""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        last: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequestRequest: _TypeAlias = ExplainRequestRequest  # noqa: Y015
+
+@_typing.final
+class ExplainRequestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    gateway_id: _builtins.str
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteDecision]: ...
+    def __init__(
+        self,
+        *,
+        gateway_id: _builtins.str = ...,
+        decisions: _abc.Iterable[Global___RouteDecision] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "gateway_id", b"gateway_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequestResponse: _TypeAlias = ExplainRequestResponse  # noqa: Y015
+
+@_typing.final
+class RouteDecision(_message.Message):
+    """One choice of workers. Times in seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    MODE_REASON_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    BINDING_FIELD_NUMBER: _builtins.int
+    WINNER_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    STALENESS_S_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ELIGIBLE_FIELD_NUMBER: _builtins.int
+    DECISION_S_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    age_s: _builtins.float
+    mode: _builtins.str
+    mode_reason: _builtins.str
+    reason: _builtins.str
+    binding: _builtins.str
+    staleness_s: _builtins.float
+    num_prompt_tokens: _builtins.int
+    expected_output_tokens: _builtins.int
+    num_eligible: _builtins.int
+    """workers that could be asked"""
+    decision_s: _builtins.float
+    """time that the choice took"""
+    @_builtins.property
+    def winner(self) -> Global___RouteCandidate: ...
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteCandidate]:
+        """the winner among them, cheapest first"""
+
+    @_builtins.property
+    def outcome(self) -> Global___RouteOutcome:
+        """absent while the request runs, or when the decision was not carried out"""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        mode: _builtins.str = ...,
+        mode_reason: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        binding: _builtins.str = ...,
+        winner: Global___RouteCandidate | None = ...,
+        candidates: _abc.Iterable[Global___RouteCandidate] | None = ...,
+        staleness_s: _builtins.float = ...,
+        outcome: Global___RouteOutcome | None = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        expected_output_tokens: _builtins.int = ...,
+        num_eligible: _builtins.int = ...,
+        decision_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome", "winner", b"winner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "binding", b"binding", "candidates", b"candidates", "decision_s", b"decision_s", "expected_output_tokens", b"expected_output_tokens", "mode", b"mode", "mode_reason", b"mode_reason", "num_eligible", b"num_eligible", "num_prompt_tokens", b"num_prompt_tokens", "outcome", b"outcome", "reason", b"reason", "request_id", b"request_id", "staleness_s", b"staleness_s", "winner", b"winner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouteDecision: _TypeAlias = RouteDecision  # noqa: Y015
+
+@_typing.final
+class RouteCandidate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TermsSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    TOTAL_S_FIELD_NUMBER: _builtins.int
+    TERMS_S_FIELD_NUMBER: _builtins.int
+    PREDICTED_TTFT_S_FIELD_NUMBER: _builtins.int
+    PREDICTED_TPOT_S_FIELD_NUMBER: _builtins.int
+    HELD_TOKENS_FIELD_NUMBER: _builtins.int
+    prefill_worker: _builtins.str
+    decode_worker: _builtins.str
+    mode: _builtins.str
+    total_s: _builtins.float
+    predicted_ttft_s: _builtins.float
+    predicted_tpot_s: _builtins.float
+    held_tokens: _builtins.int
+    """of the prompt, on the worker that would compute it"""
+    @_builtins.property
+    def terms_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        prefill_worker: _builtins.str = ...,
+        decode_worker: _builtins.str = ...,
+        mode: _builtins.str = ...,
+        total_s: _builtins.float = ...,
+        terms_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        predicted_ttft_s: _builtins.float = ...,
+        predicted_tpot_s: _builtins.float = ...,
+        held_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "held_tokens", b"held_tokens", "mode", b"mode", "predicted_tpot_s", b"predicted_tpot_s", "predicted_ttft_s", b"predicted_ttft_s", "prefill_worker", b"prefill_worker", "terms_s", b"terms_s", "total_s", b"total_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouteCandidate: _TypeAlias = RouteCandidate  # noqa: Y015
+
+@_typing.final
+class RouteOutcome(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    TRANSFER_S_FIELD_NUMBER: _builtins.int
+    TTFT_ERROR_S_FIELD_NUMBER: _builtins.int
+    REGRET_S_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    ttft_s: _builtins.float
+    tpot_s: _builtins.float
+    transfer_s: _builtins.float
+    """exposed"""
+    ttft_error_s: _builtins.float
+    """observed less predicted"""
+    regret_s: _builtins.float
+    """observed less what the best other candidate was predicted to cost; negative: well chosen"""
+    failure: _builtins.str
+    def __init__(
+        self,
+        *,
+        ttft_s: _builtins.float = ...,
+        tpot_s: _builtins.float = ...,
+        transfer_s: _builtins.float = ...,
+        ttft_error_s: _builtins.float = ...,
+        regret_s: _builtins.float = ...,
+        failure: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "regret_s", b"regret_s", "tpot_s", b"tpot_s", "transfer_s", b"transfer_s", "ttft_error_s", b"ttft_error_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouteOutcome: _TypeAlias = RouteOutcome  # noqa: Y015

@@ -44,6 +44,11 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.ListClusterKvDecisionsRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.ListClusterKvDecisionsResponse.FromString,
                 _registered_method=True)
+        self.ExplainRequest = channel.unary_unary(
+                '/tandem.v1.Admin/ExplainRequest',
+                request_serializer=protos_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ExplainRequestResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -62,6 +67,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRequest(self, request, context):
+        """Why requests were placed where they were, and how that turned out. Of this gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +86,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListKvDecisions,
                     request_deserializer=protos_dot_admin__pb2.ListClusterKvDecisionsRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.ListClusterKvDecisionsResponse.SerializeToString,
+            ),
+            'ExplainRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRequest,
+                    request_deserializer=protos_dot_admin__pb2.ExplainRequestRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ExplainRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,6 +147,33 @@ class Admin:
             '/tandem.v1.Admin/ListKvDecisions',
             protos_dot_admin__pb2.ListClusterKvDecisionsRequest.SerializeToString,
             protos_dot_admin__pb2.ListClusterKvDecisionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Admin/ExplainRequest',
+            protos_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
+            protos_dot_admin__pb2.ExplainRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

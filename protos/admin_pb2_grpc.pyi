@@ -34,6 +34,8 @@ class AdminStub:
     GetClusterStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetClusterStatusRequest, _admin_pb2.GetClusterStatusResponse]
     ListKvDecisions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListClusterKvDecisionsRequest, _admin_pb2.ListClusterKvDecisionsResponse]
     """Which compression profiles the prefill workers chose for their KV transfers."""
+    ExplainRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]
+    """Why requests were placed where they were, and how that turned out. Of this gateway."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -41,6 +43,8 @@ class AdminAsyncStub(AdminStub):
     GetClusterStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetClusterStatusRequest, _admin_pb2.GetClusterStatusResponse]  # type: ignore[assignment]
     ListKvDecisions: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListClusterKvDecisionsRequest, _admin_pb2.ListClusterKvDecisionsResponse]  # type: ignore[assignment]
     """Which compression profiles the prefill workers chose for their KV transfers."""
+    ExplainRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]  # type: ignore[assignment]
+    """Why requests were placed where they were, and how that turned out. Of this gateway."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,5 +61,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListClusterKvDecisionsResponse, _abc.Awaitable[_admin_pb2.ListClusterKvDecisionsResponse]]:
         """Which compression profiles the prefill workers chose for their KV transfers."""
+
+    @_abc_1.abstractmethod
+    def ExplainRequest(
+        self,
+        request: _admin_pb2.ExplainRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ExplainRequestResponse, _abc.Awaitable[_admin_pb2.ExplainRequestResponse]]:
+        """Why requests were placed where they were, and how that turned out. Of this gateway."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

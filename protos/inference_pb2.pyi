@@ -44,6 +44,27 @@ KV_QUALITY_LEVEL_BALANCED: KvQualityLevel.ValueType  # 3
 """floor 0.97"""
 Global___KvQualityLevel: _TypeAlias = KvQualityLevel  # noqa: Y015
 
+class _ServiceClass:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ServiceClassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ServiceClass.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SERVICE_CLASS_UNSPECIFIED: _ServiceClass.ValueType  # 0
+    """the tenant's, else interactive"""
+    SERVICE_CLASS_INTERACTIVE: _ServiceClass.ValueType  # 1
+    SERVICE_CLASS_DEADLINE: _ServiceClass.ValueType  # 2
+    SERVICE_CLASS_BATCH: _ServiceClass.ValueType  # 3
+
+class ServiceClass(_ServiceClass, metaclass=_ServiceClassEnumTypeWrapper): ...
+
+SERVICE_CLASS_UNSPECIFIED: ServiceClass.ValueType  # 0
+"""the tenant's, else interactive"""
+SERVICE_CLASS_INTERACTIVE: ServiceClass.ValueType  # 1
+SERVICE_CLASS_DEADLINE: ServiceClass.ValueType  # 2
+SERVICE_CLASS_BATCH: ServiceClass.ValueType  # 3
+Global___ServiceClass: _TypeAlias = ServiceClass  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -308,6 +329,10 @@ class GenerateRequest(_message.Message):
     KV_QUALITY_FIELD_NUMBER: _builtins.int
     HANDOFF_BUDGET_S_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SLO_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """empty: the only model served"""
     request_id: _builtins.str
@@ -317,6 +342,11 @@ class GenerateRequest(_message.Message):
     """the KV may arrive so long after the first token; absent: as soon as it can"""
     tenant: _builtins.str
     """on whose account: prefix caches are its own, and the cluster may set it a floor"""
+    service_class: Global___ServiceClass.ValueType
+    priority: _builtins.int
+    """within the class, larger first; 0 by default"""
+    session_id: _builtins.str
+    """requests of one session go to the same workers while that costs nothing"""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -326,6 +356,10 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def kv_quality(self) -> Global___KvQuality:
         """absent: the cluster's default; never below the tenant's floor"""
+
+    @_builtins.property
+    def slo(self) -> Global___Slo:
+        """absent fields: the class's defaults of the cluster"""
 
     def __init__(
         self,
@@ -339,21 +373,68 @@ class GenerateRequest(_message.Message):
         kv_quality: Global___KvQuality | None = ...,
         handoff_budget_s: _builtins.float | None = ...,
         tenant: _builtins.str = ...,
+        service_class: Global___ServiceClass.ValueType = ...,
+        priority: _builtins.int | None = ...,
+        slo: Global___Slo | None = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "chat", b"chat", "handoff_budget_s", b"handoff_budget_s", "kv_quality", b"kv_quality", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_priority", b"_priority", "chat", b"chat", "handoff_budget_s", b"handoff_budget_s", "kv_quality", b"kv_quality", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "slo", b"slo", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "chat", b"chat", "handoff_budget_s", b"handoff_budget_s", "kv_quality", b"kv_quality", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_priority", b"_priority", "chat", b"chat", "handoff_budget_s", b"handoff_budget_s", "kv_quality", b"kv_quality", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "service_class", b"service_class", "session_id", b"session_id", "slo", b"slo", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__handoff_budget_s: _TypeAlias = _typing.Literal["handoff_budget_s"]  # noqa: Y015
     _WhichOneofArgType__handoff_budget_s: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__handoff_budget_s) -> _WhichOneofReturnType__handoff_budget_s | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Slo(_message.Message):
+    """Targets in seconds from arrival."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    ttft_s: _builtins.float
+    tpot_s: _builtins.float
+    deadline_s: _builtins.float
+    """of the whole answer"""
+    def __init__(
+        self,
+        *,
+        ttft_s: _builtins.float | None = ...,
+        tpot_s: _builtins.float | None = ...,
+        deadline_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "deadline_s", b"deadline_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "deadline_s", b"deadline_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+
+Global___Slo: _TypeAlias = Slo  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -624,6 +705,12 @@ class Placement(_message.Message):
     KV_PROFILE_FIELD_NUMBER: _builtins.int
     KV_LOSSLESS_FIELD_NUMBER: _builtins.int
     KV_WIRE_BYTES_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    MODE_REASON_FIELD_NUMBER: _builtins.int
+    BINDING_FIELD_NUMBER: _builtins.int
+    PREDICTED_TTFT_S_FIELD_NUMBER: _builtins.int
+    PREDICTED_TPOT_S_FIELD_NUMBER: _builtins.int
+    STALENESS_S_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     """empty: the prefill worker's first token was the last"""
@@ -642,6 +729,16 @@ class Placement(_message.Message):
     """the decode worker went on from KV that is equal bit for bit"""
     kv_wire_bytes: _builtins.int
     """that crossed between the workers: compressed, with metadata and headers"""
+    mode: _builtins.str
+    """remote_prefill, local_prefill or colocated"""
+    mode_reason: _builtins.str
+    binding: _builtins.str
+    """of a remote prefill: when the decode worker was chosen, early or late"""
+    predicted_ttft_s: _builtins.float
+    """by the decision that was carried out, from arrival"""
+    predicted_tpot_s: _builtins.float
+    staleness_s: _builtins.float
+    """age of the shared state that the decision rested on"""
     def __init__(
         self,
         *,
@@ -655,10 +752,16 @@ class Placement(_message.Message):
         kv_profile: _builtins.str = ...,
         kv_lossless: _builtins.bool = ...,
         kv_wire_bytes: _builtins.int = ...,
+        mode: _builtins.str = ...,
+        mode_reason: _builtins.str = ...,
+        binding: _builtins.str = ...,
+        predicted_ttft_s: _builtins.float = ...,
+        predicted_tpot_s: _builtins.float = ...,
+        staleness_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_worker", b"decode_worker", "kv_bytes", b"kv_bytes", "kv_lossless", b"kv_lossless", "kv_profile", b"kv_profile", "kv_tokens_held", b"kv_tokens_held", "kv_tokens_sent", b"kv_tokens_sent", "kv_wire_bytes", b"kv_wire_bytes", "prefill_worker", b"prefill_worker", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "binding", b"binding", "decode_worker", b"decode_worker", "kv_bytes", b"kv_bytes", "kv_lossless", b"kv_lossless", "kv_profile", b"kv_profile", "kv_tokens_held", b"kv_tokens_held", "kv_tokens_sent", b"kv_tokens_sent", "kv_wire_bytes", b"kv_wire_bytes", "mode", b"mode", "mode_reason", b"mode_reason", "predicted_tpot_s", b"predicted_tpot_s", "predicted_ttft_s", b"predicted_ttft_s", "prefill_worker", b"prefill_worker", "reason", b"reason", "staleness_s", b"staleness_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

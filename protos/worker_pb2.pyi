@@ -9,6 +9,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from protos import inference_pb2 as _inference_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +21,24 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _CacheTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CacheTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CacheTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CACHE_TIER_DEVICE: _CacheTier.ValueType  # 0
+    CACHE_TIER_HOST: _CacheTier.ValueType  # 1
+    """must be loaded before use"""
+
+class CacheTier(_CacheTier, metaclass=_CacheTierEnumTypeWrapper):
+    """Where a worker keeps cached blocks."""
+
+CACHE_TIER_DEVICE: CacheTier.ValueType  # 0
+CACHE_TIER_HOST: CacheTier.ValueType  # 1
+"""must be loaded before use"""
+Global___CacheTier: _TypeAlias = CacheTier  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -141,9 +160,18 @@ class DecodeSubmit(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    GENERATE_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_REQUESTS_HELD_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     lease_s: _builtins.float
     """the reservation lapses when no offer came within this time"""
+    generate: _builtins.bool
+    """no transfer: this worker computes the prompt too, and streams from the first token on"""
+    max_queued_tokens: _builtins.int
+    """refuse as `busier` when more prompt tokens than this wait here already"""
+    max_requests_held: _builtins.int
+    """refuse as `busier` when more requests than this are held here already"""
     @_builtins.property
     def request(self) -> Global___WorkRequest: ...
     def __init__(
@@ -152,18 +180,28 @@ class DecodeSubmit(_message.Message):
         request: Global___WorkRequest | None = ...,
         transfer_id: _builtins.str = ...,
         lease_s: _builtins.float = ...,
+        generate: _builtins.bool = ...,
+        max_queued_tokens: _builtins.int | None = ...,
+        max_requests_held: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_queued_tokens", b"_max_queued_tokens", "_max_requests_held", b"_max_requests_held", "max_queued_tokens", b"max_queued_tokens", "max_requests_held", b"max_requests_held", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_s", b"lease_s", "request", b"request", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_queued_tokens", b"_max_queued_tokens", "_max_requests_held", b"_max_requests_held", "generate", b"generate", "lease_s", b"lease_s", "max_queued_tokens", b"max_queued_tokens", "max_requests_held", b"max_requests_held", "request", b"request", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_queued_tokens: _TypeAlias = _typing.Literal["max_queued_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_queued_tokens: _TypeAlias = _typing.Literal["_max_queued_tokens", b"_max_queued_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_requests_held: _TypeAlias = _typing.Literal["max_requests_held"]  # noqa: Y015
+    _WhichOneofArgType__max_requests_held: _TypeAlias = _typing.Literal["_max_requests_held", b"_max_requests_held"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_queued_tokens) -> _WhichOneofReturnType__max_queued_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_requests_held) -> _WhichOneofReturnType__max_requests_held | None: ...
 
 Global___DecodeSubmit: _TypeAlias = DecodeSubmit  # noqa: Y015
 
 @_typing.final
 class PrefillSubmit(_message.Message):
-    """Sent to the prefill worker once a decode worker has accepted."""
+    """Sent to the prefill worker once a decode worker has accepted, or, with `bind_later`, before one was chosen."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -175,8 +213,10 @@ class PrefillSubmit(_message.Message):
     KV_QUALITY_FLOOR_FIELD_NUMBER: _builtins.int
     HANDOFF_BUDGET_S_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    BIND_LATER_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
-    """empty: no hand-off, the first token is the last (max_tokens = 1)"""
+    """empty: no hand-off, this worker generates all of it"""
     decode_worker_id: _builtins.str
     decode_epoch: _builtins.int
     decode_address: _builtins.str
@@ -187,6 +227,10 @@ class PrefillSubmit(_message.Message):
     """the KV may arrive so long after the first token"""
     cached_tokens: _builtins.int
     """of the prompt, that the gateway believes to be in this worker's prefix cache"""
+    bind_later: _builtins.bool
+    """the decode worker will be told by PrefillBind; until then the KV stays under a lease here"""
+    max_queued_tokens: _builtins.int
+    """refuse as `busier` when more prompt tokens than this wait here already"""
     @_builtins.property
     def request(self) -> Global___WorkRequest: ...
     def __init__(
@@ -200,21 +244,57 @@ class PrefillSubmit(_message.Message):
         kv_quality_floor: _builtins.float | None = ...,
         handoff_budget_s: _builtins.float | None = ...,
         cached_tokens: _builtins.int = ...,
+        bind_later: _builtins.bool = ...,
+        max_queued_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_kv_quality_floor", b"_kv_quality_floor", "handoff_budget_s", b"handoff_budget_s", "kv_quality_floor", b"kv_quality_floor", "request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_kv_quality_floor", b"_kv_quality_floor", "_max_queued_tokens", b"_max_queued_tokens", "handoff_budget_s", b"handoff_budget_s", "kv_quality_floor", b"kv_quality_floor", "max_queued_tokens", b"max_queued_tokens", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_kv_quality_floor", b"_kv_quality_floor", "cached_tokens", b"cached_tokens", "decode_address", b"decode_address", "decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "handoff_budget_s", b"handoff_budget_s", "kv_quality_floor", b"kv_quality_floor", "request", b"request", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s", "_kv_quality_floor", b"_kv_quality_floor", "_max_queued_tokens", b"_max_queued_tokens", "bind_later", b"bind_later", "cached_tokens", b"cached_tokens", "decode_address", b"decode_address", "decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "handoff_budget_s", b"handoff_budget_s", "kv_quality_floor", b"kv_quality_floor", "max_queued_tokens", b"max_queued_tokens", "request", b"request", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__handoff_budget_s: _TypeAlias = _typing.Literal["handoff_budget_s"]  # noqa: Y015
     _WhichOneofArgType__handoff_budget_s: _TypeAlias = _typing.Literal["_handoff_budget_s", b"_handoff_budget_s"]  # noqa: Y015
     _WhichOneofReturnType__kv_quality_floor: _TypeAlias = _typing.Literal["kv_quality_floor"]  # noqa: Y015
     _WhichOneofArgType__kv_quality_floor: _TypeAlias = _typing.Literal["_kv_quality_floor", b"_kv_quality_floor"]  # noqa: Y015
+    _WhichOneofReturnType__max_queued_tokens: _TypeAlias = _typing.Literal["max_queued_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_queued_tokens: _TypeAlias = _typing.Literal["_max_queued_tokens", b"_max_queued_tokens"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__handoff_budget_s) -> _WhichOneofReturnType__handoff_budget_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_quality_floor) -> _WhichOneofReturnType__kv_quality_floor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_queued_tokens) -> _WhichOneofReturnType__max_queued_tokens | None: ...
 
 Global___PrefillSubmit: _TypeAlias = PrefillSubmit  # noqa: Y015
+
+@_typing.final
+class PrefillBind(_message.Message):
+    """The decode worker of a prompt that was submitted with `bind_later`, once it has accepted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    DECODE_EPOCH_FIELD_NUMBER: _builtins.int
+    DECODE_ADDRESS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    decode_worker_id: _builtins.str
+    decode_epoch: _builtins.int
+    decode_address: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        decode_worker_id: _builtins.str = ...,
+        decode_epoch: _builtins.int = ...,
+        decode_address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_address", b"decode_address", "decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillBind: _TypeAlias = PrefillBind  # noqa: Y015
 
 @_typing.final
 class PrefillCommand(_message.Message):
@@ -223,24 +303,28 @@ class PrefillCommand(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     SUBMIT_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
+    BIND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
     def submit(self) -> Global___PrefillSubmit: ...
     @_builtins.property
     def abort(self) -> Global___WorkAbort: ...
+    @_builtins.property
+    def bind(self) -> Global___PrefillBind: ...
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
         submit: Global___PrefillSubmit | None = ...,
         abort: Global___WorkAbort | None = ...,
+        bind: Global___PrefillBind | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "hello", b"hello", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "bind", b"bind", "command", b"command", "hello", b"hello", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "hello", b"hello", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "bind", b"bind", "command", b"command", "hello", b"hello", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["hello", "submit", "abort"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["hello", "submit", "abort", "bind"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -282,18 +366,24 @@ class Accepted(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     cached_tokens: _builtins.int
     """prompt tokens whose KV this worker holds already (decode: need not be sent)"""
+    @_builtins.property
+    def load(self) -> Global___WorkerLoad:
+        """with this request"""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         cached_tokens: _builtins.int = ...,
+        load: Global___WorkerLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "load", b"load", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -307,11 +397,16 @@ class Rejected(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     reason: _builtins.str
     """core.errors.RejectReason"""
     detail: _builtins.str
     retry_after_s: _builtins.float
+    @_builtins.property
+    def load(self) -> Global___WorkerLoad:
+        """that it was refused for"""
+
     def __init__(
         self,
         *,
@@ -319,10 +414,11 @@ class Rejected(_message.Message):
         reason: _builtins.str = ...,
         detail: _builtins.str = ...,
         retry_after_s: _builtins.float = ...,
+        load: Global___WorkerLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "reason", b"reason", "request_id", b"request_id", "retry_after_s", b"retry_after_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "load", b"load", "reason", b"reason", "request_id", b"request_id", "retry_after_s", b"retry_after_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -445,17 +541,35 @@ class HandedOver(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LINK_GOODPUT_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    LINK_RTT_S_FIELD_NUMBER: _builtins.int
+    LINK_QUEUED_BYTES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    link_goodput_bytes_per_s: _builtins.float
+    """of the link it went over, as measured; absent: not yet"""
+    link_rtt_s: _builtins.float
+    link_queued_bytes: _builtins.int
+    """that wait for the same link now"""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        link_goodput_bytes_per_s: _builtins.float | None = ...,
+        link_rtt_s: _builtins.float | None = ...,
+        link_queued_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_link_goodput_bytes_per_s", b"_link_goodput_bytes_per_s", "_link_rtt_s", b"_link_rtt_s", "link_goodput_bytes_per_s", b"link_goodput_bytes_per_s", "link_rtt_s", b"link_rtt_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_link_goodput_bytes_per_s", b"_link_goodput_bytes_per_s", "_link_rtt_s", b"_link_rtt_s", "link_goodput_bytes_per_s", b"link_goodput_bytes_per_s", "link_queued_bytes", b"link_queued_bytes", "link_rtt_s", b"link_rtt_s", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__link_goodput_bytes_per_s: _TypeAlias = _typing.Literal["link_goodput_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__link_goodput_bytes_per_s: _TypeAlias = _typing.Literal["_link_goodput_bytes_per_s", b"_link_goodput_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__link_rtt_s: _TypeAlias = _typing.Literal["link_rtt_s"]  # noqa: Y015
+    _WhichOneofArgType__link_rtt_s: _TypeAlias = _typing.Literal["_link_rtt_s", b"_link_rtt_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_goodput_bytes_per_s) -> _WhichOneofReturnType__link_goodput_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_rtt_s) -> _WhichOneofReturnType__link_rtt_s | None: ...
 
 Global___HandedOver: _TypeAlias = HandedOver  # noqa: Y015
 
@@ -556,6 +670,8 @@ class WorkerLoad(_message.Message):
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     DECODE_STEP_S_FIELD_NUMBER: _builtins.int
+    NUM_RESERVED_FIELD_NUMBER: _builtins.int
+    RESERVED_TOKENS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
@@ -566,6 +682,10 @@ class WorkerLoad(_message.Message):
     cached_blocks: _builtins.int
     prefill_tokens_per_s: _builtins.float
     decode_step_s: _builtins.float
+    num_reserved: _builtins.int
+    """requests accepted whose KV has not landed"""
+    reserved_tokens: _builtins.int
+    """of their prompts"""
     def __init__(
         self,
         *,
@@ -579,10 +699,12 @@ class WorkerLoad(_message.Message):
         cached_blocks: _builtins.int = ...,
         prefill_tokens_per_s: _builtins.float = ...,
         decode_step_s: _builtins.float = ...,
+        num_reserved: _builtins.int = ...,
+        reserved_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "context_tokens", b"context_tokens", "decode_step_s", b"decode_step_s", "free_blocks", b"free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_prefill_tokens", b"queued_prefill_tokens", "sequence", b"sequence", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "context_tokens", b"context_tokens", "decode_step_s", b"decode_step_s", "free_blocks", b"free_blocks", "num_reserved", b"num_reserved", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_prefill_tokens", b"queued_prefill_tokens", "reserved_tokens", b"reserved_tokens", "sequence", b"sequence", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -649,6 +771,7 @@ class DecodeReport(_message.Message):
     LANDED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    COMPUTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -663,6 +786,10 @@ class DecodeReport(_message.Message):
     def failed(self) -> Global___WorkFailed: ...
     @_builtins.property
     def load(self) -> Global___WorkerLoad: ...
+    @_builtins.property
+    def computed(self) -> Global___PrefillComputed:
+        """of a prompt that was computed here"""
+
     def __init__(
         self,
         *,
@@ -673,12 +800,13 @@ class DecodeReport(_message.Message):
         landed: Global___KvLanded | None = ...,
         failed: Global___WorkFailed | None = ...,
         load: Global___WorkerLoad | None = ...,
+        computed: Global___PrefillComputed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "failed", b"failed", "landed", b"landed", "load", b"load", "outputs", b"outputs", "rejected", b"rejected", "report", b"report", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "computed", b"computed", "failed", b"failed", "landed", b"landed", "load", b"load", "outputs", b"outputs", "rejected", b"rejected", "report", b"report", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "failed", b"failed", "landed", b"landed", "load", b"load", "outputs", b"outputs", "rejected", b"rejected", "report", b"report", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "computed", b"computed", "failed", b"failed", "landed", b"landed", "load", b"load", "outputs", b"outputs", "rejected", b"rejected", "report", b"report", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["welcome", "accepted", "rejected", "outputs", "landed", "failed", "load"]  # noqa: Y015
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["welcome", "accepted", "rejected", "outputs", "landed", "failed", "load", "computed"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
@@ -707,7 +835,9 @@ class CachedChain(_message.Message):
 
     PARENT_FIELD_NUMBER: _builtins.int
     HASHES_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     parent: _builtins.bytes
+    tier: Global___CacheTier.ValueType
     @_builtins.property
     def hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -715,10 +845,11 @@ class CachedChain(_message.Message):
         *,
         parent: _builtins.bytes = ...,
         hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+        tier: Global___CacheTier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hashes", b"hashes", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hashes", b"hashes", "parent", b"parent", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1019,16 +1150,19 @@ class RemovedBlocks(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HASHES_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    tier: Global___CacheTier.ValueType
     @_builtins.property
     def hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
         self,
         *,
         hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+        tier: Global___CacheTier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hashes", b"hashes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hashes", b"hashes", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
