@@ -49,6 +49,8 @@ class LoadReport(BaseModel):
     free_blocks: int = Field(0, ge=0, description="blocks that a new request could take, evictable cache included")
     total_blocks: int = Field(0, ge=0)
     cached_blocks: int = Field(0, ge=0, description="blocks that the prefix cache owns")
+    num_reserved: int = Field(0, ge=0, description="accepted requests of a decode worker whose KV has not landed")
+    reserved_tokens: int = Field(0, ge=0, description="prompt tokens of those")
     prefill_tokens_per_s: float = Field(0.0, ge=0, description="recent rate; 0 when nothing was measured yet")
     decode_step_s: float = Field(0.0, ge=0, description="recent seconds per decode step; 0 when not measured yet")
 
