@@ -17,7 +17,7 @@ from core.rpc import bind, create_server
 from kv_transfer.codecs.warming import warm_up
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.ports import LandedStats
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver.receiver import KvReceiver
 from kv_transfer.rpc import add_kv_transfer
 
 _LANDING_TOKENS = 131_072

@@ -24,7 +24,7 @@ from kv_transfer.codecs.warming import warm_up
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer
-from kv_transfer.sender import KvSender
+from kv_transfer.sender.sender import KvSender
 
 
 class PacedEngine:

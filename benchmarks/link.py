@@ -40,7 +40,7 @@ from core.membership import WorkerIdentity
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.ports import Peer
-from kv_transfer.sender import KvSender
+from kv_transfer.sender.sender import KvSender
 
 CHUNK_TOKENS = 512
 LAYER_GROUP = 4

@@ -25,7 +25,7 @@ from core.rpc import bind, create_server
 from engine.pool import KvPool
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.ports import LandedStats
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver.receiver import KvReceiver
 from kv_transfer.rpc import add_kv_transfer
 
 LAYOUT = KvLayout("benchmark", num_layers=16, num_kv_heads=4, head_dim=64, dtype="bfloat16", block_size=16)

@@ -25,9 +25,9 @@ from kv_transfer.carriers.memory_control import MemoryDialer
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver.receiver import KvReceiver
 from kv_transfer.rpc import GrpcDialer, add_kv_transfer
-from kv_transfer.sender import KvSender
+from kv_transfer.sender.sender import KvSender
 
 
 class Outcomes:

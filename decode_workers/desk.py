@@ -25,7 +25,7 @@ from engine.engine import Engine, Reservation
 from engine.loop import StepResult
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver.receiver import KvReceiver
 from kv_transfer.session import NackReason
 from workers.desk import RequestDesk, Stream
 from workers.messages import EngineFailed, TransferFailed

@@ -13,7 +13,7 @@ its padding. One area of fixed size, not a header as short as it can be: the pay
 that must know sizes before it receives (NCCL) sends the area as its fixed-size first message.
 
 `decode` believes nothing: every length is checked against what has really arrived before it is used, and nothing is
-allocated from a number in the header. What the numbers mean for a transfer is the receiver's to check (`landing`).
+allocated from a number in the header. What they mean for a transfer is the receiver's to check (`receiver.landing`).
 """
 
 import struct

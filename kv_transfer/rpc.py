@@ -13,7 +13,7 @@ from protos import kv_transfer_pb2 as pb
 from protos import kv_transfer_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
-    from kv_transfer.receiver import KvReceiver
+    from kv_transfer.receiver.receiver import KvReceiver
 
 _log = logging.getLogger(__name__)
 _FAREWELL_S = 1.0  # how long a closing stream waits for what was said last to leave

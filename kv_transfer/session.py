@@ -1,7 +1,7 @@
 """Words of a KV transfer's session that both sides share: reasons to refuse or to end one.
 
 A session is one attempt to bring the KV of one request from a prefill worker (sender) to a decode worker (receiver).
-The machines are `sender_session` and `receiver_session`; they meet only through the messages of
+The machines are `sender.session` and `receiver.session`; they meet only through the messages of
 `protos/kv_transfer.proto` and the frames of the link.
 """
 

@@ -24,7 +24,7 @@ from kv_transfer.controller.keeper import MemoryKeeper
 from kv_transfer.controller.opening import open_chooser
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer
-from kv_transfer.sender import KvSender
+from kv_transfer.sender.sender import KvSender
 from prefill_workers import messages as m
 from prefill_workers import policy
 from prefill_workers.config import PrefillWorkerConfig

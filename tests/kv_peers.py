@@ -22,8 +22,8 @@ from kv_transfer.config import KvTransferConfig
 from kv_transfer.link import Links
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
-from kv_transfer.receiver import KvReceiver
-from kv_transfer.sender import KvSender
+from kv_transfer.receiver.receiver import KvReceiver
+from kv_transfer.sender.sender import KvSender
 from protos import kv_transfer_pb2 as pb
 
 LAYOUT = KvLayout("weights", num_layers=3, num_kv_heads=2, head_dim=8, dtype="float32", block_size=4)

@@ -19,10 +19,10 @@ from kv_transfer.codec import TORCH_DTYPES, Decoder, Encoder, FramePlace, defaul
 from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.pipeline import open_encoder
 from kv_transfer.codecs.spec import PipelineSpec, Quantiser
-from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, decode_header, seal
-from kv_transfer.landing import FrameStamp, Landing, LandingZone
 from kv_transfer.link import Slot
+from kv_transfer.receiver.coverage import Coverage
+from kv_transfer.receiver.landing import FrameStamp, Landing, LandingZone
 from kv_transfer.session import NackReason
 
 LAYOUT = KvLayout("fuzz", num_layers=2, num_kv_heads=2, head_dim=16, dtype="bfloat16", block_size=8)

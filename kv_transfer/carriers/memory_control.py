@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from core.errors import ServingError, WorkerLost
 from kv_transfer.control import ControlStream
 from kv_transfer.ports import Peer
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver.receiver import KvReceiver
 from protos import kv_transfer_pb2 as pb
 
 

@@ -17,9 +17,9 @@ from core.membership import WorkerIdentity
 from core.rpc import bind, create_server
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.ports import LandedStats, Peer
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver.receiver import KvReceiver
 from kv_transfer.rpc import add_kv_transfer
-from kv_transfer.sender import KvSender
+from kv_transfer.sender.sender import KvSender
 from tests.kv_peers import LAYOUT, ArrayPool
 
 CONFIG = KvTransferConfig(backend="gloo", slot_bytes=65536, credit_bytes=262144)

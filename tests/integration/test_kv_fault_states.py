@@ -16,8 +16,8 @@ from core.ids import RequestId, TransferId
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.ports import Peer
-from kv_transfer.receiver_session import ReceiverSession, ReceiveState
-from kv_transfer.sender_session import SenderSession, SendState
+from kv_transfer.receiver.session import ReceiverSession, ReceiveState
+from kv_transfer.sender.session import SenderSession, SendState
 from protos import kv_transfer_pb2 as pb
 from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, WatchedDialer, WatchedStream
 

@@ -19,8 +19,8 @@ from kv_transfer.control import ControlStream
 from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer, PeerDown
-from kv_transfer.receiver import KvReceiver
-from kv_transfer.sender import KvSender
+from kv_transfer.receiver.receiver import KvReceiver
+from kv_transfer.sender.sender import KvSender
 from protos import kv_transfer_pb2 as pb
 from tests.kv_peers import LAYOUT, PATIENCE_S, ArrayPool, Duo, Outcomes
 

@@ -16,8 +16,8 @@ from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd, SendEnd
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer
-from kv_transfer.receiver import KvReceiver
-from kv_transfer.sender import KvSender
+from kv_transfer.receiver.receiver import KvReceiver
+from kv_transfer.sender.sender import KvSender
 from protos import kv_transfer_pb2 as pb
 from tests.kv_peers import LAYOUT, PATIENCE_S, ArrayPool, Outcomes
 

@@ -22,9 +22,9 @@ from core.membership import WorkerIdentity
 from core.rpc import bind, create_server
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver.receiver import KvReceiver
 from kv_transfer.rpc import add_kv_transfer
-from kv_transfer.sender import KvSender
+from kv_transfer.sender.sender import KvSender
 from tests.integration.kv_far_peer import CONFIG
 from tests.kv_peers import LAYOUT, PATIENCE_S, ArrayPool, Outcomes
 

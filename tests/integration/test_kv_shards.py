@@ -22,8 +22,8 @@ from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlStream
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
-from kv_transfer.receiver import KvReceiver
-from kv_transfer.sender import KvSender
+from kv_transfer.receiver.receiver import KvReceiver
+from kv_transfer.sender.sender import KvSender
 from kv_transfer.shards import ShardsFailed, ShardsLanded, ShardTally, common_heads, shard_heads, shard_id
 from tests.kv_codecs import FixedChooser, FlippingDecoder, FlippingEncoder, decoders_with
 from tests.kv_peers import PATIENCE_S

@@ -12,8 +12,8 @@ from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack
 from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.rpc import KvTransferService
-from kv_transfer.send_link import SendLink
-from kv_transfer.send_pump import SendPump
+from kv_transfer.sender.link import SendLink
+from kv_transfer.sender.pump import SendPump
 from kv_transfer.session import NackReason
 from protos import kv_transfer_pb2 as pb
 from protos import kv_transfer_pb2_grpc as pb_grpc

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from core.errors import ConfigError
 from kv_transfer.box import Box, cut
 from kv_transfer.codec import RAW, TORCH_DTYPES, FramePlace, default_decoders
-from kv_transfer.coverage import Coverage
 from kv_transfer.frame import FrameRefused
+from kv_transfer.receiver.coverage import Coverage
 from kv_transfer.session import NackReason
 
 TARGET = Box(range(1, 4), range(2), range(5, 17))

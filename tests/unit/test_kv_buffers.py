@@ -12,9 +12,9 @@ from core.ids import RequestId, TransferId
 from kv_transfer.box import Box
 from kv_transfer.codec import RAW
 from kv_transfer.codec_threads import Buffers, CodecThreads, Scratch
-from kv_transfer.encoding import EncodeFailed, EncodeJob, FrameEncoder, largest_raw_bytes
-from kv_transfer.link_gauge import LinkGauge
-from kv_transfer.outgoing import Outgoing
+from kv_transfer.sender.encoding import EncodeFailed, EncodeJob, FrameEncoder, largest_raw_bytes
+from kv_transfer.sender.link_gauge import LinkGauge
+from kv_transfer.sender.outgoing import Outgoing
 from tests.kv_codecs import FlippingEncoder
 from tests.kv_peers import LAYOUT, PATIENCE_S, ArrayPool
 

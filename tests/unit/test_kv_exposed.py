@@ -3,8 +3,8 @@
 import pytest
 
 from core.ids import RequestId, TransferId
-from kv_transfer import receiver_events as m
-from kv_transfer.receiver_session import ReceiverSession
+from kv_transfer.receiver import events as m
+from kv_transfer.receiver.session import ReceiverSession
 
 T, R = TransferId("t"), RequestId("r")
 

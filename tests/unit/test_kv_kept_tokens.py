@@ -1,12 +1,12 @@
 """A transfer that leaves tokens out is complete without them, and only if the first commit says so."""
 
 from core.ids import RequestId, TransferId
-from kv_transfer import receiver_events as m
 from kv_transfer.box import Box
-from kv_transfer.coverage import Coverage
 from kv_transfer.frame import FrameHeader
-from kv_transfer.landing import Landing
-from kv_transfer.receiver_session import ReceiverSession, ReceiveState
+from kv_transfer.receiver import events as m
+from kv_transfer.receiver.coverage import Coverage
+from kv_transfer.receiver.landing import Landing
+from kv_transfer.receiver.session import ReceiverSession, ReceiveState
 from kv_transfer.session import NackReason
 
 T, R = TransferId("t"), RequestId("r")

@@ -16,13 +16,13 @@ from kv_transfer.carriers.memory_links import MemoryLinks
 from kv_transfer.codec import default_decoders
 from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
-from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, seal
-from kv_transfer.landing import FrameStamp, Landing, LandingZone
 from kv_transfer.link import Slot
 from kv_transfer.metrics import KvTransferMetrics
-from kv_transfer.receiver_events import FramesWritten
-from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner
+from kv_transfer.receiver.coverage import Coverage
+from kv_transfer.receiver.events import FramesWritten
+from kv_transfer.receiver.landing import FrameStamp, Landing, LandingZone
+from kv_transfer.receiver.pair import ReceiverPair, ReceiverPairOwner
 from kv_transfer.session import NackReason
 from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from kv_transfer.link_lru import LinkLru
 from kv_transfer.link_quota import LinkQuota, QuotaExceeded
-from kv_transfer.peer_health import PeerHealth
-from kv_transfer.rate_cap import RateCap
+from kv_transfer.sender.peer_health import PeerHealth
+from kv_transfer.sender.rate_cap import RateCap
 
 # --- rate cap ---------------------------------------------------------------------------------------------------------
 

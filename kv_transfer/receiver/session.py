@@ -17,7 +17,7 @@ from enum import StrEnum
 
 from core.errors import InvalidTransition
 from core.ids import TransferId
-from kv_transfer.receiver_events import (
+from kv_transfer.receiver.events import (
     AbortReceived,
     AckSaid,
     AllLanded,

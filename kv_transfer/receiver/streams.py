@@ -1,7 +1,7 @@
 """Who may speak to a receiver: control streams, one per prefill worker, admitted by epoch and layout.
 
 A worker has one stream. When it comes again, its old stream is dead and this side has not noticed yet; when an older
-incarnation comes, it is a zombie. What is said on an admitted stream is its pair's to hear (`receiver_pair`).
+incarnation comes, it is a zombie. What is said on an admitted stream is its pair's to hear (`pair`).
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from core.errors import DeadlineExceeded, ProtocolError, RejectedError, RejectReason
 from kv_transfer.control import ControlReply
 from kv_transfer.frame import FRAME_VERSION
-from kv_transfer.receiver_pair import ReceiverPair, ReceiverPairOwner
+from kv_transfer.receiver.pair import ReceiverPair, ReceiverPairOwner
 from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb
 

@@ -4,7 +4,7 @@ One thread per decode peer owns that peer's link, so that a peer that is stuck h
 when the first frame needs it, and again, under the next epoch, after the link broke. Parts of transfers that are not
 reserved yet wait beside the queue; parts that meet in tokens or layers are merged into one frame.
 
-A raw frame is gathered right into its slot, here. Coded frames are made ahead by codec threads (`send_line`) while
+A raw frame is gathered right into its slot, here. Coded frames are made ahead by codec threads (`line`) while
 earlier ones are on the wire; this thread copies them into a slot when their turn has come.
 
 Order matters: everything that can wait (link, credit, slot, rate) waits OUTSIDE the gate, so that ending a transfer
@@ -21,13 +21,13 @@ from torch import Tensor
 from core.errors import ConfigError
 from kv_transfer.box import Box, cut
 from kv_transfer.codec import Encoded
-from kv_transfer.encoding import EncodeFailed, FrameEncoder, largest_raw_bytes
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, seal, section_spans
 from kv_transfer.link import LinkError, PairIdentity, Slot
 from kv_transfer.link_quota import QuotaExceeded
-from kv_transfer.outgoing import Commit, Outgoing, PumpHooks
-from kv_transfer.send_line import LineItem, SendLine
-from kv_transfer.send_link import SendLink, Unreachable
+from kv_transfer.sender.encoding import EncodeFailed, FrameEncoder, largest_raw_bytes
+from kv_transfer.sender.line import LineItem, SendLine
+from kv_transfer.sender.link import SendLink, Unreachable
+from kv_transfer.sender.outgoing import Commit, Outgoing, PumpHooks
 from kv_transfer.session import NackReason
 from kv_transfer.shared_parts import SenderParts
 

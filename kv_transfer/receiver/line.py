@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.frame import HEADER_BYTES, FrameRefused
-from kv_transfer.landing import Arrival, LandingZone
 from kv_transfer.link import LinkError, Slot
-from kv_transfer.receiver_events import FramesWritten
+from kv_transfer.receiver.events import FramesWritten
+from kv_transfer.receiver.landing import Arrival, LandingZone
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from core.errors import ProtocolError
 from core.ids import TransferId
-from kv_transfer import receiver_events as session
 from kv_transfer.control import ControlReply, nack_reason
-from kv_transfer.landing import FrameStamp, Landing, LandingZone
 from kv_transfer.link import LinkPlan, PairIdentity
-from kv_transfer.receive_pump import ReceivePump
+from kv_transfer.receiver import events as session
+from kv_transfer.receiver.landing import FrameStamp, Landing, LandingZone
+from kv_transfer.receiver.pump import ReceivePump
 from kv_transfer.session import NackReason
 from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from kv_transfer.box import Box
 from kv_transfer.codec_threads import Buffers, CodecThreads
-from kv_transfer.encoding import EncodeJob, FrameEncoder
-from kv_transfer.outgoing import Commit, Outgoing
+from kv_transfer.sender.encoding import EncodeJob, FrameEncoder
+from kv_transfer.sender.outgoing import Commit, Outgoing
 
 
 @dataclass(slots=True, eq=False)

@@ -23,22 +23,22 @@ from core.errors import DuplicateRequest, InvalidTransition, TransferError
 from core.ids import RequestId, TransferId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
-from kv_transfer import receiver_events as session
 from kv_transfer.box import Box
 from kv_transfer.carriers.links import open_links
 from kv_transfer.codec import Decoder, default_decoders
 from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack
-from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES
-from kv_transfer.landing import Landing
 from kv_transfer.link import Links
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.ports import KvWriter, LandedStats, ReceiverOutcomes
-from kv_transfer.receiver_pair import ReceiverPair
-from kv_transfer.receiver_session import ReceiverSession
-from kv_transfer.receiver_streams import ReceiverStreams
+from kv_transfer.receiver import events as session
+from kv_transfer.receiver.coverage import Coverage
+from kv_transfer.receiver.landing import Landing
+from kv_transfer.receiver.pair import ReceiverPair
+from kv_transfer.receiver.session import ReceiverSession
+from kv_transfer.receiver.streams import ReceiverStreams
 from kv_transfer.session import NackReason
 from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb

@@ -9,13 +9,13 @@ from typing import Protocol
 
 from core.errors import ProtocolError, ServingError, WorkerLost
 from core.ids import TransferId
-from kv_transfer import sender_session as session
 from kv_transfer.control import ControlStream, nack_reason
 from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.link import PairIdentity
-from kv_transfer.outgoing import OpenedLink, Outgoing
 from kv_transfer.ports import Peer
-from kv_transfer.send_pump import SendPump
+from kv_transfer.sender import session as session
+from kv_transfer.sender.outgoing import OpenedLink, Outgoing
+from kv_transfer.sender.pump import SendPump
 from kv_transfer.session import NackReason
 from kv_transfer.shared_parts import SenderParts
 from protos import kv_transfer_pb2 as pb

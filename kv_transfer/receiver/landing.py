@@ -22,12 +22,12 @@ from core.ids import RequestId, TransferId
 from core.layout import KvLayout
 from kv_transfer.box import Box
 from kv_transfer.codec import RAW, TORCH_DTYPES, Decoder
-from kv_transfer.coverage import Coverage
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, decode, section_spans
 from kv_transfer.gate import Gate
 from kv_transfer.link import Slot
 from kv_transfer.ports import KvWriter
-from kv_transfer.receiver_events import FramesWritten
+from kv_transfer.receiver.coverage import Coverage
+from kv_transfer.receiver.events import FramesWritten
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ import threading
 from kv_transfer.config import MAX_SLOT_BYTES, MIN_SLOT_BYTES
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkError, LinkPlan, PairIdentity, SendEnd, Slot
-from kv_transfer.link_gauge import LinkGauge
 from kv_transfer.link_quota import LinkHolder
-from kv_transfer.outgoing import OpenedLink, Outgoing, PumpHooks
-from kv_transfer.rate_cap import RateCap
+from kv_transfer.sender.link_gauge import LinkGauge
+from kv_transfer.sender.outgoing import OpenedLink, Outgoing, PumpHooks
+from kv_transfer.sender.rate_cap import RateCap
 from kv_transfer.shared_parts import SenderParts
 
 

@@ -24,7 +24,6 @@ from core.errors import DuplicateRequest, InvalidTransition, TransferError
 from core.ids import RequestId, TransferId, WorkerId
 from core.layout import KvLayout
 from core.membership import WorkerIdentity
-from kv_transfer import sender_session as session
 from kv_transfer.box import Box
 from kv_transfer.carriers.links import open_links
 from kv_transfer.choice import NO_TERMS, AlwaysRaw, ProfileChooser, TransferQuestion, TransferTerms
@@ -34,13 +33,14 @@ from kv_transfer.control import Dialer
 from kv_transfer.link import Links
 from kv_transfer.link_quota import LinkQuota
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
-from kv_transfer.outgoing import Commit, Outgoing
-from kv_transfer.peer_health import PeerHealth
 from kv_transfer.ports import KvReader, Peer, PeerDown, SenderOutcomes, TokenReader
-from kv_transfer.profile_desk import ProfileDesk
 from kv_transfer.rpc import GrpcDialer
-from kv_transfer.sender_pair import SenderPair
-from kv_transfer.sender_session import SenderSession
+from kv_transfer.sender import session as session
+from kv_transfer.sender.outgoing import Commit, Outgoing
+from kv_transfer.sender.pair import SenderPair
+from kv_transfer.sender.peer_health import PeerHealth
+from kv_transfer.sender.profile_desk import ProfileDesk
+from kv_transfer.sender.session import SenderSession
 from kv_transfer.session import NackReason
 from kv_transfer.shared_parts import SenderParts
 from protos import kv_transfer_pb2 as pb

@@ -1,7 +1,7 @@
 """From a box in the pool to the payload of a frame: gather, then encode. For the sender thread and for codec threads.
 
 Raw KV is gathered right into the slot, by the sender thread. Coded frames are made ahead by codec threads, several at a
-time, each into memory of its own; who makes them in which order is no matter, `send_pump` sends them in order.
+time, each into memory of its own; who makes them in which order is no matter, `pump` sends them in order.
 
 The gate of the transfer is held while the pool is read and not longer: an abort never waits for an encoder.
 """
@@ -18,8 +18,8 @@ from kv_transfer.box import Box
 from kv_transfer.codec import TORCH_DTYPES, Encoded, Encoder, FramePlace
 from kv_transfer.codec_threads import Buffers, Scratch
 from kv_transfer.frame import MAX_PARAMS_BYTES, MAX_SECTIONS, section_spans
-from kv_transfer.outgoing import Outgoing
 from kv_transfer.ports import KvReader, TokenReader
+from kv_transfer.sender.outgoing import Outgoing
 from kv_transfer.session import NackReason
 
 _log = logging.getLogger(__name__)

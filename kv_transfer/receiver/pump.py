@@ -2,7 +2,7 @@
 
 One thread per open link; a rebuilt link has a new thread, so nothing that an old one still does can touch the new
 epoch's frames. A raw frame is written from its slot; a coded one is copied out and written by codec threads
-(`decode_line`). A frame that is refused ends its transfer; bytes that are not a frame at all end the link, since
+(`line`). A frame that is refused ends its transfer; bytes that are not a frame at all end the link, since
 nothing that follows them can be trusted either.
 
 Two counts go back to the sender. Credit: payload that is in the pool, so that more may come. Received: payload that
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.ids import TransferId
-from kv_transfer.decode_line import DecodeLine
 from kv_transfer.frame import HEADER_BYTES, FrameRefused
-from kv_transfer.landing import Arrival, LandingZone
 from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd, Slot
-from kv_transfer.receiver_events import FramesWritten
+from kv_transfer.receiver.events import FramesWritten
+from kv_transfer.receiver.landing import Arrival, LandingZone
+from kv_transfer.receiver.line import DecodeLine
 from kv_transfer.session import NackReason
 from kv_transfer.shared_parts import ReceiverParts
 
