@@ -7,7 +7,6 @@ reports of workers -> the machine of the work they name -> tokens to the request
 import asyncio
 import logging
 import random
-from dataclasses import replace
 
 from core.alarm import Alarm
 from core.clock import Clock
@@ -30,14 +29,15 @@ from router import messages as m
 from router.admission import AdmissionQueue
 from router.config import RouterConfig
 from router.fleet import Fleet
+from router.forwarding.doors import DecodeOrder, PrefillOrder
 from router.in_flight import ActiveRequest, InFlight
+from router.messages import WorkEvents
 from router.metrics import GatewayMetrics
 from router.placement import Placer, needs_decode
 from router.policy import NoCandidate, Obstacle
 from router.prompt_hashes import PromptHashes
 from router.state import RequestMachine, RequestState
 from router.stream import Completion, RequestStream
-from router.worker_codec import WorkEvents
 
 _log = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ class Dispatcher:
             case m.SubmitPrefill(worker_id, decode, attempt):
                 self._submit_prefill(active, worker_id, decode, attempt)
             case m.AbortWork(worker_id, reason):
-                self._fleet.pool.abort(worker_id, active.work_id, reason)
+                self._fleet.doors.abort(worker_id, active.work_id, reason)
                 self._let_go(active, worker_id)
             case m.ReleaseWorker(worker_id):
                 self._let_go(active, worker_id)
@@ -309,8 +309,8 @@ class Dispatcher:
         self._count_prefill(active, prefill)  # now: the next of a burst must not see an idle worker
         self._count(active, worker_id, prefill_tokens=0)
         self._requests.hold(active, worker_id)
-        request = self._for_worker(active, worker_id)
-        if not self._fleet.submit_decode(worker_id, request, active.work_id):
+        order = DecodeOrder(active.work_id, active.request, self._hashes(active, worker_id))
+        if not self._fleet.doors.submit_decode(worker_id, order):
             self._feed(active, m.DecodeLost(WorkerLost(f"{worker_id} is not connected")))
 
     def _submit_prefill(
@@ -319,8 +319,11 @@ class Dispatcher:
         self._requests.begin_attempt(active, attempt)
         cached_tokens = self._count_prefill(active, worker_id)
         self._requests.hold(active, worker_id)
-        request = self._for_worker(active, worker_id)
-        if not self._fleet.submit_prefill(worker_id, request, active.work_id, decode, cached_tokens=cached_tokens):
+        record = self._fleet.records.get(decode) if decode is not None else None
+        hashes = self._hashes(active, worker_id)
+        order = PrefillOrder(active.work_id, active.request, hashes, record, cached_tokens)
+        is_known = decode is None or record is not None
+        if not is_known or not self._fleet.doors.submit_prefill(worker_id, order):
             self._feed(active, m.PrefillLost(WorkerLost(f"{worker_id} is not connected")))
 
     def _count_prefill(self, active: ActiveRequest, worker_id: WorkerId) -> int:
@@ -334,9 +337,9 @@ class Dispatcher:
         context_tokens = active.request.num_prompt_tokens
         self._fleet.credit.add(worker_id, active.work_id, prefill_tokens=prefill_tokens, context_tokens=context_tokens)
 
-    def _for_worker(self, active: ActiveRequest, worker_id: WorkerId) -> GenerateRequest:
-        """Return the request with the block hashes that this worker's cache is keyed by."""
-        return replace(active.request, block_hashes=active.hashes.of(self._fleet.hash_key(worker_id)))
+    def _hashes(self, active: ActiveRequest, worker_id: WorkerId) -> tuple[bytes, ...]:
+        """Return the block hashes that this worker's cache is keyed by."""
+        return active.hashes.of(self._fleet.hash_key(worker_id))
 
     def _let_go(self, active: ActiveRequest, worker_id: WorkerId) -> None:
         self._fleet.credit.drop(worker_id, active.work_id)

@@ -8,6 +8,7 @@ from core.clock import Clock
 from core.errors import Aborted, DuplicateRequest, ServingError
 from core.ids import GatewayId, RequestId
 from core.membership import Role, WorkerRecord, WorkerState
+from router.cluster_link import ClusterLink
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
@@ -39,7 +40,7 @@ class Front:
         tokenizer: GatewayTokenizer,
         facts: ModelFacts,
         intake: Intake,
-        fleet: Fleet,
+        link: ClusterLink,
         dispatcher: Dispatcher,
         metrics: GatewayMetrics,
         clock: Clock,
@@ -49,7 +50,8 @@ class Front:
         self.gateway_id = gateway_id
         self.tokenizer = tokenizer
         self.facts = facts
-        self.fleet = fleet
+        self.link = link
+        self.fleet = link.fleet
         self.dispatcher = dispatcher
         self._intake = intake
         self._metrics = metrics

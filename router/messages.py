@@ -170,6 +170,9 @@ Event = (
     | AbortRequested
 )
 
+WorkEvents = list[tuple[str, Event]]
+"""What one worker told at once: pairs of work id and event, in order."""
+
 # --- effects ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 Workers may differ in block size (frames are keyed by token ranges), and every worker must be given the hashes that
 its own cache is keyed by. A cluster in the middle of a rollout serves two weights versions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from core.blocks import block_hashes, hash_namespace
@@ -28,6 +28,13 @@ class PromptHashes:
         self._adapter = adapter
         self._tenant = tenant
         self._computed: dict[HashKey, tuple[bytes, ...]] = {}
+
+    @classmethod
+    def known(cls, hashes: Mapping[HashKey, tuple[bytes, ...]]) -> "PromptHashes":
+        """Hashes that were computed elsewhere; every other key has none."""
+        made = cls(())
+        made._computed.update(hashes)
+        return made
 
     def of(self, key: HashKey) -> tuple[bytes, ...]:
         """Return the hash of every full block under `key`; none for an unknown key."""

@@ -102,11 +102,11 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ListClusterKvDecisionsRequest, context: "admin_pb2_grpc._ServicerContext"
     ) -> admin_pb2.ListClusterKvDecisionsResponse:
         async with reply_errors(context):
-            fleet, last = self._front.fleet, request.last
+            link, last = self._front.link, request.last
             if request.worker_id:
-                found = [await fleet.list_kv_decisions(WorkerId(request.worker_id), last)]
+                found = [await link.list_kv_decisions(WorkerId(request.worker_id), last)]
             else:
-                found = await fleet.list_all_kv_decisions(last)
+                found = await link.list_all_kv_decisions(last)
             return admin_pb2.ListClusterKvDecisionsResponse(workers=found)
 
 

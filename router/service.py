@@ -14,6 +14,7 @@ from core.errors import Aborted, ConfigError
 from core.ids import new_gateway_id
 from core.store import Store
 from core.telemetry import MetricsServer
+from router.cluster_link import ClusterLink
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
@@ -43,7 +44,8 @@ class Gateway:
         self._rng = rng or random.SystemRandom()
         self._gateway_id = new_gateway_id()
         self._metrics = GatewayMetrics()
-        self._fleet = Fleet(config, cluster, self._gateway_id, store, clock, self._rng)
+        self._link = ClusterLink(config, cluster, self._gateway_id, store, clock, self._rng)
+        self._fleet = self._link.fleet
         self._dispatcher = Dispatcher(config, self._fleet, clock, self._rng, self._metrics)
         self._intake: Intake | None = None
         self._front: Front | None = None
@@ -109,7 +111,7 @@ class Gateway:
             tokenizer=tokenizer,
             facts=facts,
             intake=self._intake,
-            fleet=self._fleet,
+            link=self._link,
             dispatcher=self._dispatcher,
             metrics=self._metrics,
             clock=self._clock,
@@ -118,7 +120,7 @@ class Gateway:
         self._front = front
         await server.start(front)
         self._tasks = [
-            asyncio.create_task(self._fleet.run(self._dispatcher), name="fleet"),
+            asyncio.create_task(self._link.run(self._dispatcher), name="cluster link"),
             asyncio.create_task(self._observe(front, server), name="gateway observer"),
         ]
         address = f"{config.host}:{port}"

@@ -9,9 +9,7 @@ from core.membership import LoadReport
 from protos import worker_pb2
 from protos.codec import load_from_wire, outputs_from_wire, rejection_from_wire
 from router import messages as m
-
-WorkEvents = list[tuple[str, m.Event]]
-"""Pairs of work id and event, in order."""
+from router.messages import WorkEvents
 
 _TRANSIENT_CODES = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"})
 

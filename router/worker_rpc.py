@@ -12,15 +12,16 @@ from core.errors import ProtocolError, WorkerLost
 from core.ids import Epoch, GatewayId
 from core.kv_events import BlocksStored
 from core.membership import LoadReport, Role, WorkerRecord
-from core.request import GenerateRequest
 from core.rpc import connect, from_rpc_error
 from core.streams import Outbox
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
 from protos.codec import request_to_wire
 from router.config import WorkerStreamConfig
+from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.messages import WorkEvents
 from router.mirror import CacheSnapshot
-from router.worker_codec import WorkEvents, read_decode_report, read_prefill_report
+from router.worker_codec import read_decode_report, read_prefill_report
 
 OnReport = Callable[[WorkEvents | LoadReport], None]
 Command = TypeVar("Command", bound=Message)
@@ -123,24 +124,34 @@ class _Channel(ABC, Generic[Command, Report]):
 class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
     """To a prefill worker."""
 
-    def submit(
-        self, request: GenerateRequest, work_id: str, decode: WorkerRecord | None, *, cached_tokens: int
-    ) -> None:
-        """Send the prompt; `decode` is where its KV goes, None for a request of one token."""
-        wire = request_to_wire(request)
-        wire.request_id = work_id
+    def submit(self, order: PrefillOrder) -> None:
+        """Send the prompt."""
         message = pb.PrefillSubmit(
-            request=wire,
-            kv_quality_floor=request.kv_quality_floor,
-            handoff_budget_s=request.handoff_budget_s,
-            cached_tokens=cached_tokens,
+            request=_work_to_wire(order),
+            kv_quality_floor=order.request.kv_quality_floor,
+            handoff_budget_s=order.request.handoff_budget_s,
+            cached_tokens=order.cached_tokens,
+            bind_later=order.bind_later,
+            max_queued_tokens=order.max_queued_tokens,
         )
-        if decode is not None:
-            message.transfer_id = work_id
+        if order.bind_later:
+            message.transfer_id = order.work_id
+        elif (decode := order.decode) is not None:
+            message.transfer_id = order.work_id
             message.decode_worker_id = decode.worker_id
             message.decode_epoch = decode.epoch
             message.decode_address = decode.address
         self._send(pb.PrefillCommand(submit=message))
+
+    def bind(self, work_id: str, decode: WorkerRecord) -> None:
+        """Tell where the KV of a prompt goes that was sent with `bind_later`."""
+        bind = pb.PrefillBind(
+            request_id=work_id,
+            decode_worker_id=decode.worker_id,
+            decode_epoch=decode.epoch,
+            decode_address=decode.address,
+        )
+        self._send(pb.PrefillCommand(bind=bind))
 
     async def list_kv_decisions(self, last: int) -> pb.ListKvDecisionsResponse:
         """Ask for the last decisions on compression profiles.
@@ -177,12 +188,17 @@ class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
 class DecodeChannel(_Channel[pb.DecodeCommand, pb.DecodeReport]):
     """To a decode worker."""
 
-    def submit(self, request: GenerateRequest, work_id: str) -> None:
-        """Ask to reserve blocks for the KV that will be offered under the work's id."""
-        wire = request_to_wire(request)
-        wire.request_id = work_id
-        lease_s = self._config.reservation_lease_s
-        self._send(pb.DecodeCommand(submit=pb.DecodeSubmit(request=wire, transfer_id=work_id, lease_s=lease_s)))
+    def submit(self, order: DecodeOrder) -> None:
+        """Ask to reserve blocks for the KV that will be offered under the work's id, or to generate it all."""
+        message = pb.DecodeSubmit(
+            request=_work_to_wire(order),
+            transfer_id="" if order.generate else order.work_id,
+            lease_s=self._config.reservation_lease_s,
+            generate=order.generate,
+            max_queued_tokens=order.max_queued_tokens,
+            max_requests_held=order.max_requests_held,
+        )
+        self._send(pb.DecodeCommand(submit=message))
 
     def _connect(
         self, commands: AsyncIterator[pb.DecodeCommand]
@@ -204,6 +220,13 @@ class DecodeChannel(_Channel[pb.DecodeCommand, pb.DecodeReport]):
 
 
 WorkerChannel = PrefillChannel | DecodeChannel
+
+
+def _work_to_wire(order: PrefillOrder | DecodeOrder) -> pb.WorkRequest:
+    wire = request_to_wire(order.request)
+    wire.request_id = order.work_id
+    wire.block_hashes.extend(order.block_hashes)
+    return wire
 
 
 def open_channel(record: WorkerRecord, gateway_id: GatewayId, config: WorkerStreamConfig) -> WorkerChannel:

@@ -2,24 +2,25 @@
 
 Life of a link:
 1. A record with an address and a serving state appears: the link connects, again and again with back-off and jitter.
-2. The worker welcomes this epoch: UP, `on_up` is called, work may be sent.
-3. The stream ends, or a defect of ours breaks it: DOWN, `on_down` is called before anything else happens, and the link
-   reconnects.
+2. The worker welcomes this epoch: UP, the listener hears of it, work may be sent.
+3. The stream ends, or a defect of ours breaks it: DOWN, the listener hears of it before anything else happens, and the
+   link reconnects.
 4. The record leaves the mirror: the link stays up as long as its stream does (the store may be wrong, the stream is
    not), and is not rebuilt after that. A record with a newer epoch cuts it at once: the old incarnation is fenced."""
 
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from core.clock import Clock
 from core.errors import ServingError, WorkerLost
-from core.ids import Epoch, GatewayId, WorkerId
+from core.ids import Epoch, GatewayId, TransferId, WorkerId
 from core.membership import LoadReport, WorkerRecord, WorkerState
 from router.config import WorkerStreamConfig
+from router.forwarding.doors import DecodeOrder, DoorListener, PrefillOrder
+from router.messages import WorkEvents
 from router.mirror import CacheSnapshot
-from router.worker_codec import WorkEvents
 from router.worker_rpc import DecodeChannel, PrefillChannel, WorkerChannel, open_channel
 
 _log = logging.getLogger(__name__)
@@ -39,13 +40,9 @@ class WorkerLink:
 
 
 class WorkerPool:
-    """All links of one gateway.
+    """All links of one gateway. Implements `router.forwarding.doors.WorkerDoors`.
 
-    Args:
-        on_report: (worker, events or load) as they come.
-        on_down: (worker, why); the worker has freed, or will free, all that came over the link.
-
-    Concurrency: the event loop's thread. Callbacks are called on it and must not block.
+    Concurrency: the event loop's thread.
     """
 
     def __init__(
@@ -54,20 +51,18 @@ class WorkerPool:
         config: WorkerStreamConfig,
         clock: Clock,
         rng: random.Random,
-        *,
-        on_up: Callable[[WorkerId], None],
-        on_down: Callable[[WorkerId, ServingError], None],
-        on_report: Callable[[WorkerId, WorkEvents | LoadReport], None],
     ) -> None:
         self._gateway_id = gateway_id
         self._config = config
         self._clock = clock
         self._rng = rng
-        self._on_up = on_up
-        self._on_down = on_down
-        self._on_report = on_report
+        self._listener: DoorListener | None = None
         self._links: dict[WorkerId, WorkerLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
+
+    def listen(self, listener: DoorListener) -> None:
+        """Tell `listener` from now on."""
+        self._listener = listener
 
     def reconcile(self, records: Mapping[WorkerId, WorkerRecord]) -> None:
         """Make links fit the records."""
@@ -100,8 +95,25 @@ class WorkerPool:
         channel = self._live_channel(worker_id)
         return channel if isinstance(channel, DecodeChannel) else None
 
-    def abort(self, worker_id: WorkerId, work_id: str, reason: str) -> None:
-        """Tell a worker to free a work; nothing to do when its stream is down."""
+    def submit_prefill(self, worker_id: WorkerId, order: PrefillOrder) -> bool:
+        channel = self.prefill(worker_id)
+        if channel is not None:
+            channel.submit(order)
+        return channel is not None
+
+    def submit_decode(self, worker_id: WorkerId, order: DecodeOrder) -> bool:
+        channel = self.decode(worker_id)
+        if channel is not None:
+            channel.submit(order)
+        return channel is not None
+
+    def bind(self, worker_id: WorkerId, work_id: TransferId, decode: WorkerRecord) -> bool:
+        channel = self.prefill(worker_id)
+        if channel is not None:
+            channel.bind(work_id, decode)
+        return channel is not None
+
+    def abort(self, worker_id: WorkerId, work_id: TransferId, reason: str) -> None:
         channel = self._live_channel(worker_id)
         if channel is not None:
             channel.abort(work_id, reason)
@@ -146,7 +158,7 @@ class WorkerPool:
                 try:
                     await link.channel.serve(
                         on_welcome=lambda: self._bring_up(link),
-                        on_report=lambda report: self._on_report(link.worker_id, report),
+                        on_report=lambda report: self._pass_on(link.worker_id, report),
                     )
                 except ServingError as error:
                     self._take_down(link, error)
@@ -167,11 +179,21 @@ class WorkerPool:
     def _bring_up(self, link: WorkerLink) -> None:
         link.is_up = True
         _log.info("connected to %s of epoch %d", link.worker_id, link.epoch)
-        self._on_up(link.worker_id)
+        if self._listener is not None:
+            self._listener.on_up(link.worker_id)
 
     def _take_down(self, link: WorkerLink, error: ServingError) -> None:
         if not link.is_up:
             return
         link.is_up = False
         _log.warning("lost %s of epoch %d: %s", link.worker_id, link.epoch, error)
-        self._on_down(link.worker_id, error)
+        if self._listener is not None:
+            self._listener.on_down(link.worker_id, error)
+
+    def _pass_on(self, worker_id: WorkerId, report: WorkEvents | LoadReport) -> None:
+        if self._listener is None:
+            return
+        if isinstance(report, LoadReport):
+            self._listener.on_load(worker_id, report)
+        else:
+            self._listener.on_work_events(worker_id, report)

@@ -19,8 +19,8 @@ from core.store_memory import MemoryStore
 from protos import admin_pb2, inference_pb2_grpc, worker_pb2
 from protos import inference_pb2 as pb
 from router.config import RouterConfig
+from router.messages import WorkEvents
 from router.service import Gateway
-from router.worker_codec import WorkEvents
 from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import CLUSTER, FakeCluster, fake_cluster, text_request
 from tests.fakes.reading import Reading, collect, fails
