@@ -25,9 +25,6 @@ reason is printed, and nothing drifts.
 import argparse
 import asyncio
 import datetime
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,27 +38,13 @@ from benchmarks.kv_links_fleet import open_fleet
 from benchmarks.kv_links_model import layout_of_tiny, record_kv, texts_of_tiny
 from benchmarks.kv_links_policies import CONTROLLER, Shelf, open_shelf
 from benchmarks.netns import NetnsUnavailable, ShapedPair, end_on_signals
+from benchmarks.setting import describe_setting
 from core.errors import ConfigError
 from kv_transfer.profile import NONE
 
 _ROOT = Path(__file__).parent.parent
 _RESULTS = _ROOT / "benchmarks" / "results"
 _MBIT = (200.0, 532.0, 1414.0, 3761.0, 10_000.0)
-_SCHEDULERS = {os.SCHED_OTHER: "default", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr"}
-
-
-def _machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_1m": round(os.getloadavg()[0], 2),
-        "scheduler": _SCHEDULERS.get(os.sched_getscheduler(0), "other"),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-    }
 
 
 def _calibrate(pair: ShapedPair, mbit: Sequence[float], journal: Journal) -> None:
@@ -164,7 +147,7 @@ def main() -> None:
             "bytes_per_token": layout.bytes_per_token,
             "floor": plan.floor,
             "run_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": _machine(),
+            "machine": describe_setting("torch"),
         }
         journal = Journal(output, facts)
         for profile in shelf.profiles:

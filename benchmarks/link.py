@@ -15,8 +15,6 @@ Run ``python -m benchmarks.link --help``.
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -27,13 +25,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import create_server as create_listener
 
-import numpy
 import torch
-import xxhash
 
 from benchmarks.link_peers import LAYOUT, MIB, WAIT_S, PagedPool, RawPair, names_of, run_far_side
-from benchmarks.link_ways import Way
+from benchmarks.link_ways import NearWay
 from benchmarks.nixl_peer import UCX_TLS, NixlPair
+from benchmarks.setting import describe_setting
 from core.clock import MonotonicClock
 from core.ids import Epoch, TransferId, WorkerId
 from core.membership import WorkerIdentity
@@ -44,7 +41,6 @@ from kv_transfer.sender.sender import KvSender
 
 CHUNK_TOKENS = 512
 LAYER_GROUP = 4
-_SCHEDULERS = {os.SCHED_OTHER: "default", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr"}
 
 
 class Acks:
@@ -90,7 +86,7 @@ class Bench:
         async with asyncio.timeout(WAIT_S):
             return await self.acks.at[transfer_id] - started
 
-    def over(self, name: str, way: Way) -> float:
+    def over(self, name: str, way: NearWay) -> float:
         """Return the seconds of one send over a way that is not gloo."""
         self.pair.prepare_way(name)
         started = time.perf_counter()
@@ -139,22 +135,6 @@ def _parts(num_tokens: int) -> Iterator[tuple[range, range]]:
         tokens = range(start, min(start + CHUNK_TOKENS, num_tokens))
         for layer in range(0, LAYOUT.num_layers, LAYER_GROUP):
             yield range(layer, layer + LAYER_GROUP), tokens
-
-
-def _machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_1m": round(os.getloadavg()[0], 2),
-        "scheduler": _SCHEDULERS.get(os.sched_getscheduler(0), "other"),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "xxhash": xxhash.VERSION,
-        "commit": commit.stdout.strip(),
-    }
 
 
 async def run_near_side(
@@ -317,7 +297,7 @@ def main() -> None:
         config = KvTransferConfig.model_validate({"backend": carrier, "host": "127.0.0.1", **changes})
         asyncio.run(run_far_side(args.far_port, max_tokens, args.goodput_mib * MIB, config))
         return
-    machine = _machine()
+    machine = describe_setting("torch", "numpy", "xxhash")
 
     def emit(name: str, **values: object) -> None:
         line = json.dumps({"benchmark": name, **values, "machine": machine})

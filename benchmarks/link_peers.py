@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from benchmarks.link_ways import FarWays, Way, open_near_ways
+from benchmarks.link_ways import FarWay, FarWays, NearWay, open_near_ways
 from core.clock import MonotonicClock
 from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.layout import KvLayout
@@ -112,11 +112,11 @@ class RawPair:
         work.wait(timedelta(seconds=WAIT_S))
         self.say_done()  # arrived
 
-    def open_ways(self, config: KvTransferConfig) -> dict[str, Way]:
+    def open_ways(self, config: KvTransferConfig) -> dict[str, NearWay]:
         """Near side: open the other ways to the far side."""
         return open_near_ways(config, json.loads(self.store.get("ways")))
 
-    def send_over(self, way: Way) -> None:
+    def send_over(self, way: NearWay) -> None:
         """The whole payload over another way; call `wait_done` afterwards."""
         way.send(self._payload)
 
@@ -124,7 +124,7 @@ class RawPair:
         self.command(_WAY, _WAYS.index(name))
         self.wait_done()
 
-    def receive_over(self, way: Way) -> None:
+    def receive_over(self, way: FarWay) -> None:
         self.say_done()  # listening
         way.receive(self._payload)
         self.say_done()  # ready for the next command
@@ -174,7 +174,7 @@ async def run_far_side(port: int, max_tokens: int, raw_bytes: int, config: KvTra
     stopped = asyncio.Event()
 
     def obey() -> None:
-        ways: dict[str, Way] = {}
+        ways: dict[str, FarWay] = {}
         try:
             far_ways = FarWays(config)
             pair.store.set("ways", json.dumps(far_ways.addresses))

@@ -21,10 +21,18 @@ from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd
 _WAIT_S = 60.0
 
 
-class Way(Protocol):
-    """One side of it; `send` on the near one, `receive` on the far one. `send` ends when the other side has it all."""
+class NearWay(Protocol):
+    """The near side of a way."""
 
-    def send(self, payload: torch.Tensor) -> None: ...
+    def send(self, payload: torch.Tensor) -> None:
+        """Return when the far side has it all."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class FarWay(Protocol):
+    """The far side of a way."""
 
     def receive(self, payload: torch.Tensor) -> None: ...
 
@@ -32,7 +40,7 @@ class Way(Protocol):
 
 
 class PlainTcp:
-    """One connection without anything of ours."""
+    """One connection without anything of ours; either side."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -57,33 +65,41 @@ class PlainTcp:
         self._connection.close()
 
 
-class OverCarrier:
-    """Messages of a link of ours."""
+class CarrierNear:
+    """Messages over the sending end of a link of ours."""
 
-    def __init__(self, end: SendEnd | ReceiveEnd, slot_bytes: int) -> None:
-        self._end = end
-        self._room = slot_bytes - HEADER_BYTES
+    def __init__(self, end: SendEnd, slot_bytes: int) -> None:
+        self._end, self._room = end, slot_bytes - HEADER_BYTES
 
     def send(self, payload: torch.Tensor) -> None:
-        end = self._end
-        for piece in self._pieces(payload):
-            slot = end.acquire(_WAIT_S)  # type: ignore[union-attr]  # the near side has the sending end
+        for piece in _pieces(payload, self._room):
+            slot = self._end.acquire(_WAIT_S)
             slot.memory[HEADER_BYTES : HEADER_BYTES + len(piece)].copy_(piece)
-            end.send(slot, HEADER_BYTES + len(piece))  # type: ignore[union-attr]
-        end.flush(_WAIT_S)  # type: ignore[union-attr]
-
-    def receive(self, payload: torch.Tensor) -> None:
-        end = self._end
-        for piece in self._pieces(payload):
-            slot = end.receive()  # type: ignore[union-attr]  # the far side has the receiving end
-            piece.copy_(slot.memory[HEADER_BYTES : HEADER_BYTES + len(piece)])
-            end.release(slot)  # type: ignore[union-attr]
+            self._end.send(slot, HEADER_BYTES + len(piece))
+        self._end.flush(_WAIT_S)
 
     def close(self) -> None:
         self._end.close()
 
-    def _pieces(self, payload: torch.Tensor) -> list[torch.Tensor]:
-        return [payload[start : start + self._room] for start in range(0, len(payload), self._room)]
+
+class CarrierFar:
+    """Messages over the receiving end of a link of ours."""
+
+    def __init__(self, end: ReceiveEnd, slot_bytes: int) -> None:
+        self._end, self._room = end, slot_bytes - HEADER_BYTES
+
+    def receive(self, payload: torch.Tensor) -> None:
+        for piece in _pieces(payload, self._room):
+            slot = self._end.receive()
+            piece.copy_(slot.memory[HEADER_BYTES : HEADER_BYTES + len(piece)])
+            self._end.release(slot)
+
+    def close(self) -> None:
+        self._end.close()
+
+
+def _pieces(payload: torch.Tensor, size: int) -> list[torch.Tensor]:
+    return [payload[start : start + size] for start in range(0, len(payload), size)]
 
 
 def plan_of(config: KvTransferConfig) -> LinkPlan:
@@ -99,17 +115,17 @@ class FarWays:
         self._links = open_links(config)
         self.addresses = {"tcp": f"127.0.0.1:{self._listener.getsockname()[1]}", "carrier": self._links.host()}
 
-    def open(self) -> dict[str, Way]:
+    def open(self) -> dict[str, FarWay]:
         """Meet the near side, which opens them in the same order."""
         connection, _ = self._listener.accept()
         end = self._links.open_receive(plan_of(self._config))
         self._listener.close()
         self._links.close()
-        return {"tcp": PlainTcp(connection), "carrier": OverCarrier(end, self._config.slot_bytes)}
+        return {"tcp": PlainTcp(connection), "carrier": CarrierFar(end, self._config.slot_bytes)}
 
 
-def open_near_ways(config: KvTransferConfig, addresses: dict[str, str]) -> dict[str, Way]:
+def open_near_ways(config: KvTransferConfig, addresses: dict[str, str]) -> dict[str, NearWay]:
     host, _, port = addresses["tcp"].rpartition(":")
     connection = socket.create_connection((host, int(port)), _WAIT_S)
     end = open_links(config).open_send(addresses["carrier"], plan_of(config))
-    return {"tcp": PlainTcp(connection), "carrier": OverCarrier(end, config.slot_bytes)}
+    return {"tcp": PlainTcp(connection), "carrier": CarrierNear(end, config.slot_bytes)}
