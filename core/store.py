@@ -4,8 +4,10 @@ Everybody keeps a local mirror and works on when the store is gone: every method
 deadline rather than waiting for the store to come back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
+
+from core.token_bucket import BucketTake
 
 
 class StreamEntry(NamedTuple):
@@ -15,16 +17,23 @@ class StreamEntry(NamedTuple):
     value: bytes
 
 
+class Taken(NamedTuple):
+    """Answer to a take. `refused`: which of the buckets makes the caller wait longest; None: all was taken."""
+
+    refused: int | None
+    retry_after_s: float
+
+
 STREAM_START = "0"
 """Read from the oldest entry kept."""
 
 
 class Store(Protocol):
-    """Keys, counters and streams. Every call has a deadline of its own (seconds, given at construction).
+    """Keys, counters, streams, token buckets, slots. Every call has a deadline of its own (seconds, from construction).
 
     Raises (all methods):
         StoreUnavailable: no answer within the deadline, or the connection is refused. Whether a write happened is then
-            unknown; every writer here may repeat its write safely.
+            unknown; every writer here may repeat its write safely (but `take_tokens`, which may then count twice).
     Concurrency: one event loop; calls may overlap.
     """
 
@@ -60,6 +69,27 @@ class Store(Protocol):
         self, streams: Mapping[str, str], *, max_entries: int, wait_s: float
     ) -> Mapping[str, list[StreamEntry]]:
         """Return entries after the given id of each stream, oldest first; waits up to `wait_s` while there are none."""
+        ...
+
+    async def take_tokens(self, takes: Sequence[BucketTake], *, is_forced: bool = False) -> Taken:
+        """Take from all these token buckets or from none, by the rules of `core.token_bucket`. Atomic.
+
+        Args:
+            is_forced: takes in any case; a bucket may be left in debt.
+        """
+        ...
+
+    async def acquire_slot(self, key: str, holder: str, *, limit: int, ttl_s: float) -> bool:
+        """Take one of `limit` slots for `holder`, unless as many others hold one. Atomic; a holder holds one, however
+        often it asks. The slot comes back when it is released, or `ttl_s` after it was acquired or renewed last."""
+        ...
+
+    async def renew_slots(self, key: str, holders: Sequence[str], *, ttl_s: float) -> None:
+        """Say that these still hold theirs, whatever the limit: a store that forgot them learns of them again."""
+        ...
+
+    async def release_slot(self, key: str, holder: str) -> None:
+        """Give a slot back, if it is held."""
         ...
 
     async def ping(self) -> None:

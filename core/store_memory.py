@@ -6,11 +6,12 @@ Leases run on the given clock, so a test turns it by hand; waiting in `read` is 
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from core.clock import Clock, MonotonicClock
 from core.errors import StoreUnavailable
-from core.store import StreamEntry
+from core.store import StreamEntry, Taken
+from core.token_bucket import BucketTake, TokenBucket
 
 
 class MemoryStore:
@@ -20,6 +21,8 @@ class MemoryStore:
         self._clock = clock or MonotonicClock()
         self._values: dict[str, tuple[bytes, float | None]] = {}  # value, when its lease ends
         self._streams: dict[str, deque[tuple[int, bytes]]] = {}
+        self._buckets: dict[str, TokenBucket] = {}
+        self._slots: dict[str, dict[str, float]] = {}  # when each holder's lease ends
         self._last_entry = 0
         self._grown = asyncio.Condition()
         self._available = True
@@ -44,6 +47,8 @@ class MemoryStore:
         self._check()
         self._values.pop(key, None)
         self._streams.pop(key, None)
+        self._buckets.pop(key, None)
+        self._slots.pop(key, None)
 
     async def scan(self, prefix: str) -> Mapping[str, bytes]:
         self._check()
@@ -89,6 +94,40 @@ class MemoryStore:
             pass  # nothing came: an empty answer
         self._check()
         return self._after(streams, max_entries)
+
+    async def take_tokens(self, takes: Sequence[BucketTake], *, is_forced: bool = False) -> Taken:
+        self._check()
+        now = self._clock.now()
+        buckets = [self._buckets.setdefault(take.key, TokenBucket(take.capacity, now)) for take in takes]
+        waits = []
+        for bucket, take in zip(buckets, takes, strict=True):
+            bucket.refill(take, now)
+            waits.append(bucket.wait_s(take))
+        longest = max(waits, default=0.0)
+        if longest > 0 and not is_forced:
+            return Taken(waits.index(longest), longest)
+        for bucket, take in zip(buckets, takes, strict=True):
+            bucket.take(take)
+        return Taken(None, 0.0)
+
+    async def acquire_slot(self, key: str, holder: str, *, limit: int, ttl_s: float) -> bool:
+        self._check()
+        now = self._clock.now()
+        held = {name: ends for name, ends in self._slots.get(key, {}).items() if ends > now}
+        self._slots[key] = held
+        if holder not in held and len(held) >= limit:
+            return False
+        held[holder] = now + ttl_s
+        return True
+
+    async def renew_slots(self, key: str, holders: Sequence[str], *, ttl_s: float) -> None:
+        self._check()
+        ends = self._clock.now() + ttl_s
+        self._slots.setdefault(key, {}).update(dict.fromkeys(holders, ends))
+
+    async def release_slot(self, key: str, holder: str) -> None:
+        self._check()
+        self._slots.get(key, {}).pop(holder, None)
 
     async def ping(self) -> None:
         self._check()

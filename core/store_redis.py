@@ -7,7 +7,7 @@ server was restarted) is tried once more at once on a fresh one.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -17,20 +17,13 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from core.errors import ConfigError, StoreUnavailable
-from core.store import StreamEntry
+from core.store import StreamEntry, Taken
+from core.store_redis_scripts import COMPARE_AND_SET, HOLD_SLOTS, TAKE_TOKENS
+from core.token_bucket import BucketTake
 
 _FIELD = b"v"
 _SCAN_BATCH = 512
 _MAX_CONNECTIONS = 64
-_COMPARE_AND_SET = """
-local held = redis.call('GET', KEYS[1])
-if ARGV[1] == '1' then
-  if held ~= ARGV[2] then return 0 end
-elseif held then return 0 end
-if ARGV[4] == '' then redis.call('SET', KEYS[1], ARGV[3])
-else redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4]) end
-return 1
-"""
 
 
 class RedisStore:
@@ -58,6 +51,9 @@ class RedisStore:
                 protocol=2,  # every server speaks it, and it has no push messages
             )
             self._client = aioredis.Redis.from_pool(pool)
+            self._compare_and_set = self._client.register_script(COMPARE_AND_SET)
+            self._take_tokens = self._client.register_script(TAKE_TOKENS)
+            self._hold_slots = self._client.register_script(HOLD_SLOTS)
         except ValueError as error:
             raise ConfigError(f"redis.url: {error}") from error
 
@@ -93,7 +89,7 @@ class RedisStore:
         milliseconds = _milliseconds(ttl_s)
         arguments = ("0" if expected is None else "1", expected or b"", value, milliseconds or "")
         async with self._translated():
-            return bool(await self._client.eval(_COMPARE_AND_SET, 1, key, *arguments))
+            return bool(await self._compare_and_set([key], arguments))
 
     async def append(self, stream: str, value: bytes, *, max_entries: int) -> str:
         async with self._translated():
@@ -112,6 +108,28 @@ class RedisStore:
             name.decode(): [StreamEntry(entry_id.decode(), fields[_FIELD]) for entry_id, fields in entries]
             for name, entries in cast(list[Any], answer)
         }
+
+    async def take_tokens(self, takes: Sequence[BucketTake], *, is_forced: bool = False) -> Taken:
+        if not takes:
+            return Taken(None, 0.0)
+        arguments: list[float] = [int(is_forced)]
+        for take in takes:
+            arguments += [take.amount, take.capacity, take.refill_per_s]
+        async with self._translated():
+            number, wait_us = await self._take_tokens([take.key for take in takes], arguments)
+        return Taken(number - 1 if number else None, wait_us / 1e6)
+
+    async def acquire_slot(self, key: str, holder: str, *, limit: int, ttl_s: float) -> bool:
+        async with self._translated():
+            return bool(await self._hold_slots([key], [_at_least_1_ms(ttl_s), limit, holder]))
+
+    async def renew_slots(self, key: str, holders: Sequence[str], *, ttl_s: float) -> None:
+        async with self._translated():
+            await self._hold_slots([key], [_at_least_1_ms(ttl_s), "", *holders])
+
+    async def release_slot(self, key: str, holder: str) -> None:
+        async with self._translated():
+            await self._client.zrem(key, holder)
 
     async def ping(self) -> None:
         async with self._translated():
@@ -134,7 +152,11 @@ class RedisStore:
 
 
 def _milliseconds(ttl_s: float | None) -> int | None:
-    return None if ttl_s is None else max(1, round(ttl_s * 1000))
+    return None if ttl_s is None else _at_least_1_ms(ttl_s)
+
+
+def _at_least_1_ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
 
 
 def _without_password(url: str) -> str:
