@@ -5,8 +5,16 @@ the worker for a snapshot and goes on from the snapshot's sequence number.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from core.ids import Epoch, WorkerId
+
+
+class Tier(StrEnum):
+    """Where a worker keeps cached blocks."""
+
+    DEVICE = "device"
+    HOST = "host"  # must be loaded before use
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,13 +23,15 @@ class BlocksStored:
 
     parent: bytes
     hashes: tuple[bytes, ...]
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksRemoved:
-    """These blocks were evicted."""
+    """These blocks were evicted from this tier; another one may hold them still."""
 
     hashes: tuple[bytes, ...]
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,8 @@ class WorkerRecord(BaseModel):
     address: str = Field("", description="host:port of the worker's gRPC server; empty until it listens")
     metrics_port: int = Field(0, ge=0, le=65535, description="of /metrics on the address's host; 0: not served")
     host: str = ""
+    rack: str = Field("", description="as configured; workers of one rack share its switch; empty: not known")
+    zone: str = Field("", description="as configured; empty: not known")
     pid: int = 0
     model: str = ""
     layout_fingerprint: str = ""

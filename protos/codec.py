@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from core.errors import ProtocolError, RejectedError, RejectReason, ServingError
 from core.ids import Epoch, RequestId, WorkerId
-from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEvent, KvEventBatch
+from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEvent, KvEventBatch, Tier
 from core.membership import LoadReport
 from core.request import (
     Finish,
@@ -22,6 +22,8 @@ _FINISH_TO_WIRE = {
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
 }
 _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
+_TIER_TO_WIRE = {Tier.DEVICE: worker_pb2.CACHE_TIER_DEVICE, Tier.HOST: worker_pb2.CACHE_TIER_HOST}
+_TIER_FROM_WIRE = {wire: tier for tier, wire in _TIER_TO_WIRE.items()}
 _OPTIONAL_SAMPLING = (
     "temperature",
     "top_k",
@@ -200,12 +202,28 @@ def kv_events_to_wire(batch: KvEventBatch) -> worker_pb2.KvEventBatch:
     )
 
 
+def chain_to_wire(chain: BlocksStored) -> worker_pb2.CachedChain:
+    return worker_pb2.CachedChain(parent=chain.parent, hashes=chain.hashes, tier=_TIER_TO_WIRE[chain.tier])
+
+
+def chain_from_wire(message: worker_pb2.CachedChain) -> BlocksStored:
+    """Raises: ProtocolError for an unknown tier."""
+    return BlocksStored(message.parent, tuple(message.hashes), _tier_from_wire(message.tier))
+
+
+def _tier_from_wire(wire: worker_pb2.CacheTier.ValueType) -> Tier:
+    tier = _TIER_FROM_WIRE.get(wire)
+    if tier is None:
+        raise ProtocolError(f"unknown cache tier {wire}")
+    return tier
+
+
 def _event_to_wire(event: KvEvent) -> worker_pb2.KvEvent:
     match event:
-        case BlocksStored(parent, hashes):
-            return worker_pb2.KvEvent(stored=worker_pb2.CachedChain(parent=parent, hashes=hashes))
-        case BlocksRemoved(hashes):
-            return worker_pb2.KvEvent(removed=worker_pb2.RemovedBlocks(hashes=hashes))
+        case BlocksStored():
+            return worker_pb2.KvEvent(stored=chain_to_wire(event))
+        case BlocksRemoved(hashes, tier):
+            return worker_pb2.KvEvent(removed=worker_pb2.RemovedBlocks(hashes=hashes, tier=_TIER_TO_WIRE[tier]))
         case CacheCleared():
             return worker_pb2.KvEvent(cleared=worker_pb2.ClearedCache())
 
@@ -215,9 +233,9 @@ def kv_events_from_wire(message: worker_pb2.KvEventBatch) -> KvEventBatch:
     for event in message.events:
         match event.WhichOneof("event"):
             case "stored":
-                events.append(BlocksStored(event.stored.parent, tuple(event.stored.hashes)))
+                events.append(chain_from_wire(event.stored))
             case "removed":
-                events.append(BlocksRemoved(tuple(event.removed.hashes)))
+                events.append(BlocksRemoved(tuple(event.removed.hashes), _tier_from_wire(event.removed.tier)))
             case "cleared":
                 events.append(CacheCleared())
             case other:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from core.errors import ProtocolError, RejectedError, RejectReason
 from core.ids import Epoch, RequestId, WorkerId
-from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEventBatch
+from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEventBatch, Tier
 from core.membership import LoadReport
 from core.request import (
     Finish,
@@ -50,8 +50,8 @@ OUTPUTS = st.builds(
     RequestOutput, st.just(RequestId("r")), st.lists(TOKENS, max_size=3).map(tuple), st.none() | FINISHES
 )
 EVENTS = (
-    st.builds(BlocksStored, st.binary(min_size=16, max_size=16), HASHES)
-    | st.builds(BlocksRemoved, HASHES)
+    st.builds(BlocksStored, st.binary(min_size=16, max_size=16), HASHES, st.sampled_from(Tier))
+    | st.builds(BlocksRemoved, HASHES, st.sampled_from(Tier))
     | st.just(CacheCleared())
 )
 
@@ -98,5 +98,7 @@ def test_unknown_words_are_protocol_errors() -> None:
         codec.finish_from_wire(worker_pb2.WorkFinish())
     with pytest.raises(ProtocolError, match="reject reason"):
         codec.rejection_from_wire(worker_pb2.Rejected(reason="weather"))
+    with pytest.raises(ProtocolError, match="tier"):
+        codec.chain_from_wire(worker_pb2.CachedChain.FromString(b"\x18\x09"))  # tier 9 of a later version
     with pytest.raises(ProtocolError, match="KV event"):
         codec.kv_events_from_wire(worker_pb2.KvEventBatch(events=[worker_pb2.KvEvent()]))
