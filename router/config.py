@@ -6,6 +6,8 @@ from pydantic import Field
 
 from core.config import ConfigModel
 from core.kv_quality import KvQuality
+from core.service_class import ServiceClass
+from router.admission.config import AdmissionConfig
 
 
 class RoutingConfig(ConfigModel):
@@ -53,6 +55,13 @@ class TenantConfig(ConfigModel):
     kv_quality: KvQuality | None = Field(
         None, description="no transfer of its KV is of less quality than this, whatever its requests ask for"
     )
+    weight: float = Field(1.0, gt=0, description="its share of the cluster against other tenants that wait")
+    service_class: ServiceClass = Field(
+        ServiceClass.INTERACTIVE, description="of requests that ask for none; theirs may ask for any"
+    )
+    requests_per_minute: int | None = Field(None, ge=1, description="absent: unlimited")
+    tokens_per_minute: int | None = Field(None, ge=1, description="prompt and generated; absent: unlimited")
+    max_concurrent_requests: int | None = Field(None, ge=1, description="absent: unlimited")
 
 
 class RouterConfig(ConfigModel):
@@ -72,6 +81,7 @@ class RouterConfig(ConfigModel):
     default_max_tokens: int = Field(1024, ge=1)
     max_queued_requests: int = Field(1024, ge=1)
     max_queued_tokens: int = Field(4_000_000, ge=1)
+    max_queued_bytes: int = Field(256 * 2**20, ge=1, description="that requests of the queue occupy, as estimated")
     max_active_requests: int = Field(16_384, ge=1)
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request whose client set none")
     no_workers_timeout_s: float = Field(5.0, ge=0, description="how long requests wait for the first worker of a role")
@@ -95,6 +105,8 @@ class RouterConfig(ConfigModel):
         "soon as it can",
     )
     tenants: dict[str, TenantConfig] = Field(default_factory=dict, description="by name, what holds for a tenant")
+    default_tenant: TenantConfig = Field(TenantConfig(), description="what holds for tenants that are not named")
+    admission: AdmissionConfig = AdmissionConfig()
     routing: RoutingConfig = RoutingConfig()
     mirror: MirrorConfig = MirrorConfig()
     workers: WorkerStreamConfig = WorkerStreamConfig()
@@ -102,3 +114,7 @@ class RouterConfig(ConfigModel):
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model_path.resolve().name
+
+    def tenant(self, name: str) -> TenantConfig:
+        """Return what holds for the tenant of this name."""
+        return self.tenants.get(name, self.default_tenant)

@@ -39,7 +39,7 @@ def kv_terms(wish: KvWish, tenant: str, config: RouterConfig) -> KvTerms:
         floor = quality_floor(config.kv_quality if wish.quality is None else wish.quality)
     except ValueError as error:
         raise InvalidRequest("kv_quality", str(error)) from error
-    own = config.tenants.get(tenant)
-    if own is not None and own.kv_quality is not None:
+    own = config.tenant(tenant)
+    if own.kv_quality is not None:
         floor = max(floor, quality_floor(own.kv_quality))
     return KvTerms(floor, budget_s)
