@@ -116,8 +116,8 @@ def profile_validate(
 ) -> None:
     """Measure the profiles of a library again, on this machine and model; exit code 1 when something does not hold.
 
-    What is stated holds for the prompts that the library was made with: with fewer of them, or with others, a profile
-    may miss its figures and be as good as ever.
+    What is stated holds for the prompts that the library was made with: with fewer of them, or with others, ratios are
+    not compared, and agreement is refuted only by an interval that lies below the stated one.
 
     Example:
 
@@ -134,7 +134,7 @@ def profile_validate(
     for finding in validate(loaded, model, prompts, num_threads=threads, max_prompts=max_prompts):
         failed += bool(finding.broken)
         quality = "exact" if finding.quality is None else f"agreement {finding.quality.agreement:.4f}"
-        print(f"{finding.profile.name:12} {finding.cost.ratio:6.2f}x {quality}: {'; '.join(finding.broken) or 'holds'}")
+        print(f"{finding.profile.name:12} {finding.cost.ratio:6.2f}x {quality}: {finding.verdict}")
     if failed:
         raise ConfigError(f"{failed} of {len(loaded.profiles)} profiles no longer hold; run `tandem profile search`")
 

@@ -106,6 +106,7 @@ class ProfileLibrary(ConfigModel):
     Attributes:
         model: its name, for people.
         weights_version, codec_version, machine: what the measurements hold for.
+        prompts_digest: names the prompts that ratio and quality were measured on; None: not noted.
     """
 
     version: Literal[1] = LIBRARY_VERSION
@@ -113,6 +114,7 @@ class ProfileLibrary(ConfigModel):
     weights_version: str
     codec_version: int
     machine: str
+    prompts_digest: str | None = None
     profiles: tuple[Profile, ...]
 
     @model_validator(mode="after")
@@ -172,8 +174,10 @@ def load_library(path: Path) -> ProfileLibrary:
 
 
 def save_library(library: ProfileLibrary, path: Path) -> None:
-    """Write a library file, whole or not at all."""
-    data = library.model_dump(mode="json", exclude_none=True)
+    """Write a library file, whole or not at all. What has its default is left out, but for version and kinds."""
+    data = {"version": library.version, **library.model_dump(mode="json", exclude_defaults=True)}
+    for profile, row in zip(library.profiles, data["profiles"], strict=True):
+        row["pipeline"] = {"kind": profile.pipeline.kind, **row["pipeline"]}
     text = _HEADER + yaml.safe_dump(data, sort_keys=False, width=120)
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text, encoding="utf-8")

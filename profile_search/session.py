@@ -117,6 +117,7 @@ def run_search(settings: SearchSettings, told: Told = lambda stage, done, of: No
             weights_version=harness.info.weights_version,
             codec_version=CODEC_VERSION,
             machine=machine_fingerprint(),
+            prompts_digest=prompts.digest,
             profiles=(*(libraries.exact_profile(name, exact()[name], cost) for name, cost in exacts), *accepted),
         )
         save_library(library, settings.output)

@@ -53,6 +53,8 @@ class Quantiser(ConfigModel):
 class PipelineSpec(ConfigModel):
     """One pipeline. Everything but `kind` matters to kind `quantised` only; `zstd_level` to lossless too.
 
+    Library files leave out what has its default: another default would change what they mean.
+
     Attributes:
         keep_ratio: part of the prompt's tokens that is handed over at all (`token_selection`); below 1 the transfer
             begins when the whole prompt is computed. With every kind.

@@ -22,6 +22,7 @@ from kv_transfer.profile import (
     load_library,
     save_library,
 )
+from tests.model_matrix import TINY_PATH
 
 LAYOUT = KvLayout("w1", 4, 2, 64, "bfloat16", 16)
 FAST = CodecTime(fixed_s=1e-5, s_per_byte=1e-9)
@@ -62,6 +63,35 @@ def test_a_library_survives_its_file(tmp_path: Path) -> None:
     save_library(library(), tmp_path / "kv_profiles.yaml")
     assert load_library(tmp_path / "kv_profiles.yaml") == library()
     assert [path.name for path in tmp_path.iterdir()] == ["kv_profiles.yaml"]
+
+
+def test_a_file_leaves_out_what_has_its_default(tmp_path: Path) -> None:
+    save_library(library(), tmp_path / "kv_profiles.yaml")
+    none, lossy = (
+        profile["pipeline"] for profile in yaml.safe_load((tmp_path / "kv_profiles.yaml").read_text())["profiles"]
+    )
+    assert none == {"kind": "none"}
+    assert lossy == {
+        "kind": "quantised",
+        "k": {"levels": 7, "axis": "tensor", "step_rms": 0.7},
+        "low_heads": [[0, 1]],
+    }
+
+
+def test_the_defaults_that_files_leave_out_stay_what_they_are() -> None:
+    quantiser = {"levels": 16, "axis": "token", "group_tokens": 32, "symmetric": True, "clip": 1.0}
+    assert PipelineSpec().model_dump(exclude_none=True) == {
+        "keep_ratio": 1.0, "keep_sinks": 4, "keep_recent": 32, "kind": "quantised", "sink_tokens": 0, "tail_tokens": 0,
+        "center_k": True, "center_v": False, "rotate_k": True, "rotate_v": False, "seed": 0, "k": quantiser,
+        "v": quantiser, "recent_tokens": 0, "protected_first": 0, "protected_last": 0, "k_plane_steps": (),
+        "v_plane_steps": (), "low_heads": (), "entropy": "zstd", "zstd_level": 1,
+    }  # fmt: skip
+
+
+def test_the_shipped_library_is_as_the_search_writes_it(tmp_path: Path) -> None:
+    shipped = TINY_PATH / "kv_profiles.yaml"
+    save_library(load_library(shipped), tmp_path / "kv_profiles.yaml")
+    assert (tmp_path / "kv_profiles.yaml").read_text() == shipped.read_text()
 
 
 def test_a_profile_that_was_not_validated_for_the_model_is_refused() -> None:

@@ -17,7 +17,7 @@ from profile_search.judge import InjectionJudge
 from profile_search.prompts import load_prompts
 from profile_search.scores import quality_of, ratio_of
 from profile_search.sensitivity import steps_of
-from profile_search.validation import broken
+from profile_search.validation import broken, validate
 from tests.model_matrix import TINY_PATH
 
 NUM_PROMPTS = 3
@@ -80,6 +80,11 @@ def test_what_a_measurement_contradicts_is_named() -> None:
     assert broken(profile, Cost(8.0, slower, slower), stated, is_measured_here=False) == ()
     found = broken(profile, Cost(7.0, time, slower), worse, is_measured_here=True)
     assert [line.split()[0] for line in found] == ["agreement", "ratio", "decode"]
+    elsewhere = broken(profile, Cost(7.0, time, slower), worse, is_measured_here=True, has_same_prompts=False)
+    assert [line.split()[0] for line in elsewhere] == ["decode"]  # 0.96, but up to 0.99
+    surely_worse = worse.model_copy(update={"agreement_high": 0.965})
+    found = broken(profile, Cost(7.0, time, time), surely_worse, is_measured_here=True, has_same_prompts=False)
+    assert [line.split()[0] for line in found] == ["agreement"]
 
 
 def test_prompts_must_be_prompts_of_both_splits(tmp_path: Path) -> None:
@@ -113,6 +118,20 @@ def test_the_shipped_library_is_for_the_shipped_model_and_reaches_the_floors(jud
     scores = [judge.score(best.pipeline, at) for at in range(NUM_PROMPTS)]
     assert ratio_of(scores) > 0.7 * best.ratio  # of other lengths
     assert quality_of(scores).agreement_high > 0.97
+
+
+def test_the_shipped_library_was_measured_on_the_shipped_prompts() -> None:
+    library = load_library(TINY_PATH / "kv_profiles.yaml")
+    assert library.prompts_digest == load_prompts(TINY_PATH).digest != load_prompts(TINY_PATH, limit=8).digest
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_fewer_prompts_refute_no_profile(limit: int) -> None:
+    library = load_library(TINY_PATH / "kv_profiles.yaml").model_copy(update={"machine": "another"})
+    findings = list(validate(library, TINY_PATH, max_prompts=limit))
+    assert [finding.profile.name for finding in findings] == [profile.name for profile in library.profiles]
+    assert [finding.broken for finding in findings] == [()] * len(findings)
+    assert {finding.verdict for finding in findings} == {"holds (other prompts: the ratio is not compared)"}
 
 
 def test_the_command_shows_a_library() -> None:
