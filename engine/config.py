@@ -60,6 +60,14 @@ class EngineConfig(ConfigModel):
     )
     layer_group_size: int = Field(4, ge=1, description="layers per KV frame of a hand-off")
 
+    def cached_blocks(self, num_blocks: int, bytes_per_block: int) -> int:
+        """Return how many blocks of a pool of `num_blocks` the prefix cache may own."""
+        if not self.prefix_cache:
+            return 0
+        if self.prefix_cache_bytes is None:
+            return num_blocks
+        return min(num_blocks, self.prefix_cache_bytes // bytes_per_block)
+
     @model_validator(mode="after")
     def _one_pool_size(self) -> "EngineConfig":
         if self.kv_cache_bytes is not None and self.num_blocks is not None:

@@ -3,7 +3,8 @@
 A request's path:
 
 1. `add`: it waits, is admitted with its blocks, computed in chunks, decoded, and ends; every `step` returns news.
-2. `add_prefill`: the same up to its first token; then its blocks stay under a lease, to be read, until `release`.
+2. `add_prefill`: the same up to its first token; then its blocks stay under a lease, to be read, until `release`; or
+   `keep` lets it go on as if it had been added.
 3. `reserve`: blocks for a prompt that another engine computes; KV is written into them, then `activate` lets the
    request join the batch, at its first token or later.
 
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from core.blocks import num_blocks
 from core.errors import DuplicateRequest, RejectedError, RejectReason, TransferError
 from core.ids import RequestId
 from core.kv_events import BlocksStored, KvEvent
@@ -31,8 +33,8 @@ from engine.handoff import HandoffTable, NoSuchHandoff
 from engine.intake import Intake
 from engine.ledger import KvLedger
 from engine.logprobs import TokenDetail
-from engine.pool import KvPool
 from engine.prefix_cache import PrefixCache
+from engine.quarantine import Quarantine
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, StepStats
 from engine.sequence import SequenceEvent, SequenceState, TokenSequence
@@ -56,16 +58,17 @@ class Engine:
         self._block_size = pool.layout.block_size
         self._max_waiting = config.max_num_waiting
         blocks = BlockManager(pool.num_blocks)
-        self._ledger = KvLedger(blocks, PrefixCache(blocks, max_blocks=_cache_blocks(config, pool)), self._block_size)
+        cache = PrefixCache(blocks, max_blocks=config.cached_blocks(pool.num_blocks, pool.layout.bytes_per_block))
+        self._ledger = KvLedger(blocks, cache, self._block_size)
         self._scheduler = Scheduler(
             self._ledger, max_batch_tokens=config.max_batch_tokens, max_num_requests=config.max_num_requests
         )
         self._handoffs = HandoffTable(pool)
+        self._quarantine = Quarantine(self._ledger, self._handoffs)
         self._executor = Executor(runner, layer_group_size=config.layer_group_size, score_window=config.score_window)
         self._intake = Intake(runner.info, block_size=self._block_size, num_blocks=pool.num_blocks, decode=decode)
         self._live: dict[RequestId, TokenSequence] = {}
         self._observers: dict[RequestId, PrefillObserver] = {}
-        self._quarantined: dict[object, TokenSequence] = {}
         self._ready_outputs: list[RequestOutput] = []
         self._failed: list[RequestId] = []
         self._num_arrivals = 0
@@ -115,7 +118,7 @@ class Engine:
         Raises:
             StepFailed: computing failed; the engine can go on once the named requests are aborted.
         """
-        self._collect_drained()
+        self._quarantine.collect()
         plan = self._scheduler.schedule()
         self.last_step = plan.stats()
         for sequence in plan.admitted:
@@ -203,9 +206,8 @@ class Engine:
         queries = sequence.window_queries
         if queries is None or self.model_info.has_sliding_window:
             return None
-        tokens = range(sequence.num_prompt_tokens)
-        layers = (range(at, at + 1) for at in range(self.layout.num_layers))
-        return score_tokens((queries[at.start], self._handoffs.read(request_id, at, tokens)[0, 0]) for at in layers)
+        keys = self._handoffs.read_keys(request_id, range(sequence.num_prompt_tokens))
+        return score_tokens(zip(queries, keys, strict=True))
 
     def read_tokens(self, request_id: RequestId, layers: range, tokens: torch.Tensor, heads: range) -> torch.Tensor:
         """Copy KV of some tokens of a prefill into a frame [layers, 2, heads, T, D]. Any thread.
@@ -223,6 +225,30 @@ class Engine:
         if sequence is not None and sequence.state is SequenceState.LEASED:
             self._end(sequence)
 
+    def keep(self, request_id: RequestId) -> None:
+        """Let a prefill that is handed to nobody go on here, to its end. Ignored when its first token was its last.
+
+        A lease ends, and the request waits for its turn at its old place, as one that was preempted: what is in the
+        prefix cache by then is not computed again, which is all but the last block unless others needed room.
+
+        Raises:
+            RejectedError: the whole pool cannot hold it to its end. TransferError: its KV is being copied.
+        """
+        sequence = self._live.get(request_id)
+        if sequence is None or not sequence.is_prefill:
+            return
+        if num_blocks(sequence.max_tokens - 1, self._block_size) > self._ledger.blocks.num_blocks:
+            raise RejectedError(RejectReason.TOO_LONG, f"the pool cannot hold {sequence.max_tokens} tokens")
+        if not self._handoffs.close_unused(request_id):
+            raise TransferError("in_use", "a prefill that is being copied cannot be kept")
+        sequence.is_prefill = False
+        sequence.window_queries = None
+        self._observers.pop(request_id, None)
+        if sequence.state is SequenceState.LEASED:
+            self._ledger.release(sequence)
+            sequence.handle(SequenceEvent.KEPT)
+            self._scheduler.requeue(sequence)
+
     # Decode side of a hand-off
 
     def reserve(self, request: GenerateRequest) -> Reservation:
@@ -232,7 +258,7 @@ class Engine:
             InvalidRequest, PromptTooLong, DuplicateRequest: as `add`.
             RejectedError: no place in the batch, or not enough blocks. Nothing is kept in any of these cases.
         """
-        self._collect_drained()
+        self._quarantine.collect()
         sequence = self._new_sequence(request, SequenceState.RESERVED, is_prefill=False)
         if not self._scheduler.can_reserve():
             raise RejectedError(RejectReason.QUEUE_FULL, "the batch has no place left")
@@ -248,7 +274,7 @@ class Engine:
         ):
             raise RejectedError(RejectReason.NO_BLOCKS, f"{self._ledger.num_available} blocks are available")
         self._live[sequence.request_id] = sequence
-        self._scheduler.num_reserved += 1
+        self._scheduler.reserve(sequence)
         tokens = range(sequence.cached_tokens, prompt)
         self._handoffs.open_writing(sequence.request_id, sequence.block_table[: sequence.num_blocks], tokens)
         return Reservation(sequence.cached_tokens)
@@ -290,7 +316,6 @@ class Engine:
         sequence = self._live[request_id]
         self._ledger.change_owner(sequence, Owner.REQUEST)
         sequence.handle(SequenceEvent.ACTIVATED)
-        self._scheduler.num_reserved -= 1
         self._scheduler.join(sequence)
         sequence.num_computed = sequence.num_prompt_tokens
         sequence.is_shareable = exact
@@ -307,18 +332,8 @@ class Engine:
 
     def load_report(self) -> LoadReport:
         """Return counts; the rates are the loop's."""
-        self._collect_drained()
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        prompts = sum(sequence.num_pending for sequence in running if sequence.num_pending > 1)
-        return LoadReport(
-            num_running=len(running),
-            num_waiting=len(waiting) + self._scheduler.num_reserved,
-            queued_prefill_tokens=prompts + sum(sequence.num_pending for sequence in waiting),
-            context_tokens=sum(sequence.num_computed - sequence.num_dropped for sequence in running),
-            free_blocks=self._ledger.num_available,
-            total_blocks=self._ledger.blocks.num_blocks,
-            cached_blocks=len(self._ledger.cache),
-        )
+        self._quarantine.collect()
+        return self._scheduler.load_report()
 
     def take_kv_events(self) -> list[KvEvent]:
         """Return the changes of the prefix cache since the last call, in order."""
@@ -334,13 +349,9 @@ class Engine:
 
     def check(self) -> None:
         """Assert that every block has exactly one owner and that all books agree."""
-        self._collect_drained()
-        self._ledger.check(self._live.values(), self._quarantined.values())
-        states = [sequence.state for sequence in self._live.values()]
-        assert len(self._scheduler.waiting) == states.count(SequenceState.WAITING)
-        assert len(self._scheduler.running) == states.count(SequenceState.RUNNING)
-        assert self._scheduler.num_reserved == states.count(SequenceState.RESERVED)
-        assert all(sequence in self._live.values() for sequence in self._scheduler.running)
+        self._quarantine.collect()
+        self._ledger.check(self._live.values(), self._quarantine.sequences)
+        self._scheduler.check(self._live.values())
         assert self._observers.keys() <= self._live.keys()
 
     # Inside
@@ -363,9 +374,8 @@ class Engine:
         prompt = sequence.num_prompt_tokens
         self._handoffs.open_reading(sequence.request_id, sequence.block_table[: sequence.num_blocks], prompt)
         if sequence.cached_tokens:
-            observer = self._observers[sequence.request_id]
-            layers = range(self.layout.num_layers)
-            observer.on_kv_ready(sequence.request_id, layers, range(sequence.cached_tokens))
+            ready = (sequence.request_id, range(self.layout.num_layers), range(sequence.cached_tokens))
+            self._observers[sequence.request_id].on_kv_ready(*ready)
 
     def _advance(self, sequence: TokenSequence, token_id: int, detail: TokenDetail | None) -> RequestOutput:
         """Take a sampled token into a sequence and let it live on, lease or end accordingly."""
@@ -378,37 +388,13 @@ class Engine:
             self._ledger.change_owner(sequence, Owner.LEASE)
             sequence.handle(SequenceEvent.PREFILLED)
             del self._observers[sequence.request_id]
-        if detail is None:
-            token = TokenOutput(index, token_id)
-        else:
-            token = TokenOutput(index, token_id, detail.logprob, detail.top_logprobs)
-        return RequestOutput(sequence.request_id, (token,), finish)
+        logprobs = (detail.logprob, detail.top_logprobs) if detail else ()
+        return RequestOutput(sequence.request_id, (TokenOutput(index, token_id, *logprobs),), finish)
 
     def _end(self, sequence: TokenSequence) -> None:
         """Take a request out of everything; its blocks go back, or to quarantine while they are being copied."""
-        state = sequence.state
-        if state in (SequenceState.WAITING, SequenceState.RUNNING):
-            self._scheduler.remove(sequence)
-        elif state is SequenceState.RESERVED:
-            self._scheduler.num_reserved -= 1
+        self._scheduler.remove(sequence)
         del self._live[sequence.request_id]
         self._observers.pop(sequence.request_id, None)
-        pinned = self._handoffs.close(sequence.request_id)
-        if pinned is None:
-            self._ledger.release(sequence)
-        else:
-            self._ledger.change_owner(sequence, Owner.QUARANTINE)
-            self._quarantined[pinned] = sequence
+        self._quarantine.release(sequence)
         sequence.handle(SequenceEvent.ENDED)
-
-    def _collect_drained(self) -> None:
-        for pinned in self._handoffs.take_drained():
-            self._ledger.release(self._quarantined.pop(pinned), Owner.QUARANTINE)
-
-
-def _cache_blocks(config: EngineConfig, pool: KvPool) -> int:
-    if not config.prefix_cache:
-        return 0
-    if config.prefix_cache_bytes is None:
-        return pool.num_blocks
-    return min(pool.num_blocks, config.prefix_cache_bytes // pool.layout.bytes_per_block)

@@ -90,6 +90,11 @@ class HandoffTable:
         with self._pinned(request_id, layers, hull, heads, is_write=False) as hold:
             return self._pool.read_some(hold.block_ids, layers, tokens, heads)
 
+    def read_keys(self, request_id: RequestId, tokens: range) -> Iterator[torch.Tensor]:
+        """Copy K out, one layer after the other [K, T, D]; any thread. Raises as `Engine.read_kv`."""
+        for at in range(self._pool.layout.num_layers):
+            yield self.read(request_id, range(at, at + 1), tokens)[0, 0]
+
     def write(
         self, request_id: RequestId, layers: range, tokens: range, kv: torch.Tensor, heads: range | None = None
     ) -> None:
@@ -133,6 +138,15 @@ class HandoffTable:
                 return None
             hold.is_closed = True
             return hold if hold.pins else None
+
+    def close_unused(self, request_id: RequestId) -> bool:
+        """Engine thread: as `close`, unless a copy is in progress: then nothing changes, and the answer is False."""
+        with self._lock:
+            hold = self._holds.get(request_id)
+            if hold is not None and hold.pins:
+                return False
+            self._holds.pop(request_id, None)
+            return True
 
     def take_drained(self) -> list[object]:
         """Engine thread: return the tokens of closed holds whose last copy has ended since the last call."""

@@ -7,10 +7,12 @@ at its old place, to be recomputed.
 """
 
 from bisect import insort
+from collections.abc import Collection
 from dataclasses import dataclass
 from operator import attrgetter
 
 from core.ids import RequestId
+from core.membership import LoadReport
 from engine.blocks import Owner
 from engine.ledger import KvLedger
 from engine.policy import admission_headroom, choose_victims, share_budget
@@ -71,6 +73,7 @@ class Scheduler:
 
     Attributes:
         num_reserved: requests whose KV is on its way; each has a place in the batch kept for it.
+        reserved_tokens: of their prompts.
     """
 
     def __init__(self, ledger: KvLedger, *, max_batch_tokens: int, max_num_requests: int) -> None:
@@ -80,19 +83,36 @@ class Scheduler:
         self.waiting: list[TokenSequence] = []
         self.running: list[TokenSequence] = []
         self.num_reserved = 0
+        self.reserved_tokens = 0
         self._is_short_of_blocks = False
 
     def add(self, sequence: TokenSequence) -> None:
-        """Queue a new request."""
+        """Queue a request."""
         insort(self.waiting, sequence, key=_BY_ARRIVAL)
 
+    def requeue(self, sequence: TokenSequence) -> None:
+        """Let a request wait that was in the batch before; it holds nothing, and its turn comes by its age."""
+        sequence.num_preemptions += 1
+        self.add(sequence)
+
     def remove(self, sequence: TokenSequence) -> None:
-        """Take a request out of the queue or the batch; its blocks are the caller's affair."""
-        (self.waiting if sequence.state is SequenceState.WAITING else self.running).remove(sequence)
+        """Take a request out of the queue or the batch, if it is there; its blocks are the caller's affair."""
+        match sequence.state:
+            case SequenceState.WAITING:
+                self.waiting.remove(sequence)
+            case SequenceState.RUNNING:
+                self.running.remove(sequence)
+            case SequenceState.RESERVED:
+                self._unreserve(sequence)
 
     def can_reserve(self) -> bool:
         """Say whether the batch has a place for one more request from elsewhere."""
         return len(self.running) + self.num_reserved < self._max_running
+
+    def reserve(self, sequence: TokenSequence) -> None:
+        """Keep a place for a request whose KV is on its way."""
+        self.num_reserved += 1
+        self.reserved_tokens += sequence.num_prompt_tokens
 
     def is_short_of_blocks(self) -> bool:
         """Say whether a request that is here already waits for blocks; it goes before anything from elsewhere."""
@@ -103,7 +123,8 @@ class Scheduler:
         return admission_headroom(self.num_reserved + sum(not sequence.is_prefill for sequence in self.running))
 
     def join(self, sequence: TokenSequence) -> None:
-        """Put a request whose KV has landed into the batch."""
+        """Put a request whose KV has landed into the batch, at the place that was kept for it."""
+        self._unreserve(sequence)
         insort(self.running, sequence, key=_BY_ARRIVAL)
 
     def schedule(self) -> StepPlan:
@@ -119,6 +140,35 @@ class Scheduler:
             admitted,
             preempted,
         )
+
+    def load_report(self) -> LoadReport:
+        """Return counts."""
+        prompts = sum(sequence.num_pending for sequence in self.running if sequence.num_pending > 1)
+        return LoadReport(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting) + self.num_reserved,
+            num_reserved=self.num_reserved,
+            reserved_tokens=self.reserved_tokens,
+            queued_prefill_tokens=prompts + sum(sequence.num_pending for sequence in self.waiting),
+            context_tokens=sum(sequence.num_computed - sequence.num_dropped for sequence in self.running),
+            free_blocks=self._ledger.num_available,
+            total_blocks=self._ledger.blocks.num_blocks,
+            cached_blocks=len(self._ledger.cache),
+        )
+
+    def check(self, live: Collection[TokenSequence]) -> None:
+        """Assert that the lists and the counts are those of all `live` requests."""
+        by_state = {state: [each for each in live if each.state is state] for state in SequenceState}
+        assert len(self.waiting) == len(by_state[SequenceState.WAITING])
+        assert len(self.running) == len(by_state[SequenceState.RUNNING])
+        assert all(sequence in live for sequence in (*self.waiting, *self.running))
+        reserved = by_state[SequenceState.RESERVED]
+        assert self.num_reserved == len(reserved)
+        assert self.reserved_tokens == sum(sequence.num_prompt_tokens for sequence in reserved)
+
+    def _unreserve(self, sequence: TokenSequence) -> None:
+        self.num_reserved -= 1
+        self.reserved_tokens -= sequence.num_prompt_tokens
 
     def _make_room(self) -> list[TokenSequence]:
         ledger, size = self._ledger, self._ledger.block_size
@@ -141,10 +191,9 @@ class Scheduler:
     def _preempt(self, sequence: TokenSequence) -> None:
         self.running.remove(sequence)
         self._ledger.release(sequence)
-        sequence.num_preemptions += 1
         sequence.is_shareable = True  # whatever it was before, it is recomputed here, exactly
         sequence.handle(SequenceEvent.PREEMPTED)
-        insort(self.waiting, sequence, key=_BY_ARRIVAL)
+        self.requeue(sequence)
 
     def _admit(self) -> list[TokenSequence]:
         admitted = []

@@ -1,8 +1,8 @@
 """One generation inside the engine: its tokens, how far they are computed, the blocks it holds, its life.
 
-Life: a request is added and waits, runs, and ends. With a hand-off it either ends as a lease on the prefill side, or
-begins as a reservation on the decode side. Preemption takes its blocks and lets it wait again; its tokens stay.
-Mutable, and changed by the engine thread only.
+Life: a request is added and waits, runs, and ends. With a hand-off it either ends as a lease on the prefill side
+(unless it is kept there), or begins as a reservation on the decode side. Preemption takes its blocks and lets it wait
+again; its tokens stay. Mutable, and changed by the engine thread only.
 """
 
 from collections.abc import Mapping
@@ -33,6 +33,7 @@ class SequenceEvent(StrEnum):
     ADMITTED = "admitted"
     PREEMPTED = "preempted"
     PREFILLED = "prefilled"
+    KEPT = "kept"
     ACTIVATED = "activated"
     ENDED = "ended"
 
@@ -49,7 +50,10 @@ EDGES: Mapping[SequenceState, Mapping[SequenceEvent, SequenceState]] = MappingPr
             _E.PREFILLED: _S.LEASED,  # first token sampled, the KV is to be handed over
             _E.ENDED: _S.ENDED,  # finished or aborted
         },
-        _S.LEASED: {_E.ENDED: _S.ENDED},  # the hand-off ended, well or not
+        _S.LEASED: {
+            _E.KEPT: _S.WAITING,  # there is no hand-off: it goes on here
+            _E.ENDED: _S.ENDED,  # the hand-off ended, well or not
+        },
         _S.RESERVED: {
             _E.ACTIVATED: _S.RUNNING,  # the KV has landed
             _E.ENDED: _S.ENDED,  # it never came, or the request was aborted
@@ -64,6 +68,7 @@ class TokenSequence:
 
     Attributes:
         arrival: order of acceptance; smaller is older and goes first.
+        max_tokens: prompt plus output at the very most.
         tokens: prompt, then what was generated.
         num_computed: leading tokens that need no computing: their KV is in the pool, or was dropped.
         num_dropped: prompt tokens whose KV was left out of the hand-off. The KV of the others is moved together, so a
@@ -92,7 +97,6 @@ class TokenSequence:
     ) -> None:
         """
         Args:
-            max_tokens: prompt plus output at the very most.
             namespace: root of the request's hash chain.
         """
         self.request = request
@@ -100,6 +104,7 @@ class TokenSequence:
         self.arrival = arrival
         self.state = state
         self.num_prompt_tokens = request.num_prompt_tokens
+        self.max_tokens = max_tokens
         self.tokens = list(request.prompt_token_ids)
         self.num_computed = 0
         self.num_dropped = 0

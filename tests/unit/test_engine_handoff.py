@@ -117,6 +117,62 @@ def test_a_first_token_that_ends_the_request_leaves_no_lease() -> None:
     assert engine.load_report().free_blocks == 32
 
 
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 9], ids=["waiting", "computing", "half way", "leased"])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_prefill_that_is_kept_generates_what_one_engine_does(num_steps: int, prefix_cache: bool) -> None:
+    engine = fake_engine(num_blocks=16, max_batch_tokens=4, prefix_cache=prefix_cache)
+    one = request("a", range(11), SamplingParams(seed=5, max_tokens=9))
+    engine.add_prefill(one, Recorder(engine))
+    first = [output for _ in range(num_steps) for output in engine.step()]
+    engine.keep(RequestId("a"))
+    engine.check()
+    with pytest.raises(NoSuchHandoff):
+        engine.read_kv(RequestId("a"), LAYERS, range(1))
+    assert token_ids(first + run_to_end(engine)["a"]) == reference_tokens(one)
+    engine.keep(RequestId("a"))  # late
+    assert engine.load_report().free_blocks == 16
+
+
+def test_a_prefill_that_is_kept_computes_its_last_block_again_and_nothing_else() -> None:
+    engine = fake_engine(max_batch_tokens=16)
+    engine.add_prefill(request("a", range(11)), Recorder(engine))
+    assert len(engine.step()) == 1
+    engine.keep(RequestId("a"))
+    engine.step()
+    assert engine.last_step.num_prompt_tokens == 4  # of 11 and the first token, 8 are two whole blocks
+    assert engine.last_step.admitted == ()  # nobody's news
+
+
+def test_a_prefill_whose_end_the_pool_cannot_hold_is_not_kept() -> None:
+    engine = fake_engine(num_blocks=4)
+    engine.add_prefill(request("a", range(11), greedy(30)), Recorder(engine))
+    engine.step()
+    with pytest.raises(RejectedError, match="pool") as refused:
+        engine.keep(RequestId("a"))
+    assert refused.value.reason is RejectReason.TOO_LONG
+    assert engine.read_kv(RequestId("a"), LAYERS, range(11)).shape[3] == 11
+    engine.release(RequestId("a"))
+    engine.check()
+
+
+def test_a_prefill_is_not_kept_while_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fake_engine()
+    engine.add_prefill(request("a", range(11)), Recorder(engine))
+    engine.step()
+    read = KvPool.read
+
+    def read_and_keep(pool: KvPool, *box: object) -> torch.Tensor:
+        with pytest.raises(TransferError, match="in_use"):
+            engine.keep(RequestId("a"))
+        return read(pool, *box)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KvPool, "read", read_and_keep)
+    assert engine.read_kv(RequestId("a"), LAYERS, range(11)).shape[3] == 11
+    monkeypatch.undo()
+    engine.keep(RequestId("a"))
+    assert len(token_ids(run_to_end(engine)["a"])) == 7
+
+
 def test_prefills_are_not_preempted_and_decodes_yield_to_them() -> None:
     engine = fake_engine(num_blocks=8, max_batch_tokens=4, prefix_cache=False)
     engine.add(request("decode", range(8), greedy(max_tokens=20, ignore_eos=True)))

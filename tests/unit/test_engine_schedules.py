@@ -71,7 +71,7 @@ class Schedules(RuleBasedStateMachine):
     """One engine; requests by what became of them."""
 
     @initialize(
-        num_blocks=st.sampled_from([11, 16]),
+        num_blocks=st.sampled_from([9, 11, 16]),
         max_batch_tokens=st.sampled_from([4, 7, 30]),
         max_cached_blocks=st.sampled_from([5, 16]),
     )
@@ -223,6 +223,21 @@ class Schedules(RuleBasedStateMachine):
     @rule(which=WHICH)
     def release(self, which: int) -> None:
         self.engine.release(self.leased.pop(which % len(self.leased)))
+
+    @precondition(lambda self: self.leased or self.prefills)
+    @rule(which=WHICH)
+    def keep(self, which: int) -> None:
+        everything = [(group, request_id) for group in (self.leased, self.prefills) for request_id in group]
+        group, request_id = everything[which % len(everything)]
+        request = self.requests[request_id]
+        num_tokens = min(request.num_prompt_tokens + request.sampling.max_tokens, MAX_MODEL_LEN) - 1
+        if num_tokens > self.engine.load_report().total_blocks * 4:
+            with pytest.raises(RejectedError, match="too_long"):
+                self.engine.keep(request_id)
+            return
+        self.engine.keep(request_id)
+        group.remove(request_id)
+        self.running.append(request_id)
 
     @rule()
     def drop_cache(self) -> None:
