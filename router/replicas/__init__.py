@@ -1,0 +1,1 @@
+"""What the gateways of one cluster tell each other: credit, sessions, breakers."""

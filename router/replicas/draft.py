@@ -1,0 +1,68 @@
+"""The next message to the other gateways, as it collects: what changed is named here and read when the message is
+composed, so a hundred changes of one worker's credit are one entry. Bounded by what there is to tell of."""
+
+from core.ids import GatewayId, WorkerId
+from router.replicas.news import News
+from router.replicas.shared_state import SharedState
+
+
+class Draft:
+    """Of one gateway. Pure but for reading the state."""
+
+    def __init__(self, gateway_id: GatewayId, state: SharedState, *, bindings_per_message: int) -> None:
+        self._gateway_id = gateway_id
+        self._state = state
+        self._bindings_per_message = bindings_per_message
+        self._sequence = 0
+        self._credits: set[WorkerId] = set()
+        self._sessions: dict[str, None] = {}  # in the order in which they changed
+        self._breakers: set[WorkerId] = set()
+        self._round: list[str] = []  # sessions that whole messages still have to bring in this round
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self._credits or self._sessions or self._breakers)
+
+    def note_credit(self, worker_id: WorkerId) -> None:
+        self._credits.add(worker_id)
+
+    def note_session(self, session_id: str) -> None:
+        self._sessions[session_id] = None
+
+    def note_breaker(self, worker_id: WorkerId) -> None:
+        self._breakers.add(worker_id)
+
+    def compose(self, *, is_whole: bool) -> News:
+        """Return the message and begin the next one. A whole message repeats everything, and goes round the sessions
+        a slice at a time, so that whoever starts learns of all of them, and one that was lost is told of again."""
+        state, self._sequence = self._state, self._sequence + 1
+        workers = set(state.credited()) if is_whole else self._credits
+        suspects = self._breakers | set(state.suspected()) if is_whole else self._breakers
+        names = list(self._sessions)[: self._bindings_per_message]
+        changed = set(names)
+        if is_whole:
+            names += [name for name in self._slice(self._bindings_per_message - len(names)) if name not in changed]
+        bindings = (state.binding(name) for name in names)
+        news = News(
+            self._gateway_id,
+            self._sequence,
+            is_whole,
+            credits=tuple(state.credit(worker_id) for worker_id in sorted(workers)),
+            bindings=tuple(one for one in bindings if one is not None),
+            breakers=tuple(state.breaker(worker_id) for worker_id in sorted(suspects)),
+        )
+        self._credits = set()
+        self._breakers = set()
+        for name in changed:
+            del self._sessions[name]
+        return news
+
+    def farewell(self) -> News:
+        """Return the last message."""
+        self._sequence += 1
+        return News(self._gateway_id, self._sequence, is_leaving=True)
+
+    def _slice(self, count: int) -> list[str]:
+        if not self._round:
+            self._round = list(self._state.sessions())  # popped from its end: the most recently used first
+        return [self._round.pop() for _ in range(min(count, len(self._round)))]
