@@ -100,7 +100,8 @@ class Comparison:
             await getattr(self, f"_{part}")(prompts)
 
     def _sides(self, count: int, shape: WorkerShape) -> list[AbstractAsyncContextManager[Side]]:
-        sides = [tandem(count, shape, _MODEL, policy) for policy in self._options.policies]
+        sides: list[AbstractAsyncContextManager[Side]] = []
+        sides += [tandem(count, shape, _MODEL, policy) for policy in self._options.policies]
         if self._python is not None:
             folder = self._python.parent
             vllm, sglang = [str(folder / "vllm-router")], [str(folder / "sglang-router"), "launch"]
