@@ -96,7 +96,7 @@ class DecodeDesk:
             landed = m.KvLanded(
                 first_token_id,
                 stats.exposed_s,
-                stats.payload_bytes,
+                stats.raw_bytes,
                 stats.wire_bytes,
                 stats.profile,
                 stats.profile_is_lossless,

@@ -37,7 +37,7 @@ class LandedStats:
     """What a landed transfer brought.
 
     Attributes:
-        num_frames, payload_bytes: frames written, and their KV bytes before coding.
+        num_frames, raw_bytes: frames written, and their KV bytes before coding.
         wire_bytes: what crossed the link for them: coded, with metadata and headers.
         profile: as the sender names it; for people.
         profile_is_lossless: every frame was one that decodes to equal bits; read off the frames, not believed.
@@ -48,7 +48,7 @@ class LandedStats:
     """
 
     num_frames: int
-    payload_bytes: int
+    raw_bytes: int
     held_tokens: int
     transfer_s: float
     exposed_s: float

@@ -98,7 +98,7 @@ def _together(shards: list[LandedStats]) -> LandedStats:
     profiles = {stats.profile for stats in shards}
     return LandedStats(
         num_frames=sum(stats.num_frames for stats in shards),
-        payload_bytes=sum(stats.payload_bytes for stats in shards),
+        raw_bytes=sum(stats.raw_bytes for stats in shards),
         held_tokens=min(stats.held_tokens for stats in shards),
         transfer_s=max(stats.transfer_s for stats in shards),
         exposed_s=max(stats.exposed_s for stats in shards),

@@ -314,7 +314,7 @@ class KvReceiver:
         dropped_tokens = 0 if landed.kept_tokens is None else sent_tokens - landed.kept_tokens
         stats = LandedStats(
             num_frames=written.num_frames,
-            payload_bytes=written.raw_bytes,
+            raw_bytes=written.raw_bytes,
             held_tokens=transfer.held_tokens,
             transfer_s=landed.transfer_s,
             exposed_s=landed.exposed_s,

@@ -41,7 +41,7 @@ async def test_parts_land_bit_exactly(chunk: int, group: int) -> None:
         assert torch.equal(kv, target)
         assert duo.landed.first_tokens[transfer_id] == 42
         stats = duo.landed.stats[transfer_id]
-        assert stats.payload_bytes == kv.nbytes
+        assert stats.raw_bytes == kv.nbytes
         assert stats.num_frames == len(duo.target.writes)
         assert duo.sender_metrics.acked_exposed_seconds._sum.get() == stats.exposed_s
 
@@ -55,7 +55,7 @@ async def test_what_the_receiver_holds_is_not_sent() -> None:
         assert await _settled(duo, transfer_id) == ("acked", "landed")
         assert target[:, :, :, :13].isnan().all()
         assert torch.equal(kv[:, :, :, 13:], target[:, :, :, 13:])
-        assert duo.landed.stats[transfer_id].payload_bytes == kv[:, :, :, 13:].nbytes
+        assert duo.landed.stats[transfer_id].raw_bytes == kv[:, :, :, 13:].nbytes
 
 
 async def test_a_prompt_that_is_held_whole_lands_without_a_frame() -> None:

@@ -29,8 +29,8 @@ async def test_coded_parts_land_bit_exactly(chunk: int, group: int) -> None:
         assert await coded.settled(transfer_id) == ("acked", "landed")
         assert torch.equal(kv[:, :, :, 5:], target[:, :, :, 5:])
         stats = duo.landed.stats[transfer_id]
-        assert stats.payload_bytes == kv[:, :, :, 5:].nbytes
-        assert stats.wire_bytes >= stats.payload_bytes + stats.num_frames * HEADER_BYTES
+        assert stats.raw_bytes == kv[:, :, :, 5:].nbytes
+        assert stats.wire_bytes >= stats.raw_bytes + stats.num_frames * HEADER_BYTES
         assert (stats.profile, stats.profile_is_lossless) == ("flip", True)
     coded.check_nothing_is_lent()
 
@@ -145,7 +145,7 @@ async def test_rungs_of_the_ladder_cross(rung: str) -> None:
         assert await duo.landed.outcome(transfer_id) == "landed"
         stats = duo.landed.stats[transfer_id]
         assert (stats.profile, stats.profile_is_lossless) == (rung, rung == "lossless")
-        assert stats.payload_bytes == kv.nbytes > stats.wire_bytes
+        assert stats.raw_bytes == kv.nbytes > stats.wire_bytes
         assert 4 <= stats.num_frames <= 8
         assert torch.equal(kv, target) == (rung == "lossless")
         assert torch.allclose(kv, target, rtol=0.2, atol=0.2)

@@ -191,7 +191,7 @@ async def test_shards_land_bit_exactly(senders: int, receivers: int, encoder: En
         verdict = await ranks.landed.verdict()
         assert isinstance(verdict, ShardsLanded)
         assert verdict.first_token_id == 5
-        assert verdict.stats.payload_bytes == kv[:, :, :, HELD_TOKENS:].nbytes
+        assert verdict.stats.raw_bytes == kv[:, :, :, HELD_TOKENS:].nbytes
         landed = torch.cat([pool.whole() for pool in ranks.targets], dim=2)
         assert torch.equal(landed[:, :, :, HELD_TOKENS:], kv[:, :, :, HELD_TOKENS:])
         assert landed[:, :, :, :HELD_TOKENS].isnan().all()
