@@ -122,7 +122,8 @@ class FrameTarget:
         self._landings[TRANSFER] = landing = Landing(TRANSFER, REQUEST, Coverage(TARGET))
         self._writes, self._defect = 0, None
         try:
-            header, written = self._zone.land(slot)
+            header, arrival = self._zone.admit(slot)
+            written = None if arrival is None else self._zone.write(arrival, slot.memory[HEADER_BYTES:])
             outcome = "late" if written is None else "landed"
         except FrameRefused as refused:
             outcome = str(refused.reason)

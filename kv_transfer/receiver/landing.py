@@ -22,7 +22,7 @@ from core.ids import RequestId, TransferId
 from core.layout import KvLayout
 from kv_transfer.box import Box
 from kv_transfer.codec import RAW, TORCH_DTYPES, Decoder
-from kv_transfer.frame import HEADER_BYTES, FrameHeader, FrameRefused, decode, section_spans
+from kv_transfer.frame import FrameHeader, FrameRefused, decode, section_spans
 from kv_transfer.gate import Gate
 from kv_transfer.link import Slot
 from kv_transfer.ports import KvWriter
@@ -129,20 +129,6 @@ class LandingZone:
         self._writer = writer
         self._decoders = decoders
         self._landings = landings
-
-    def land(self, slot: Slot) -> tuple[FrameHeader, Landing | None]:
-        """Verify the frame in `slot` and write it, here and now.
-
-        Returns:
-            Its header, and the transfer that it was written for: None for a late frame.
-
-        Raises:
-            FrameRefused: nothing was written, or (POOL) the pool refused to.
-        """
-        header, arrival = self.admit(slot)
-        if arrival is None or self.write(arrival, slot.memory[HEADER_BYTES:]) is None:
-            return header, None
-        return header, arrival.landing
 
     def admit(self, slot: Slot) -> tuple[FrameHeader, Arrival | None]:
         """Verify the frame in `slot` and claim its box.

@@ -13,7 +13,7 @@ from kv_transfer.control import ControlStream, nack_reason
 from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.link import PairIdentity
 from kv_transfer.ports import Peer
-from kv_transfer.sender import session as session
+from kv_transfer.sender import session
 from kv_transfer.sender.outgoing import OpenedLink, Outgoing
 from kv_transfer.sender.pump import SendPump
 from kv_transfer.session import NackReason

@@ -35,7 +35,7 @@ from kv_transfer.link_quota import LinkQuota
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.ports import KvReader, Peer, PeerDown, SenderOutcomes, TokenReader
 from kv_transfer.rpc import GrpcDialer
-from kv_transfer.sender import session as session
+from kv_transfer.sender import session
 from kv_transfer.sender.outgoing import Commit, Outgoing
 from kv_transfer.sender.pair import SenderPair
 from kv_transfer.sender.peer_health import PeerHealth

@@ -50,7 +50,10 @@ class Site:
         slot.memory[HEADER_BYTES:].copy_(torch.arange(4096) % 7)
         seal(header, slot.view())
         spoil(slot.view())
-        return self.zone.land(slot)[1]
+        _, arrival = self.zone.admit(slot)
+        if arrival is None or self.zone.write(arrival, slot.memory[HEADER_BYTES:]) is None:
+            return None
+        return arrival.landing
 
 
 def _box(**changes: range) -> FrameHeader:
