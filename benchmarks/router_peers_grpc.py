@@ -108,6 +108,11 @@ class TrivialPrefillWorker(worker_pb2_grpc.PrefillWorkerServicer):
     ) -> worker_pb2.ListCachedBlocksResponse:
         return await self._calls.list_cached_blocks(context)
 
+    async def ListKvDecisions(  # noqa: N802
+        self, request: worker_pb2.ListKvDecisionsRequest, context: Context
+    ) -> worker_pb2.ListKvDecisionsResponse:
+        return worker_pb2.ListKvDecisionsResponse(worker_id=self.identity.worker_id, epoch=self.identity.epoch)
+
     def connect(self) -> Outbox[Any]:
         stream: Outbox[worker_pb2.PrefillReport] = Outbox(1 << 16)
         self._streams.append(stream)
