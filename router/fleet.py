@@ -16,8 +16,9 @@ from router.config import RoutingConfig
 from router.credit import CreditLedger
 from router.estimates import Estimates
 from router.forwarding.doors import WorkerDoors
+from router.index.prefix_index import PrefixIndex
+from router.index.slots import WorkerSlots
 from router.messages import WorkEvents
-from router.prefix_index import PrefixIndex
 from router.prompt_hashes import HashKey, PromptHashes
 from router.snapshot import ClusterSnapshot, WorkerView
 
@@ -64,7 +65,8 @@ class Fleet:
         self.changed = Broadcast()  # workers came, went, or changed state
         self.credit = CreditLedger()
         self.estimates = Estimates(config)
-        self.index = PrefixIndex(config.prefix_index_bytes)
+        self.slots = WorkerSlots()
+        self.index = PrefixIndex(config.prefix_index_bytes, self.slots)
 
     def follow(self, source: RecordSource) -> None:
         """Go by these records from now on."""
@@ -110,7 +112,7 @@ class Fleet:
         """Return the prompt tokens that each worker's prefix cache holds; workers with none are absent."""
         held: dict[WorkerId, int] = {}
         for key in self.hash_keys():
-            for worker_id, blocks in self.index.match(hashes.of(key)).items():
+            for worker_id, blocks in self.index.match(hashes.of(key)).holders().items():
                 if self.hash_key(worker_id) == key:
                     held[worker_id] = blocks * key.block_size
         return held

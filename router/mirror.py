@@ -21,8 +21,8 @@ from core.store import STREAM_START, Store, StreamEntry
 from protos import worker_pb2
 from protos.codec import kv_events_from_wire
 from router.config import MirrorConfig
-from router.kv_feed import FeedResult, KvFeed
-from router.prefix_index import PrefixIndex
+from router.index.kv_feed import FeedResult, KvFeed
+from router.index.prefix_index import PrefixIndex
 from router.record_book import RecordBook
 
 _log = logging.getLogger(__name__)

@@ -9,14 +9,15 @@ import pytest
 from core.clock import ManualClock
 from core.errors import WorkerLost
 from core.ids import Epoch, WorkerId
-from core.kv_events import BlocksStored, KvEventBatch
+from core.kv_events import BlocksStored, KvEventBatch, Tier
 from core.membership import Role, WorkerRecord, WorkerState, kv_event_stream, worker_key
 from core.store_memory import MemoryStore
 from protos.codec import kv_events_to_wire
 from router.broadcast import Broadcast
 from router.config import MirrorConfig
+from router.index.prefix_index import PrefixIndex
+from router.index.slots import WorkerSlots
 from router.mirror import CacheSnapshot, StoreMirror
-from router.prefix_index import PrefixIndex
 
 A = WorkerId("a")
 PATIENCE_S = 5.0
@@ -38,15 +39,17 @@ class WatchedIndex(PrefixIndex):
     """Tells when it was changed."""
 
     def __init__(self, news: Broadcast) -> None:
-        super().__init__(2**20)
+        super().__init__(2**20, WorkerSlots())
         self._news = news
 
-    def store(self, worker_id: WorkerId, hashes: Sequence[bytes]) -> None:
-        super().store(worker_id, hashes)
+    def store(
+        self, worker_id: WorkerId, hashes: Sequence[bytes], tier: Tier = Tier.DEVICE, *, parent: bytes = b""
+    ) -> None:
+        super().store(worker_id, hashes, tier, parent=parent)
         self._news.notify()
 
-    def remove(self, worker_id: WorkerId, hashes: Iterable[bytes]) -> None:
-        super().remove(worker_id, hashes)
+    def remove(self, worker_id: WorkerId, hashes: Iterable[bytes], tier: Tier = Tier.DEVICE) -> None:
+        super().remove(worker_id, hashes, tier)
         self._news.notify()
 
     def forget(self, worker_id: WorkerId) -> None:
@@ -90,7 +93,7 @@ class Bench:
         await self.store.append(kv_event_stream("c", A), kv_events_to_wire(batch).SerializeToString(), max_entries=100)
 
     def holds(self, block: bytes) -> bool:
-        return self.index.match((block,)) == {A: 1}
+        return self.index.match((block,)).holders() == {A: 1}
 
     async def scans(self, count: int) -> None:
         """Wait for so many scans to begin; all but the last are over then."""
@@ -157,7 +160,7 @@ async def test_a_gap_is_closed_by_a_snapshot_and_nothing_after_it_is_missed() ->
         await it.publish(4, block(4))
         await it.until(lambda: it.holds(block(4)))
         assert [it.holds(block(number)) for number in (1, 2, 3)] == [False, True, True]
-        assert it.index.match((block(2), block(3))) == {A: 2}
+        assert it.index.match((block(2), block(3))).holders() == {A: 2}
 
 
 async def test_a_new_epoch_empties_the_cache() -> None:

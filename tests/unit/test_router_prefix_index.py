@@ -11,8 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from core.blocks import block_hashes
 from core.ids import Epoch, WorkerId
 from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEvent, KvEventBatch
-from router.kv_feed import FeedResult, KvFeed
-from router.prefix_index import ENTRY_BYTES, PrefixIndex
+from router.index.kv_feed import FeedResult, KvFeed
+from router.index.prefix_index import ENTRY_BYTES, PrefixIndex
+from router.index.slots import WorkerSlots
 
 A, B, C = WorkerId("a"), WorkerId("b"), WorkerId("c")
 ROOT = b"r" * 16
@@ -24,7 +25,7 @@ def chain(*tokens: int) -> tuple[bytes, ...]:
 
 
 def big() -> PrefixIndex:
-    return PrefixIndex(2**20)
+    return PrefixIndex(2**20, WorkerSlots())
 
 
 def test_matches_the_leading_blocks_of_each_worker() -> None:
@@ -32,10 +33,10 @@ def test_matches_the_leading_blocks_of_each_worker() -> None:
     index.store(A, chain(1, 2, 3, 4))
     index.store(B, chain(1, 2))
     index.store(C, chain(9))
-    assert index.match(chain(1, 2, 3, 5)) == {A: 3, B: 2}
-    assert index.match(chain(9, 1)) == {C: 1}
-    assert index.match(chain(7)) == {}
-    assert index.match(()) == {}
+    assert index.match(chain(1, 2, 3, 5)).holders() == {A: 3, B: 2}
+    assert index.match(chain(9, 1)).holders() == {C: 1}
+    assert index.match(chain(7)).holders() == {}
+    assert index.match(()).holders() == {}
 
 
 def test_a_hole_in_the_chain_ends_the_match() -> None:
@@ -43,9 +44,9 @@ def test_a_hole_in_the_chain_ends_the_match() -> None:
     hashes = chain(1, 2, 3, 4)
     index.store(A, hashes)
     index.remove(A, [hashes[1]])
-    assert index.match(hashes) == {A: 1}
+    assert index.match(hashes).holders() == {A: 1}
     index.remove(A, [hashes[0], b"unknown" + b"-" * 9])
-    assert index.match(hashes) == {}
+    assert index.match(hashes).holders() == {}
 
 
 def test_a_forgotten_worker_matches_nothing_at_once_and_its_slot_is_reused_after_the_sweep() -> None:
@@ -54,7 +55,7 @@ def test_a_forgotten_worker_matches_nothing_at_once_and_its_slot_is_reused_after
     index.store(A, hashes)
     index.store(B, hashes[:50])
     index.forget(A)
-    assert index.match(hashes) == {B: 50}
+    assert index.match(hashes).holders() == {B: 50}
     assert len(index) == 100, "bounded time: the entries are still there"
     assert index.sweep(60)
     index.store(C, chain(5, 6))  # while the sweep is under way
@@ -62,26 +63,26 @@ def test_a_forgotten_worker_matches_nothing_at_once_and_its_slot_is_reused_after
         index.check()
     assert len(index) == 52
     index.store(A, hashes[:3])
-    assert index.match(hashes) == {A: 3, B: 50}
+    assert index.match(hashes).holders() == {A: 3, B: 50}
     index.check()
 
 
 def test_the_cap_drops_what_was_not_used_and_children_before_parents() -> None:
-    index = PrefixIndex(10 * ENTRY_BYTES)
+    index = PrefixIndex(10 * ENTRY_BYTES, WorkerSlots())
     old, hot = chain(1, 2, 3, 4, 5), chain(7, 8, 9)
     index.store(A, old)
     index.store(A, hot)
     index.match(old)
     index.store(A, chain(20, 21, 22, 23))
-    assert index.match(old) == {A: 5}, "used lately"
-    assert index.match(hot) == {A: 1}, "its deepest blocks went first"
+    assert index.match(old).holders() == {A: 5}, "used lately"
+    assert index.match(hot).holders() == {A: 1}, "its deepest blocks went first"
     assert index.num_bytes <= 10 * ENTRY_BYTES
     index.check()
 
 
 def test_the_cap_holds_for_real_memory_while_prefixes_churn() -> None:
     cap = 2 * 2**20
-    index = PrefixIndex(cap)
+    index = PrefixIndex(cap, WorkerSlots())
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -138,7 +139,7 @@ class IndexMachine(RuleBasedStateMachine):
                 depth += 1
             if depth:
                 expected[worker] = depth
-        assert self.index.match(chain(*tokens)) == expected
+        assert self.index.match(chain(*tokens)).holders() == expected
 
     @precondition(lambda self: not self.model)
     @rule()
@@ -170,9 +171,9 @@ def test_a_feed_applies_batches_in_sequence_and_skips_repeats() -> None:
     assert feed.apply(batch(1, stored(1, 2))) is FeedResult.APPLIED
     assert feed.apply(batch(2, BlocksRemoved(chain(1, 2)[1:]))) is FeedResult.APPLIED
     assert feed.apply(batch(1, stored(5))) is FeedResult.SKIPPED
-    assert index.match(chain(1, 2)) == {A: 1}
+    assert index.match(chain(1, 2)).holders() == {A: 1}
     assert feed.apply(batch(3, CacheCleared())) is FeedResult.APPLIED
-    assert index.match(chain(1, 2)) == {}
+    assert index.match(chain(1, 2)).holders() == {}
 
 
 def test_a_gap_loses_the_feed_until_a_snapshot() -> None:
@@ -184,7 +185,7 @@ def test_a_gap_loses_the_feed_until_a_snapshot() -> None:
     assert feed.resynchronise(Epoch(1), 3, [stored(2), stored(3)])
     assert feed.apply(batch(3, stored(3))) is FeedResult.SKIPPED
     assert feed.apply(batch(4, stored(4))) is FeedResult.APPLIED
-    assert [bool(index.match(chain(token))) for token in (1, 2, 3, 4)] == [False, True, True, True]
+    assert [bool(index.match(chain(token)).holders()) for token in (1, 2, 3, 4)] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("sequence", [1, 2])
@@ -194,7 +195,7 @@ def test_a_newer_epoch_begins_with_an_empty_cache(sequence: int) -> None:
     feed.apply(batch(1, stored(1)))
     result = feed.apply(batch(sequence, stored(2), epoch=2))
     assert result is (FeedResult.APPLIED if sequence == 1 else FeedResult.GAP)
-    assert index.match(chain(1)) == {}
+    assert index.match(chain(1)).holders() == {}
     assert feed.apply(batch(9, stored(3), epoch=1)) is FeedResult.SKIPPED
 
 
@@ -204,7 +205,7 @@ def test_a_snapshot_older_than_what_is_known_is_refused() -> None:
     feed.apply(batch(1, stored(1), epoch=2))
     assert not feed.resynchronise(Epoch(1), 100, [])
     assert not feed.resynchronise(Epoch(2), 0, [])
-    assert index.match(chain(1)) == {A: 1}
+    assert index.match(chain(1)).holders() == {A: 1}
 
 
 @given(st.lists(st.integers(1, 12), max_size=40))
@@ -216,4 +217,4 @@ def test_whatever_is_lost_or_repeated_the_feed_ends_in_step(arrivals: list[int])
             newest = max(sequence, feed.sequence)
             feed.resynchronise(Epoch(1), newest, [stored(number) for number in range(1, newest + 1)])
     for sequence in range(1, 13):
-        assert (index.match(chain(sequence)) == {A: 1}) == (sequence <= feed.sequence)
+        assert (index.match(chain(sequence)).holders() == {A: 1}) == (sequence <= feed.sequence)

@@ -6,13 +6,18 @@ without its parents matches nothing. A lost worker is forgotten in constant time
 match, and `sweep` takes its bits out of the entries a bounded piece at a time before the slot is given to another
 worker.
 
-Knows nothing of epochs and sequence numbers; `router.kv_feed` does.
+Knows nothing of epochs and sequence numbers; `router.index.kv_feed` does.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 
 from core.ids import WorkerId
+from core.kv_events import Tier
+from router.index.match import PrefixMatch, Run
+from router.index.slots import WorkerSlots
 
 ENTRY_BYTES = 200
 """Measured cost of one entry: 49 for the key, 32 for the set, the rest for the ordered dictionary."""
@@ -26,8 +31,9 @@ class PrefixIndex:
     Concurrency: one thread.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, slots: WorkerSlots) -> None:
         self._max_bytes = max_bytes
+        self._worker_slots = slots
         self._holders: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
         self._slots: dict[WorkerId, int] = {}
         self._workers: dict[int, WorkerId] = {}
@@ -50,15 +56,26 @@ class PrefixIndex:
     def _entry_bytes(self) -> int:
         return ENTRY_BYTES + (self._num_slots // _SLOTS_PER_WORD) * _WORD_BYTES
 
-    def store(self, worker_id: WorkerId, hashes: Sequence[bytes]) -> None:
-        """Note that `worker_id` holds these blocks of one chain, in order of depth."""
+    def store(
+        self, worker_id: WorkerId, hashes: Sequence[bytes], tier: Tier = Tier.DEVICE, *, parent: bytes = b""
+    ) -> None:
+        """Note that `worker_id` holds these blocks of one chain, in order of depth, below `parent`."""
         bit = 1 << self._slot(worker_id)
         for block in reversed(hashes):
             self._holders[block] = (self._holders.get(block, 0) & ~self._dead_mask) | bit
             self._holders.move_to_end(block)
         self._enforce_cap()
 
-    def remove(self, worker_id: WorkerId, hashes: Iterable[bytes]) -> None:
+    def predict(self, worker_id: WorkerId, hashes: Sequence[bytes], now: float, ttl_s: float) -> None:
+        """Note that a prompt with these blocks is on its way to `worker_id`."""
+
+    def expire(self, now: float) -> None:
+        """Let predictions lapse that have not come true."""
+
+    def observe(self, hashes: Sequence[bytes], now: float) -> None:
+        """Note that a prompt with these blocks has arrived, once for every request: what is hot follows from it."""
+
+    def remove(self, worker_id: WorkerId, hashes: Iterable[bytes], tier: Tier = Tier.DEVICE) -> None:
         """Note that `worker_id` evicted these blocks. Unknown ones are fine: the cap may have dropped them."""
         slot = self._slots.get(worker_id)
         if slot is None:
@@ -78,24 +95,27 @@ class PrefixIndex:
         self._live_mask &= ~(1 << slot)
         self._dead_mask |= 1 << slot
 
-    def match(self, hashes: Sequence[bytes]) -> Mapping[WorkerId, int]:
-        """Return how many leading blocks of `hashes` each worker holds; workers with none are absent. Touches them."""
-        found: dict[WorkerId, int] = {}
+    def match(self, hashes: Sequence[bytes]) -> PrefixMatch:
+        """Return how many leading blocks of `hashes` each worker holds. Touches them."""
+        runs: list[Run] = []
         alive = self._live_mask
         depth = 0
         for block in hashes:
             holders = alive & self._holders.get(block, 0)
             if holders != alive and depth:
-                self._note(found, alive & ~holders, depth)
+                runs.append(Run(depth, alive, alive))
             alive = holders
             if not alive:
                 break
             depth += 1
         if alive and depth:
-            self._note(found, alive, depth)
+            runs.append(Run(depth, alive, alive))
         for block in reversed(hashes[:depth]):
             self._holders.move_to_end(block)
-        return found
+        slots = [
+            self._worker_slots.of(self._workers[bit]) if bit in self._workers else 0 for bit in range(self._num_slots)
+        ]
+        return PrefixMatch(runs, np.array(slots, dtype=np.int64), self._worker_slots)
 
     def sweep(self, max_entries: int) -> bool:
         """Clean up to `max_entries` of forgotten workers. Returns whether work is left; call it now and then."""
@@ -132,12 +152,6 @@ class PrefixIndex:
             self._workers[slot] = worker_id
             self._live_mask |= 1 << slot
         return slot
-
-    def _note(self, found: dict[WorkerId, int], mask: int, depth: int) -> None:
-        while mask:
-            slot = mask.bit_length() - 1
-            found[self._workers[slot]] = depth
-            mask ^= 1 << slot
 
     def _put_or_drop(self, block: bytes, holders: int) -> None:
         if holders:

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from core.ids import Epoch, WorkerId
 from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEventBatch
-from router.prefix_index import PrefixIndex
+from router.index.prefix_index import PrefixIndex
 
 
 class FeedResult(StrEnum):
@@ -51,10 +51,10 @@ class KvFeed:
             return FeedResult.GAP
         for event in batch.events:
             match event:
-                case BlocksStored(_, hashes):
-                    self._index.store(self._worker_id, hashes)
-                case BlocksRemoved(hashes):
-                    self._index.remove(self._worker_id, hashes)
+                case BlocksStored(parent, hashes, tier):
+                    self._index.store(self._worker_id, hashes, tier, parent=parent)
+                case BlocksRemoved(hashes, tier):
+                    self._index.remove(self._worker_id, hashes, tier)
                 case CacheCleared():
                     self._index.forget(self._worker_id)
         self.sequence = batch.sequence
@@ -66,6 +66,6 @@ class KvFeed:
             return False
         self.restart(epoch)
         for chain in chains:
-            self._index.store(self._worker_id, chain.hashes)
+            self._index.store(self._worker_id, chain.hashes, chain.tier, parent=chain.parent)
         self.sequence = sequence
         return True
