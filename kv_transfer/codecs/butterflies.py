@@ -1,9 +1,9 @@
 """Hadamard butterflies of one row as vector instructions: what LLVM does not find in a loop by itself.
 
-For each power of two a numba intrinsic that loads the row into vectors of 16 floats, does all stages in registers and
-stores it. Between vectors a stage is an addition and a subtraction; inside of a vector, at distance h, lane i meets
-lane i ^ h: ``u + w`` where bit h of i is clear, ``u - w`` where it is set. LLVM lowers the vectors to whatever the CPU
-has; the operations and their order are those of `reference` everywhere.
+A numba intrinsic with a loop over rows for each power of two: load the row into vectors of 16 floats, do all stages in
+registers, store it. Between vectors a stage is an addition and a subtraction; inside of a vector, at distance h, lane i
+meets lane i ^ h: ``u + w`` where bit h of i is clear, ``u - w`` where it is set. LLVM lowers the vectors to whatever
+the CPU has; the operations and their order are those of `reference` everywhere.
 """
 
 # mypy: disable-error-code="untyped-decorator,import-untyped,no-untyped-call,unused-ignore"
@@ -20,18 +20,25 @@ _LANES = 16
 LARGEST = 1024  # of a part; a head_dim has none larger
 
 
-def _make(size: int) -> Callable[..., Any]:
-    @intrinsic
-    def butterflies(typing_context: Any, row: Any, at: Any, scale: Any) -> Any:
-        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            array = context.make_array(signature.args[0])(context, builder, arguments[0])
-            first = cgutils.gep_inbounds(builder, array.data, arguments[1])
-            _emit(builder, first, arguments[2], size)
-            return context.get_dummy_value()
+@intrinsic
+def _transform(typing_context: Any, flat: Any, num_rows: Any, width: Any, start: Any, size: Any, scale: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        _, num_rows, width, start, size, scale = arguments
+        stop = builder.mul(num_rows, width)
+        end = builder.append_basic_block("end")
+        choice = builder.switch(size, end)
+        for part in (1 << bit for bit in range(LARGEST.bit_length())):
+            block = builder.append_basic_block(f"size{part}")
+            choice.add_case(ir.Constant(size.type, part), block)
+            builder.position_at_end(block)
+            with cgutils.for_range_slice(builder, start, stop, width) as (at, _):
+                _emit(builder, cgutils.gep_inbounds(builder, array.data, at), scale, part)
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
 
-        return types.void(row, types.intp, types.float32), emit
-
-    return butterflies  # type: ignore[no-any-return]
+    return types.void(flat, *[types.intp] * 4, types.float32), emit
 
 
 def _emit(builder: ir.IRBuilder, first: ir.Value, scale: ir.Value, size: int) -> None:
@@ -68,9 +75,6 @@ def _lanes(indices: list[int]) -> ir.Constant:
     return ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), indices)
 
 
-_h1, _h2, _h4, _h8, _h16, _h32, _h64, _h128, _h256, _h512, _h1024 = (_make(1 << bit) for bit in range(11))
-
-
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function when it is called first, and keep the outcome on disk if there is a place for it."""
     try:
@@ -83,38 +87,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 def rotate_rows(flat: Any, num_rows: int, width: int, start: int, size: int, scale: Any) -> None:
     """Transform channels [start, start + size) of each row of ``flat[num_rows * width]`` in place.
 
-    `size` is a power of two up to `LARGEST`. One call for many rows: choosing the intrinsic costs as much as a row.
+    `size` is a power of two up to `LARGEST`. Other sizes change nothing. One call for many rows:
+    choosing the code of a size costs as much as a row.
     """
-    if size == 64:
-        for at in range(start, num_rows * width, width):
-            _h64(flat, at, scale)
-    elif size == 128:
-        for at in range(start, num_rows * width, width):
-            _h128(flat, at, scale)
-    elif size == 32:
-        for at in range(start, num_rows * width, width):
-            _h32(flat, at, scale)
-    elif size == 16:
-        for at in range(start, num_rows * width, width):
-            _h16(flat, at, scale)
-    elif size == 256:
-        for at in range(start, num_rows * width, width):
-            _h256(flat, at, scale)
-    elif size == 8:
-        for at in range(start, num_rows * width, width):
-            _h8(flat, at, scale)
-    elif size == 4:
-        for at in range(start, num_rows * width, width):
-            _h4(flat, at, scale)
-    elif size == 2:
-        for at in range(start, num_rows * width, width):
-            _h2(flat, at, scale)
-    elif size == 1:
-        for at in range(start, num_rows * width, width):
-            _h1(flat, at, scale)
-    elif size == 512:
-        for at in range(start, num_rows * width, width):
-            _h512(flat, at, scale)
-    else:
-        for at in range(start, num_rows * width, width):
-            _h1024(flat, at, scale)
+    _transform(flat, num_rows, width, start, size, scale)
