@@ -90,4 +90,4 @@ def rotate_rows(flat: Any, num_rows: int, width: int, start: int, size: int, sca
     `size` is a power of two up to `LARGEST`. Other sizes change nothing. One call for many rows:
     choosing the code of a size costs as much as a row.
     """
-    _transform(flat, num_rows, width, start, size, scale)
+    _transform(flat, num_rows, width, start, size, scale)  # type: ignore[call-arg]  # numba gives the first

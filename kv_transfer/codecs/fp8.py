@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kv_transfer.codec import Encoded, FramePlace
+from kv_transfer.codec import RAW, Encoded, FramePlace
 from kv_transfer.codecs.reference import narrowed
 from kv_transfer.codecs.spec import CODEC_VERSION
 from kv_transfer.frame import FrameRefused, section_spans
@@ -37,16 +37,14 @@ class Fp8Encoder:
         return raw_bytes
 
     def encode(self, kv: Tensor, payload: Tensor, place: FramePlace) -> Encoded:
-        raw = kv.reshape(-1).view(torch.uint8)
         rows = kv.numel() // kv.shape[-1]
         lengths = (4 * rows, kv.numel())
         spans = section_spans(lengths)
-        if spans[-1].stop < raw.numel():
+        if spans[-1].stop < kv.numel() * kv.element_size():
             scales, codes = (payload[span.start : span.stop] for span in spans)
             if _encode(kv, scales, codes):
                 return Encoded(_CODED, lengths)
-        payload[: raw.numel()].copy_(raw)
-        return Encoded(_STORED, (raw.numel(),))
+        return Encoded(_STORED, RAW.encode(kv, payload, place).section_bytes)
 
 
 class Fp8Decoder:
@@ -64,9 +62,7 @@ class Fp8Decoder:
             rows *= extent
         head_dim = shape[-1]
         if params == _STORED:
-            if len(sections) != 1 or sections[0].numel() != rows * head_dim * dtype.itemsize:
-                raise FrameRefused(NackReason.LENGTH, f"stored is one section of {rows * head_dim} values")
-            return sections[0].view(dtype).view(*shape)
+            return RAW.decode(b"", sections, shape, dtype)
         if params != _CODED:
             raise FrameRefused(NackReason.CODEC, "parameters are not of the fp8 codec")
         if len(sections) != 2 or sections[0].numel() != 4 * rows or sections[1].numel() != rows * head_dim:

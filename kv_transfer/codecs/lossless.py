@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kv_transfer.codec import Encoded, FramePlace
+from kv_transfer.codec import RAW, Encoded, FramePlace
 from kv_transfer.codecs.entropy import expand, squeeze
 from kv_transfer.codecs.planes import U8
 from kv_transfer.codecs.spec import CODEC_VERSION
@@ -49,8 +49,7 @@ class LosslessEncoder:
         lengths = tuple(section.size for section in sections)
         spans = section_spans(lengths)
         if spans[-1].stop >= raw.numel():
-            payload[: raw.numel()].copy_(raw)
-            return Encoded(_STORED, (raw.numel(),))
+            return Encoded(_STORED, RAW.encode(kv, payload, place).section_bytes)
         target = payload.numpy()
         for span, section in zip(spans, sections, strict=True):
             target[span.start : span.stop] = section
@@ -72,9 +71,7 @@ class LosslessDecoder:
             num_values *= extent
         width = dtype.itemsize
         if params == _STORED:
-            if len(sections) != 1 or sections[0].numel() != num_values * width:
-                raise FrameRefused(NackReason.LENGTH, f"stored is one section of {num_values * width} bytes")
-            return sections[0].view(dtype).view(*shape)
+            return RAW.decode(b"", sections, shape, dtype)
         if not self.is_exact(params) or params[2] >> width or len(sections) != width:
             raise FrameRefused(NackReason.CODEC, "parameters are not of the lossless codec")
         planes = [

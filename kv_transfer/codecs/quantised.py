@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from kv_transfer.codec import Encoded, FramePlace
+from kv_transfer.codec import RAW, Encoded, FramePlace
 from kv_transfer.codecs import reference, triton_quantise
 from kv_transfer.codecs.entropy import expand, squeeze
 from kv_transfer.codecs.frame_params import STORED, FrameParams, HalfParams, unpack
@@ -76,8 +76,7 @@ class QuantisedEncoder:
                 for span, section in zip(spans, sections, strict=True):
                     target[span.start : span.stop] = section
                 return Encoded(params, lengths)
-        payload[:num_bytes].copy_(kv.reshape(-1).view(torch.uint8))
-        return Encoded(STORED, (num_bytes,))
+        return Encoded(STORED, RAW.encode(kv, payload, place).section_bytes)
 
     def _sections(self, kv: Tensor, place: FramePlace) -> tuple[bytes, list[U8]] | None:
         shape = FrameShape.of(kv.shape)
@@ -183,7 +182,7 @@ class QuantisedDecoder:
 
     def decode(self, params: bytes, sections: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if params == STORED:
-            return _stored(sections, shape, dtype)
+            return RAW.decode(b"", sections, shape, dtype)
         parsed = unpack(params)
         extents = FrameShape.of(shape)
         check_counts(parsed, extents)
@@ -287,15 +286,6 @@ def _arithmetic() -> ModuleType:
     from kv_transfer.codecs import fused
 
     return fused
-
-
-def _stored(sections: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    num_bytes = dtype.itemsize
-    for extent in shape:
-        num_bytes *= extent
-    if len(sections) != 1 or sections[0].numel() != num_bytes:
-        raise FrameRefused(NackReason.LENGTH, f"stored is one section of {num_bytes} bytes")
-    return sections[0].view(dtype).view(*shape)
 
 
 def _is_too_large(bits: U16) -> bool:
