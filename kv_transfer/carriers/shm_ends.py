@@ -14,11 +14,10 @@ it costs little in cache, and finds a slot that was reused too early, which no s
 
 import socket
 import struct
-import threading
 from collections import deque
 
-from kv_transfer.carriers.link_door import shut
 from kv_transfer.carriers.shm_segment import Segment
+from kv_transfer.carriers.socket_end import SocketEnd
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkError, Slot
 
@@ -26,24 +25,15 @@ _MESSAGE = struct.Struct("<II")  # slot, length
 _RELEASE = struct.Struct("<I")  # slot
 
 
-class _ShmEnd:
+class _ShmEnd(SocketEnd):
     carrier = "shm"
 
     def __init__(self, connection: socket.socket, segment: Segment) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._slots = segment.slots
-        self._lock = threading.Lock()
-        self._is_aborted = False
-
-    def abort(self) -> None:
-        with self._lock:
-            if not self._is_aborted:
-                self._is_aborted = True
-                shut(self._connection)
 
     def close(self) -> None:
-        self.abort()
-        self._connection.close()
+        super().close()
         self._slots = ()
 
     def _say(self, words: bytes) -> None:
@@ -66,11 +56,6 @@ class _ShmEnd:
         if len(words) != size:
             raise self._broken(f"{len(words)} bytes are not a message of this link")
         return words
-
-    def _broken(self, detail: str) -> LinkError:
-        is_own = self._is_aborted
-        self.abort()
-        return LinkError("the link was aborted" if is_own else detail)
 
 
 class ShmSendEnd(_ShmEnd):

@@ -18,12 +18,11 @@ import fcntl
 import socket
 import struct
 import termios
-import threading
 from collections import deque
 
 import torch
 
-from kv_transfer.carriers.link_door import shut
+from kv_transfer.carriers.socket_end import SocketEnd
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkError, LinkPlan, Slot
 
@@ -34,17 +33,15 @@ _TIMEVAL = struct.Struct("@ll")
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 10, 5, 3
 
 
-class _TcpEnd:
+class _TcpEnd(SocketEnd):
     carrier = "tcp"
 
     def __init__(self, connection: socket.socket, plan: LinkPlan) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._slot_bytes = plan.slot_bytes
         self._num_slots = plan.num_slots
         self._free: list[Slot] = []  # last in, first out: what is in the cache is used again
         self._num_made = 0
-        self._lock = threading.Lock()
-        self._is_aborted = False
         connection.settimeout(None)  # deadlines are the kernel's: a call then moves as much as it can
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A host that vanished without a word is found although the link idles.
@@ -54,15 +51,8 @@ class _TcpEnd:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
         set_deadline(connection, socket.SO_SNDTIMEO, plan.send_timeout_s)
 
-    def abort(self) -> None:
-        with self._lock:
-            if not self._is_aborted:
-                self._is_aborted = True
-                shut(self._connection)
-
     def close(self) -> None:
-        self.abort()
-        self._connection.close()
+        super().close()
         self._free.clear()
 
     def _take_slot(self) -> Slot:
@@ -83,11 +73,6 @@ class _TcpEnd:
             raise self._broken("nothing left within the deadline") from None
         except OSError as error:
             raise self._broken(str(error)) from error
-
-    def _broken(self, detail: str) -> LinkError:
-        is_own = self._is_aborted
-        self.abort()
-        return LinkError("the link was aborted" if is_own else detail)
 
 
 class TcpSendEnd(_TcpEnd):
