@@ -44,6 +44,12 @@ class WorkerStreamConfig(ConfigModel):
     reconnect_min_s: float = Field(0.05, gt=0)
     reconnect_max_s: float = Field(1.0, gt=0)
     accept_timeout_s: float = Field(2.0, gt=0, description="a worker that neither accepts nor rejects is lost")
+    hold_timeout_s: float = Field(
+        5.0,
+        gt=0,
+        description="KV of a late-bound prompt waits so long after the first token for a decode worker; then its "
+        "prefill worker generates the rest",
+    )
     max_losses: int = Field(2, ge=0, description="workers that one request may lose before it is given up")
     reservation_lease_s: float = Field(30.0, gt=0, description="decode blocks wait so long for the first offer")
     max_unread_commands: int = Field(16_384, ge=1)

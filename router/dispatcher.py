@@ -24,6 +24,7 @@ from core.errors import (
     WorkerLost,
 )
 from core.ids import RequestId, WorkerId, new_nonce
+from core.membership import Role
 from core.request import Finish, GenerateRequest
 from router import messages as m
 from router.admission import AdmissionQueue
@@ -31,12 +32,14 @@ from router.config import RouterConfig
 from router.fleet import Fleet
 from router.forwarding.doors import DecodeOrder, PrefillOrder
 from router.in_flight import ActiveRequest, InFlight
+from router.lifecycle import RequestState
 from router.messages import WorkEvents
 from router.metrics import GatewayMetrics
-from router.placement import Placer, needs_decode
+from router.patience import Patience
+from router.placement import Placer
 from router.policy import NoCandidate, Obstacle
 from router.prompt_hashes import PromptHashes
-from router.state import RequestMachine, RequestState
+from router.state import RequestMachine
 from router.stream import Completion, RequestStream
 
 _log = logging.getLogger(__name__)
@@ -106,8 +109,11 @@ class Dispatcher:
         machine = RequestMachine(
             request.request_id,
             arrived_at=arrived_at,
-            deadline_at=arrived_at + timeout_s,
-            accept_timeout_s=self._config.workers.accept_timeout_s,
+            patience=Patience(
+                deadline_at=arrived_at + timeout_s,
+                accept_timeout_s=self._config.workers.accept_timeout_s,
+                hold_timeout_s=self._config.workers.hold_timeout_s,
+            ),
             max_losses=self._config.workers.max_losses,
         )
         stream = RequestStream(request.request_id, self._config.max_unread_tokens)
@@ -160,7 +166,7 @@ class Dispatcher:
     def on_work_events(self, worker_id: WorkerId, events: WorkEvents) -> None:
         for work_id, event in events:
             active = self._requests.by_work(work_id)
-            if active is None:
+            if active is None or worker_id not in active.workers:
                 _log.debug("%s: late %s from %s", work_id, type(event).__name__, worker_id)
                 continue
             match event:
@@ -265,14 +271,20 @@ class Dispatcher:
             case m.Deliver(tokens):
                 if not active.stream.push(tokens):
                     asyncio.get_running_loop().call_soon(self._cut_slow_reader, active)
-            case m.ChoosePair(refused):
-                self._choose(active, refused, reserved_decode=None)
+            case m.ChooseWorkers(refused):
+                self._choose(active, refused)
             case m.ChoosePrefill(refused, decode):
-                self._choose(active, refused, reserved_decode=decode)
-            case m.SubmitDecode(worker_id, prefill, attempt):
-                self._submit_decode(active, worker_id, prefill, attempt)
-            case m.SubmitPrefill(worker_id, decode, attempt):
-                self._submit_prefill(active, worker_id, decode, attempt)
+                self._choose_prefill(active, refused, decode)
+            case m.ChooseDecode():
+                raise AssertionError("not yet")
+            case m.SubmitDecode():
+                self._submit_decode(active, effect)
+            case m.SubmitPrefill():
+                self._submit_prefill(active, effect)
+            case m.SubmitAlone():
+                self._submit_alone(active, effect)
+            case m.BindPrefill(worker_id, decode):
+                self._bind(active, worker_id, decode)
             case m.AbortWork(worker_id, reason):
                 self._fleet.doors.abort(worker_id, active.work_id, reason)
                 self._let_go(active, worker_id)
@@ -290,40 +302,82 @@ class Dispatcher:
             case m.Conclude(finish, error):
                 self._conclude(active, finish, error)
 
-    def _choose(self, active: ActiveRequest, refused: frozenset[WorkerId], *, reserved_decode: WorkerId | None) -> None:
+    def _choose(self, active: ActiveRequest, refused: frozenset[WorkerId]) -> None:
+        outcome = self._placer.place(active.request, active.hashes, refused=refused, reserved_decode=None)
+        if isinstance(outcome, NoCandidate):
+            self._nobody(active, outcome)
+            return
+        active.decision = outcome
+        self._metrics.decided(outcome)
+        winner = outcome.winner
+        if winner.decode is None:
+            self._feed(active, m.PrefillAloneChosen(winner.prefill))
+        else:
+            self._feed(active, m.PairChosen(winner.prefill, winner.decode))
+
+    def _choose_prefill(self, active: ActiveRequest, refused: frozenset[WorkerId], decode: WorkerId) -> None:
+        outcome = self._placer.place(active.request, active.hashes, refused=refused, reserved_decode=decode)
+        if isinstance(outcome, NoCandidate):
+            self._nobody(active, outcome)
+            return
+        active.decision = outcome
+        self._metrics.decided(outcome)
+        self._feed(active, m.PrefillChosen(outcome.winner.prefill))
+
+    def _nobody(self, active: ActiveRequest, outcome: NoCandidate) -> None:
         request = active.request
-        outcome = self._placer.place(request, active.hashes, refused=refused, reserved_decode=reserved_decode)
-        if not isinstance(outcome, NoCandidate):
-            self._metrics.decided(outcome)
-            is_pair = needs_decode(request) and reserved_decode is None
-            self._feed(active, m.PairChosen(outcome) if is_pair else m.PrefillChosen(outcome))
-        elif outcome.obstacle is Obstacle.TOO_LONG or active.machine.is_too_long:
+        if outcome.obstacle is Obstacle.TOO_LONG or active.machine.is_too_long:
             total = request.num_prompt_tokens + request.sampling.max_tokens
             problem = f"no {outcome.role} worker can hold a request of {total} tokens"
             self._feed(active, m.RequestFailed(PromptTooLong("prompt", problem)))
         else:
-            self._feed(active, m.NothingFits(outcome))
+            self._feed(active, m.NothingFits(f"{outcome.role}: {outcome.obstacle}"))
 
-    def _submit_decode(self, active: ActiveRequest, worker_id: WorkerId, prefill: WorkerId, attempt: int) -> None:
-        self._requests.begin_attempt(active, attempt)
-        self._count_prefill(active, prefill)  # now: the next of a burst must not see an idle worker
-        self._count(active, worker_id, prefill_tokens=0)
-        self._requests.hold(active, worker_id)
-        order = DecodeOrder(active.work_id, active.request, self._hashes(active, worker_id))
-        if not self._fleet.doors.submit_decode(worker_id, order):
-            self._feed(active, m.DecodeLost(WorkerLost(f"{worker_id} is not connected")))
+    def _submit_decode(self, active: ActiveRequest, effect: m.SubmitDecode) -> None:
+        self._requests.begin_attempt(active, effect.attempt)
+        if effect.prefill is not None:
+            self._count_prefill(active, effect.prefill)  # now: the next of a burst must not see an idle worker
+        self._count(active, effect.worker_id, prefill_tokens=0)
+        self._requests.hold(active, effect.worker_id)
+        order = DecodeOrder(active.work_id, active.request, self._hashes(active, effect.worker_id))
+        if not self._fleet.doors.submit_decode(effect.worker_id, order):
+            self._feed(active, m.DecodeLost(WorkerLost(f"{effect.worker_id} is not connected")))
 
-    def _submit_prefill(
-        self, active: ActiveRequest, worker_id: WorkerId, decode: WorkerId | None, attempt: int
-    ) -> None:
-        self._requests.begin_attempt(active, attempt)
-        cached_tokens = self._count_prefill(active, worker_id)
-        self._requests.hold(active, worker_id)
+    def _submit_prefill(self, active: ActiveRequest, effect: m.SubmitPrefill) -> None:
+        self._requests.begin_attempt(active, effect.attempt)
+        cached_tokens = self._count_prefill(active, effect.worker_id)
+        self._requests.hold(active, effect.worker_id)
+        record = self._fleet.records.get(effect.decode) if effect.decode is not None else None
+        order = PrefillOrder(
+            active.work_id,
+            active.request,
+            self._hashes(active, effect.worker_id),
+            record,
+            cached_tokens,
+            bind_later=effect.decode is None,
+        )
+        is_known = effect.decode is None or record is not None
+        if not is_known or not self._fleet.doors.submit_prefill(effect.worker_id, order):
+            self._feed(active, m.PrefillLost(WorkerLost(f"{effect.worker_id} is not connected")))
+
+    def _submit_alone(self, active: ActiveRequest, effect: m.SubmitAlone) -> None:
+        self._requests.begin_attempt(active, effect.attempt)
+        cached_tokens = self._count_prefill(active, effect.worker_id)
+        self._requests.hold(active, effect.worker_id)
+        hashes, lost = self._hashes(active, effect.worker_id), WorkerLost(f"{effect.worker_id} is not connected")
+        if effect.role is Role.DECODE:
+            whole = DecodeOrder(active.work_id, active.request, hashes, generate=True)
+            if not self._fleet.doors.submit_decode(effect.worker_id, whole):
+                self._feed(active, m.DecodeLost(lost))
+        else:
+            order = PrefillOrder(active.work_id, active.request, hashes, None, cached_tokens)
+            if not self._fleet.doors.submit_prefill(effect.worker_id, order):
+                self._feed(active, m.PrefillLost(lost))
+
+    def _bind(self, active: ActiveRequest, worker_id: WorkerId, decode: WorkerId | None) -> None:
         record = self._fleet.records.get(decode) if decode is not None else None
-        hashes = self._hashes(active, worker_id)
-        order = PrefillOrder(active.work_id, active.request, hashes, record, cached_tokens)
         is_known = decode is None or record is not None
-        if not is_known or not self._fleet.doors.submit_prefill(worker_id, order):
+        if not is_known or not self._fleet.doors.bind(worker_id, active.work_id, record):
             self._feed(active, m.PrefillLost(WorkerLost(f"{worker_id} is not connected")))
 
     def _count_prefill(self, active: ActiveRequest, worker_id: WorkerId) -> int:
@@ -380,6 +434,6 @@ class Dispatcher:
             landed=machine.landed,
             prefill_worker=machine.prefill_worker,
             decode_worker=machine.decode_worker,
-            reason=machine.reason,
+            reason=active.decision.reason if active.decision is not None else "",
             num_asked=machine.num_asked,
         )

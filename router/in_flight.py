@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from core.alarm import Alarm
 from core.ids import RequestId, TransferId, WorkerId, transfer_id
 from core.request import GenerateRequest
+from router.policy import Decision
 from router.prompt_hashes import PromptHashes
 from router.state import RequestMachine
 from router.stream import RequestStream
@@ -26,6 +27,7 @@ class ActiveRequest:
     machine: RequestMachine
     stream: RequestStream
     alarm: Alarm | None = None
+    decision: Decision | None = None  # the last placement
     work_id: TransferId = _NO_WORK
     workers: set[WorkerId] = field(default_factory=set)
 

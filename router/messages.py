@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from core.errors import RejectedError, ServingError
 from core.ids import WorkerId
+from core.membership import LoadReport, Role
 from core.request import Finish, TokenOutput
-from router.policy import Decision, NoCandidate
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -24,33 +24,81 @@ class Released:
 class PairChosen:
     """The policy found a prefill and a decode worker."""
 
-    decision: Decision
+    prefill: WorkerId
+    decode: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class LateChosen:
+    """The policy found a prefill worker that should begin now; a decode worker is to be found while it computes."""
+
+    prefill: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAloneChosen:
+    """The policy found a prefill worker that does all of it: decodes, too, or nothing is left to decode."""
+
+    prefill: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeAloneChosen:
+    """The policy found a decode worker that does all of it: computes the prompt, too."""
+
+    decode: WorkerId
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillChosen:
-    """The policy found a prefill worker; the decode worker has accepted already, or none is needed."""
+    """The policy found a prefill worker for the decode worker that has accepted already."""
 
-    decision: Decision
+    prefill: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeChosen:
+    """The policy found a decode worker for the prompt that a prefill worker computes already."""
+
+    decode: WorkerId
 
 
 @dataclass(frozen=True, slots=True)
 class NothingFits:
     """The policy found nobody to ask now."""
 
-    outcome: NoCandidate
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeUnavailable:
+    """The policy found no decode worker to ask now; it is to be asked again after `wait_s`."""
+
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SeekDue:
+    """It is time, or there is cause, to ask for a decode worker again."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldExpired:
+    """No decode worker was found in good time after the first token."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeAccepted:
-    """The decode worker reserved blocks."""
+    """The decode worker reserved blocks, or took the whole request."""
 
     held_tokens: int
+    load: LoadReport | None = None  # with this request
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRejected:
     error: RejectedError
+    load: LoadReport | None = None  # that it was refused for
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +106,18 @@ class PrefillAccepted:
     """The prefill worker queued the prompt."""
 
     cached_tokens: int
+    load: LoadReport | None = None  # with this request
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillRejected:
     error: RejectedError
+    load: LoadReport | None = None  # that it was refused for
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillProduced:
-    """Tokens from the prefill worker, of which the last is not the request's last."""
+    """Tokens from a prefill worker, of which the last is not the request's last."""
 
     tokens: tuple[TokenOutput, ...]
 
@@ -82,7 +132,7 @@ class PrefillFinished:
 
 @dataclass(frozen=True, slots=True)
 class PrefillMeasured:
-    """The prefill worker's own account of the time to the first token."""
+    """The own account of the time to the first token of the worker that computed the prompt."""
 
     queue_s: float
     compute_s: float
@@ -91,7 +141,11 @@ class PrefillMeasured:
 
 @dataclass(frozen=True, slots=True)
 class KvHandedOver:
-    """The prefill worker is done: the decode worker acknowledged the KV."""
+    """The prefill worker is done: the decode worker acknowledged the KV. And what it knows of the link between them."""
+
+    link_goodput_bytes_per_s: float | None = None
+    link_rtt_s: float | None = None
+    link_queued_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +205,15 @@ Event = (
     Queued
     | Released
     | PairChosen
+    | LateChosen
+    | PrefillAloneChosen
+    | DecodeAloneChosen
     | PrefillChosen
+    | DecodeChosen
     | NothingFits
+    | DecodeUnavailable
+    | SeekDue
+    | HoldExpired
     | DecodeAccepted
     | DecodeRejected
     | PrefillAccepted
@@ -177,8 +238,8 @@ WorkEvents = list[tuple[str, Event]]
 
 
 @dataclass(frozen=True, slots=True)
-class ChoosePair:
-    """Ask the policy; answer with `PairChosen`, `PrefillChosen` (no decode worker is needed) or `NothingFits`."""
+class ChooseWorkers:
+    """Ask the policy; answer with `PairChosen`, `LateChosen`, one of the two `...AloneChosen`, or `NothingFits`."""
 
     refused: frozenset[WorkerId]
 
@@ -188,25 +249,57 @@ class ChoosePrefill:
     """Ask the policy for another prefill worker, `decode` being fixed; answer with `PrefillChosen` or `NothingFits`."""
 
     refused: frozenset[WorkerId]
-    decode: WorkerId | None
+    decode: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class ChooseDecode:
+    """Ask the policy for a decode worker, `prefill` being at work; answer with `DecodeChosen` or `DecodeUnavailable`.
+
+    `num_seeks`: how often that was asked in vain before.
+    """
+
+    refused: frozenset[WorkerId]
+    prefill: WorkerId
+    num_seeks: int
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitDecode:
-    """Ask the decode worker to reserve; count the work as the prefill worker's already."""
+    """Ask the decode worker to reserve. `prefill`: count the work as its load already; None: it is at work."""
 
     worker_id: WorkerId
-    prefill: WorkerId
+    prefill: WorkerId | None
     attempt: int
+    is_conditional: bool  # it may say that it is busier than was thought
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitPrefill:
-    """`decode` is None when there is no hand-off."""
+    """Give the prompt to a prefill worker. `decode` is None when it will be found later."""
 
     worker_id: WorkerId
     decode: WorkerId | None
     attempt: int
+    is_conditional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitAlone:
+    """Give the whole request to one worker of role `role`."""
+
+    worker_id: WorkerId
+    role: Role
+    attempt: int
+    is_conditional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BindPrefill:
+    """Tell the prefill worker which decode worker has accepted; None: it shall generate the rest itself."""
+
+    worker_id: WorkerId
+    decode: WorkerId | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +327,7 @@ class ReturnToQueue:
 
 @dataclass(frozen=True, slots=True)
 class LeaveQueue:
-    """Both workers accepted: the request no longer counts as queued."""
+    """The workers that it needs now accepted: the request no longer counts as queued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,10 +346,13 @@ class Conclude:
 
 
 Effect = (
-    ChoosePair
+    ChooseWorkers
     | ChoosePrefill
+    | ChooseDecode
     | SubmitDecode
     | SubmitPrefill
+    | SubmitAlone
+    | BindPrefill
     | AbortWork
     | ReleaseWorker
     | ReturnToQueue

@@ -1,113 +1,33 @@
-"""The life of one request in the gateway: events in, effects out. Knows no clock, no socket, no policy.
+"""The machine of one request in the gateway: events in, effects out. Knows no clock, no socket, no policy.
 
-1. RECEIVED; admission takes it: QUEUED. Its turn comes: ROUTING, the policy is asked.
-2. RESERVING: the chosen decode worker is asked to reserve blocks. It accepts: DISPATCHING, the prefill worker is
-   asked. It accepts: PREFILLING, and the request leaves the queue. A request of one token has no decode worker and
-   skips RESERVING.
-3. A refusal asks somebody else: another pair (ROUTING), or, once a decode worker has accepted, another prefill worker
-   for it under the same transfer id (REROUTING). With nobody left to ask it is QUEUED again, in its old place.
-4. The prefill worker's token goes to the client: HANDING_OVER until either worker tells that the KV arrived, then
-   DECODING until FINISHED. Or the first token was the last. The two workers' streams are not ordered against each
-   other: news of the decode worker that comes before the first token is kept until that is here.
-5. A worker that is lost before the first token costs an attempt, at most `max_losses` of them (a prompt that kills
-   workers must not kill the pool). After the first token it ends the request: FAILED with UNAVAILABLE.
-6. Whatever ends it early, both workers are told to free what they hold.
-
-Every attempt to reserve has a number of its own, and so a work id of its own: a late message of an older attempt names
-a work that the shell does not know any more.
+Its states and edges are in `router.lifecycle`. Every attempt to place the request has a number of its own, and so a
+work id of its own: a late message of an older attempt names a work that the shell does not know any more. The decode
+workers that are asked for one late-bound prompt share its work id; the shell drops what comes from a worker that holds
+nothing of the work, and one that was lost is not asked again for this work.
 """
 
-from collections.abc import Mapping
-from enum import StrEnum
-
-from core.errors import DeadlineExceeded, InvalidTransition, ProtocolError, RejectReason, ServingError, WorkerLost
+from core.errors import (
+    DeadlineExceeded,
+    InvalidTransition,
+    ProtocolError,
+    RejectedError,
+    RejectReason,
+    ServingError,
+    WorkerLost,
+)
 from core.ids import RequestId, WorkerId
+from core.membership import Role
 from core.request import Finish, TokenOutput
 from router import messages as m
+from router.lifecycle import ASKING, EDGES, TERMINAL, RequestState
+from router.patience import Patience
 from router.timeline import Timeline
 
-
-class RequestState(StrEnum):
-    RECEIVED = "received"
-    QUEUED = "queued"
-    ROUTING = "routing"
-    RESERVING = "reserving"
-    DISPATCHING = "dispatching"
-    REROUTING = "rerouting"
-    PREFILLING = "prefilling"
-    HANDING_OVER = "handing_over"
-    DECODING = "decoding"
-    FINISHED = "finished"
-    FAILED = "failed"
-    ABORTED = "aborted"
-
-
 S = RequestState
-TERMINAL = frozenset({S.FINISHED, S.FAILED, S.ABORTED})
-ALL_EVENTS: tuple[type[m.Event], ...] = m.Event.__args__
-_EARLY_NEWS: tuple[type[m.Event], ...] = (m.KvLanded, m.DecodeProduced, m.DecodeFinished)
-_ENDS: Mapping[type[m.Event], RequestState] = {m.RequestFailed: S.FAILED, m.AbortRequested: S.ABORTED}
-
-EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
-    S.RECEIVED: {m.Queued: S.QUEUED, **_ENDS},
-    S.QUEUED: {m.Released: S.ROUTING, **_ENDS},
-    S.ROUTING: {
-        m.PairChosen: S.RESERVING,
-        m.PrefillChosen: S.DISPATCHING,  # the first token is the last: no decode worker
-        m.NothingFits: S.QUEUED,
-        **_ENDS,
-    },
-    S.RESERVING: {
-        m.DecodeAccepted: S.DISPATCHING,
-        m.DecodeRejected: S.ROUTING,
-        m.DecodeLost: S.ROUTING,
-        **_ENDS,
-    },
-    S.DISPATCHING: {
-        m.PrefillAccepted: S.PREFILLING,
-        m.PrefillRejected: S.REROUTING,  # it kept nothing: the reservation and its transfer id stay good
-        m.PrefillLost: S.ROUTING,  # it may have offered the transfer already: the id is spent
-        m.DecodeLost: S.ROUTING,
-        **dict.fromkeys(_EARLY_NEWS, S.DISPATCHING),  # kept: it overtook the prefill worker's answer
-        **_ENDS,
-    },
-    S.REROUTING: {
-        m.PrefillChosen: S.DISPATCHING,
-        m.NothingFits: S.QUEUED,
-        m.DecodeLost: S.ROUTING,
-        **_ENDS,
-    },
-    S.PREFILLING: {
-        m.PrefillProduced: S.HANDING_OVER,
-        m.PrefillFinished: S.FINISHED,
-        m.PrefillLost: S.ROUTING,
-        m.DecodeLost: S.ROUTING,
-        **dict.fromkeys(_EARLY_NEWS, S.PREFILLING),  # kept: it overtook the first token
-        **_ENDS,
-    },
-    S.HANDING_OVER: {
-        m.PrefillMeasured: S.HANDING_OVER,
-        m.KvHandedOver: S.DECODING,  # either news may be the first
-        m.KvLanded: S.DECODING,
-        m.PrefillLost: S.FAILED,
-        m.DecodeLost: S.FAILED,
-        **_ENDS,
-    },
-    S.DECODING: {
-        m.PrefillMeasured: S.DECODING,
-        m.KvHandedOver: S.DECODING,
-        m.KvLanded: S.DECODING,
-        m.PrefillLost: S.DECODING,  # it holds nothing of the request any more
-        m.DecodeProduced: S.DECODING,
-        m.DecodeFinished: S.FINISHED,
-        m.DecodeLost: S.FAILED,
-        **_ENDS,
-    },
-    # Whatever comes after the end is late news of it.
-    S.FINISHED: dict.fromkeys(ALL_EVENTS, S.FINISHED),
-    S.FAILED: dict.fromkeys(ALL_EVENTS, S.FAILED),
-    S.ABORTED: dict.fromkeys(ALL_EVENTS, S.ABORTED),
-}
+_ALONE = frozenset({S.ENGAGING, S.COMPUTING, S.GENERATING})
+_NEWS_OF_PREFILL = (m.PrefillAccepted, m.PrefillRejected, m.PrefillProduced, m.PrefillFinished, m.PrefillLost)
+_NEWS_OF_DECODE = (m.DecodeAccepted, m.DecodeRejected, m.DecodeProduced, m.DecodeFinished, m.DecodeLost)
+_MAX_BUSIER = 2  # conditional questions per round; the next one takes no such answer
 
 
 class RequestMachine:
@@ -118,6 +38,8 @@ class RequestMachine:
         prefill_worker, decode_worker: the workers that served it, as far as it got.
         attempt: number of the reservation (from 0); names the work on the wire.
         num_asked: how many placements were tried, refusals included.
+        is_late: the decode worker is, or was, looked for while the prompt was computed.
+        is_kept: no decode worker was found, and the prefill worker generates the rest.
         num_tokens: delivered so far; the next token must have this index.
         cached_tokens: prompt tokens that the prefill worker had.
     """
@@ -127,8 +49,7 @@ class RequestMachine:
         request_id: RequestId,
         *,
         arrived_at: float,
-        deadline_at: float,
-        accept_timeout_s: float,
+        patience: Patience,
         max_losses: int,
     ) -> None:
         self.request_id = request_id
@@ -141,18 +62,19 @@ class RequestMachine:
         self.num_asked = 0
         self.num_tokens = 0
         self.cached_tokens = 0
-        self.reason = ""
+        self.is_late = False
+        self.is_kept = False
         self.landed: m.KvLanded | None = None
         self.timeline = Timeline(arrived_at)
-        self._deadline_at = deadline_at
-        self._accept_timeout_s = accept_timeout_s
-        self._answer_due_at: float | None = None
+        self._patience = patience
         self._max_losses = max_losses
         self._num_losses = 0
         self._refusals: dict[WorkerId, RejectReason | None] = {}  # in this round; None: lost
         self._retry_after_s = 0.0
         self._early: list[m.Event] = []  # news of the decode worker that overtook the first token
         self._num_early_tokens = 0
+        self._num_busier = 0
+        self._num_seeks = 0
 
     @property
     def is_over(self) -> bool:
@@ -165,21 +87,21 @@ class RequestMachine:
 
     def next_deadline(self) -> float | None:
         """When `poll` has something to do; None once over."""
-        if self.is_over:
-            return None
-        return self._deadline_at if self._answer_due_at is None else min(self._deadline_at, self._answer_due_at)
+        return None if self.is_over else self._patience.next_deadline()
 
     def poll(self, now: float) -> list[m.Effect]:
         """Notice what did not happen in time."""
         if self.is_over:
             return []
-        if now >= self._deadline_at:
+        patience = self._patience
+        if now >= patience.deadline_at:
             return self.handle(m.RequestFailed(DeadlineExceeded(f"deadline passed while {self.state}")), now)
-        if self._answer_due_at is not None and now >= self._answer_due_at:
-            silent = self.decode if self.state is S.RESERVING else self.prefill
-            error = WorkerLost(f"{silent} neither accepted nor rejected within {self._accept_timeout_s:g} s")
-            lost = m.DecodeLost(error) if self.state is S.RESERVING else m.PrefillLost(error)
-            return self.handle(lost, now)
+        if patience.answer_due_at is not None and now >= patience.answer_due_at:
+            return self.handle(self._silence(), now)
+        if self.state is S.HOLDING and patience.hold_until is not None and now >= patience.hold_until:
+            return self.handle(m.HoldExpired(), now)
+        if patience.seek_at is not None and now >= patience.seek_at:
+            return self.handle(m.SeekDue(), now)
         return []
 
     def handle(self, event: m.Event, now: float) -> list[m.Effect]:
@@ -196,9 +118,12 @@ class RequestMachine:
             raise InvalidTransition("request", self.state, event)
         if self.is_over:
             return []
+        before = self.state
+        if before in _ALONE and type(event) in (_NEWS_OF_PREFILL if self.prefill is None else _NEWS_OF_DECODE):
+            raise ProtocolError(f"{type(event).__name__} of a request that no such worker has")
         effects = self._effects(event, now)
         self.state = after
-        self._answer_due_at = now + self._accept_timeout_s if after in (S.RESERVING, S.DISPATCHING) else None
+        self._patience.moved(before, after, event, now)
         if after is S.HANDING_OVER:
             early, self._early = self._early, []
             for kept in early:
@@ -207,16 +132,27 @@ class RequestMachine:
 
     def check(self) -> None:
         """Assert what must hold between events."""
-        has_decode = self.state in (S.RESERVING, S.HANDING_OVER, S.DECODING)
+        assert self.state not in _ALONE or (self.prefill is None) is not (self.decode is None)
+        has_decode = self.state in (S.RESERVING, S.BINDING, S.PLACING, S.HANDING_OVER, S.DECODING)
         assert not has_decode or self.decode is not None
-        has_prefill = self.state in (S.RESERVING, S.DISPATCHING, S.PREFILLING, S.HANDING_OVER)
+        has_prefill = self.state in ASKING - {S.ENGAGING} | {S.SEEKING, S.PREFILLING, S.HOLDING, S.HANDING_OVER}
         assert not has_prefill or self.prefill is not None
+        assert self.state not in (S.STARTING, S.SEEKING, S.HOLDING) or self.decode is None
         assert not self._early or self.state in (S.DISPATCHING, S.PREFILLING, *TERMINAL)
         assert self.state not in (S.RECEIVED, S.QUEUED, S.ROUTING) or (self.prefill, self.decode) == (None, None)
         assert not self.is_over or (self.prefill, self.decode) == (None, None)
         assert (self.num_tokens > 0) == (self.timeline.first_token_at is not None)
-        assert self.num_tokens == 0 or self.state in (S.HANDING_OVER, S.DECODING, *TERMINAL)
+        has_tokens = self.state in (S.HOLDING, S.PLACING, S.HANDING_OVER, S.DECODING, S.GENERATING)
+        assert self.is_over or has_tokens is (self.num_tokens > 0)
+        self._patience.check(self.state)
         assert self._num_losses <= self._max_losses or self.is_over
+
+    def _silence(self) -> m.Event:
+        """Return the loss of whoever should have answered by now."""
+        is_decode = self.state in (S.RESERVING, S.BINDING, S.PLACING) or self.prefill is None
+        silent = self.decode if is_decode else self.prefill
+        error = WorkerLost(f"{silent} neither accepted nor rejected within {self._patience.accept_timeout_s:g} s")
+        return m.DecodeLost(error) if is_decode else m.PrefillLost(error)
 
     def _escalated(self, event: m.Event) -> m.Event:
         """A loss that would be retried becomes a failure when there were enough of them."""
@@ -227,42 +163,58 @@ class RequestMachine:
     def _effects(self, event: m.Event, now: float) -> list[m.Effect]:
         """Change everything but the state. Called only for events that have an edge from a living state."""
         match event:
-            case m.Queued():
-                return []
-            case m.PrefillLost() if self.state is S.DECODING:
+            case m.DecodeProduced(tokens) if self.num_tokens and self.decode is not None:
+                return self._deliver(tokens, now)
+            case m.Queued() | m.DecodeUnavailable():
                 return []
             case m.Released():
                 return self._begin_round(now)
-            case m.PairChosen(decision):
-                return self._reserve(decision.winner.prefill, decision.winner.decode, decision.reason)
-            case m.PrefillChosen(decision):
-                return self._dispatch(decision.winner.prefill, decision.reason)
-            case m.NothingFits(outcome):
-                return self._give_up_round(f"{outcome.role}: {outcome.obstacle}")
-            case m.DecodeAccepted():
+            case m.PairChosen(prefill, decode):
+                self._begin_attempt(prefill, decode)
+                return [m.SubmitDecode(decode, prefill, self.attempt, self._is_conditional)]
+            case m.LateChosen(prefill):
+                self._begin_attempt(prefill, None)
+                self.is_late = True
+                return [m.SubmitPrefill(prefill, None, self.attempt, self._is_conditional)]
+            case m.PrefillAloneChosen(prefill):
+                self._begin_attempt(prefill, None)
+                return [m.SubmitAlone(prefill, Role.PREFILL, self.attempt, self._is_conditional)]
+            case m.DecodeAloneChosen(decode):
+                self._begin_attempt(None, decode)
+                return [m.SubmitAlone(decode, Role.DECODE, self.attempt, self._is_conditional)]
+            case m.PrefillChosen(prefill):
+                self.num_asked += 1
+                self.prefill = prefill
+                return [m.SubmitPrefill(prefill, self.decode, self.attempt, self._is_conditional)]
+            case m.DecodeChosen(decode):
+                self.num_asked += 1
+                self.decode = decode
+                return [m.SubmitDecode(decode, None, self.attempt, self._is_conditional)]
+            case m.NothingFits(cause):
+                return [
+                    *self._free_workers("no prefill worker accepts"),
+                    m.ReturnToQueue(cause, self._retry_after_s),
+                ]
+            case m.SeekDue():
+                return self._seek_afresh()
+            case m.HoldExpired():
                 assert self.prefill is not None
-                return [m.SubmitPrefill(self.prefill, self.decode, self.attempt)]
-            case m.DecodeRejected(error):
-                return self._refused_by_decode(error.reason, error.retry_after_s)
-            case m.PrefillRejected(error):
-                return self._refused_by_prefill(error.reason, error.retry_after_s)
+                self.is_kept = True
+                return [m.BindPrefill(self.prefill, None)]
+            case m.DecodeAccepted():
+                return self._accepted_by_decode(now)
             case m.PrefillAccepted(cached_tokens):
-                self.cached_tokens = cached_tokens
-                self.prefill_worker = self.prefill
-                self.timeline.prefill_accepted(now)
-                return [m.LeaveQueue()]
-            case m.PrefillProduced(tokens):
-                if self.decode is None or not tokens:
-                    raise ProtocolError("the prefill worker neither finished the request nor began its hand-over")
-                if self._num_early_tokens and len(tokens) != 1:  # they were checked to follow one token
-                    raise ProtocolError("both workers produced the same token")
-                return self._deliver(tokens, now)
-            case m.KvLanded() | m.DecodeProduced() | m.DecodeFinished() if self.num_tokens == 0:
+                return self._accepted_by_prefill(cached_tokens, now)
+            case m.DecodeRejected(error):
+                return self._refused_by_decode(error)
+            case m.PrefillRejected(error):
+                return self._refused_by_prefill(error)
+            case m.KvLanded() | m.DecodeProduced() | m.DecodeFinished() if self._overtakes:
                 return self._keep(event)
-            case m.DecodeProduced(tokens):
-                return self._deliver(tokens, now)
+            case m.PrefillProduced(tokens) | m.DecodeProduced(tokens):
+                return self._produced(tokens, now)
             case m.PrefillFinished(tokens, finish) | m.DecodeFinished(tokens, finish):
-                return self._finish(tokens, finish, now)
+                return self._finish(event, tokens, finish, now)
             case m.PrefillMeasured(cached_tokens=cached_tokens):
                 self.cached_tokens = cached_tokens
                 return []
@@ -273,62 +225,111 @@ class RequestMachine:
                 self.decode_worker = self.decode
                 return self._release_prefill()
             case m.PrefillLost(error) | m.DecodeLost(error):
-                return self._lost(event, error, now)
+                return self._lost(event, error)
             case m.RequestFailed(error) | m.AbortRequested(error):
-                return self._end(error)
+                return [*self._free_workers(str(error)), m.Conclude(error=error)]
             case _:
                 raise AssertionError(f"{type(event).__name__} has an edge but no effect")
+
+    @property
+    def _is_conditional(self) -> bool:
+        return self._num_busier < _MAX_BUSIER
+
+    @property
+    def _overtakes(self) -> bool:
+        """News of the decode worker come before the first token of the prefill worker."""
+        return self.state in (S.DISPATCHING, S.PREFILLING)
 
     def _begin_round(self, now: float) -> list[m.Effect]:
         self._refusals.clear()
         self._retry_after_s = 0.0
+        self._num_busier = 0
         self.timeline.dispatched(now)
-        return [m.ChoosePair(frozenset())]
+        return [m.ChooseWorkers(frozenset())]
 
-    def _reserve(self, prefill: WorkerId, decode: WorkerId | None, reason: str) -> list[m.Effect]:
-        assert decode is not None, "a pair has a decode worker"
+    def _begin_attempt(self, prefill: WorkerId | None, decode: WorkerId | None) -> None:
         self.attempt += 1
         self.num_asked += 1
-        self.prefill, self.decode, self.reason = prefill, decode, reason
-        return [m.SubmitDecode(decode, prefill, self.attempt)]
+        self.prefill, self.decode = prefill, decode
+        self.is_late = False
 
-    def _dispatch(self, prefill: WorkerId, reason: str) -> list[m.Effect]:
-        if self.decode is None:
-            self.attempt += 1
-        self.num_asked += 1
-        self.prefill, self.reason = prefill, reason
-        return [m.SubmitPrefill(prefill, self.decode, self.attempt)]
-
-    def _give_up_round(self, cause: str) -> list[m.Effect]:
-        return [*self._free_workers("no prefill worker accepts"), m.ReturnToQueue(cause, self._retry_after_s)]
-
-    def _refused_by_decode(self, reason: RejectReason, retry_after_s: float) -> list[m.Effect]:
-        assert self.decode is not None
-        self._refuse(self.decode, reason, retry_after_s)
-        released = [m.ReleaseWorker(worker) for worker in (self.prefill, self.decode) if worker is not None]
-        self.prefill = self.decode = None
-        return [*released, m.ChoosePair(frozenset(self._refusals))]
-
-    def _refused_by_prefill(self, reason: RejectReason, retry_after_s: float) -> list[m.Effect]:
+    def _accepted_by_decode(self, now: float) -> list[m.Effect]:
+        assert self.decode is not None or self.state is S.ENGAGING
+        if self.state is S.ENGAGING:
+            self.decode_worker = self.decode
+            self.timeline.accepted(now)
+            return [m.LeaveQueue()]
         assert self.prefill is not None
-        refuser, self.prefill = self.prefill, None
+        if self.state is S.RESERVING:
+            return [m.SubmitPrefill(self.prefill, self.decode, self.attempt, self._is_conditional)]
+        return [m.BindPrefill(self.prefill, self.decode)]
+
+    def _accepted_by_prefill(self, cached_tokens: int, now: float) -> list[m.Effect]:
+        self.cached_tokens = cached_tokens
+        self.prefill_worker = self.prefill
+        self.timeline.accepted(now)
+        if self.state is not S.STARTING:
+            return [m.LeaveQueue()]
+        return [m.LeaveQueue(), *self._seek_afresh()]
+
+    def _refused_by_decode(self, error: RejectedError) -> list[m.Effect]:
+        assert self.decode is not None
+        refuser = self.decode
+        self._refuse(refuser, error)
+        if self.state in (S.BINDING, S.PLACING):
+            self.decode = None
+            return [m.ReleaseWorker(refuser), self._seek()]
+        return [*self._release_all(), m.ChooseWorkers(frozenset(self._refusals))]
+
+    def _refused_by_prefill(self, error: RejectedError) -> list[m.Effect]:
+        assert self.prefill is not None
+        refuser = self.prefill
+        self._refuse(refuser, error)
+        if self.state is not S.DISPATCHING:
+            return [*self._release_all(), m.ChooseWorkers(frozenset(self._refusals))]
+        assert self.decode is not None
+        self.prefill = None
         self._forget_early()
-        self._refuse(refuser, reason, retry_after_s)
         return [m.ReleaseWorker(refuser), m.ChoosePrefill(frozenset(self._refusals), self.decode)]
 
-    def _refuse(self, worker_id: WorkerId, reason: RejectReason | None, retry_after_s: float) -> None:
-        self._refusals[worker_id] = reason
-        self._retry_after_s = max(self._retry_after_s, retry_after_s)
+    def _refuse(self, worker_id: WorkerId, error: RejectedError) -> None:
+        if error.reason is RejectReason.BUSIER and self._is_conditional:
+            self._num_busier += 1  # what it told of its load is known now: it may be the best one still
+            return
+        self._refusals[worker_id] = error.reason
+        self._retry_after_s = max(self._retry_after_s, error.retry_after_s)
 
-    def _lost(self, event: m.Event, error: ServingError, now: float) -> list[m.Effect]:
+    def _seek_afresh(self) -> list[m.Effect]:
+        """Look for a decode worker among all but those that were lost."""
+        self._refusals = {worker: None for worker, reason in self._refusals.items() if reason is None}
+        self._num_busier = 0
+        seek = self._seek()
+        self._num_seeks += 1
+        return [seek]
+
+    def _seek(self) -> m.ChooseDecode:
+        assert self.prefill is not None
+        return m.ChooseDecode(frozenset(self._refusals), self.prefill, self._num_seeks)
+
+    def _lost(self, event: m.Event, error: ServingError) -> list[m.Effect]:
+        is_decode = isinstance(event, m.DecodeLost)
+        if self.state is S.DECODING:  # the prefill worker: it holds nothing of the request any more
+            return [] if not is_decode else [*self._free_workers(str(error)), m.Conclude(error=error)]
+        culprit = self.decode if is_decode else self.prefill
+        if is_decode and self.state in (S.BINDING, S.PLACING) and culprit is not None:
+            self.decode = None
+            self._refusals[culprit] = None
+            return [m.AbortWork(culprit, str(error)), self._seek()]
         if self.num_tokens:
-            return self._end(error)
+            return [*self._free_workers(str(error)), m.Conclude(error=error)]
         self._num_losses += 1
         self._forget_early()
-        culprit = self.decode if isinstance(event, m.DecodeLost) else self.prefill
         if culprit is not None:
-            self._refuse(culprit, None, 0.0)
-        return [*self._free_workers(f"retry elsewhere: {error}"), m.ChoosePair(frozenset(self._refusals))]
+            self._refusals[culprit] = None
+        return [
+            *self._free_workers(f"retry elsewhere: {error}"),
+            m.ChooseWorkers(frozenset(self._refusals)),
+        ]
 
     def _keep(self, event: m.KvLanded | m.DecodeProduced | m.DecodeFinished) -> list[m.Effect]:
         """Checked now, so that it cannot be refused when its turn comes."""
@@ -360,18 +361,25 @@ class RequestMachine:
             if token.index != index:
                 raise ProtocolError(f"expected token {index}, got token {token.index}")
 
-    def _finish(self, tokens: tuple[TokenOutput, ...], finish: Finish, now: float) -> list[m.Effect]:
+    def _produced(self, tokens: tuple[TokenOutput, ...], now: float) -> list[m.Effect]:
+        """Tokens of the worker whose turn it is."""
+        if not tokens and not self.num_tokens:
+            raise ProtocolError("a worker told of a first token and sent none")
+        if self._num_early_tokens and len(tokens) != 1:  # they were checked to follow one token
+            raise ProtocolError("both workers produced the same token")
+        return self._deliver(tokens, now)
+
+    def _finish(self, event: m.Event, tokens: tuple[TokenOutput, ...], finish: Finish, now: float) -> list[m.Effect]:
         effects = self._deliver(tokens, now)
-        by_prefill = self.state is S.PREFILLING
-        if by_prefill and self.decode is not None:
+        if isinstance(event, m.PrefillFinished) and self.decode is not None:
             effects.append(m.AbortWork(self.decode, "the first token was the last"))
             self.decode = None
-        effects += [m.ReleaseWorker(worker) for worker in (self.prefill, self.decode) if worker is not None]
-        self.prefill = self.decode = None
-        return [*effects, m.Conclude(finish=finish)]
+        return [*effects, *self._release_all(), m.Conclude(finish=finish)]
 
-    def _end(self, error: ServingError) -> list[m.Effect]:
-        return [*self._free_workers(str(error)), m.Conclude(error=error)]
+    def _release_all(self) -> list[m.Effect]:
+        released = [m.ReleaseWorker(worker) for worker in (self.prefill, self.decode) if worker is not None]
+        self.prefill = self.decode = None
+        return list(released)
 
     def _free_workers(self, reason: str) -> list[m.Effect]:
         """Tell everybody who holds, or was asked to hold, the request. An unasked prefill worker is told nothing."""

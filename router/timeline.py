@@ -29,8 +29,8 @@ class Timeline:
         """It left the queue for the router."""
         self._dispatched_at = self._accepted_at = now
 
-    def prefill_accepted(self, now: float) -> None:
-        """Both workers have accepted."""
+    def accepted(self, now: float) -> None:
+        """All workers that it needs now have accepted."""
         self._accepted_at = now
 
     def tokens_arrived(self, now: float) -> None:

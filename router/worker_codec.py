@@ -22,9 +22,16 @@ def read_prefill_report(report: worker_pb2.PrefillReport) -> WorkEvents | LoadRe
     """
     match report.WhichOneof("report"):
         case "accepted":
-            return [(report.accepted.request_id, m.PrefillAccepted(report.accepted.cached_tokens))]
+            return [
+                (report.accepted.request_id, m.PrefillAccepted(report.accepted.cached_tokens, _load(report.accepted)))
+            ]
         case "rejected":
-            return [(report.rejected.request_id, m.PrefillRejected(rejection_from_wire(report.rejected)))]
+            return [
+                (
+                    report.rejected.request_id,
+                    m.PrefillRejected(rejection_from_wire(report.rejected), _load(report.rejected)),
+                )
+            ]
         case "outputs":
             return [
                 (
@@ -36,12 +43,9 @@ def read_prefill_report(report: worker_pb2.PrefillReport) -> WorkEvents | LoadRe
                 for output in outputs_from_wire(report.outputs)
             ]
         case "computed":
-            computed = report.computed
-            return [
-                (computed.request_id, m.PrefillMeasured(computed.queue_s, computed.compute_s, computed.cached_tokens))
-            ]
+            return [_measured(report.computed)]
         case "handed_over":
-            return [(report.handed_over.request_id, m.KvHandedOver())]
+            return [(report.handed_over.request_id, _handed_over(report.handed_over))]
         case "failed":
             error, is_transient = read_failure(report.failed)
             return [(report.failed.request_id, m.PrefillLost(error) if is_transient else m.RequestFailed(error))]
@@ -59,9 +63,16 @@ def read_decode_report(report: worker_pb2.DecodeReport) -> WorkEvents | LoadRepo
     """
     match report.WhichOneof("report"):
         case "accepted":
-            return [(report.accepted.request_id, m.DecodeAccepted(report.accepted.cached_tokens))]
+            return [
+                (report.accepted.request_id, m.DecodeAccepted(report.accepted.cached_tokens, _load(report.accepted)))
+            ]
         case "rejected":
-            return [(report.rejected.request_id, m.DecodeRejected(rejection_from_wire(report.rejected)))]
+            return [
+                (
+                    report.rejected.request_id,
+                    m.DecodeRejected(rejection_from_wire(report.rejected), _load(report.rejected)),
+                )
+            ]
         case "outputs":
             return [
                 (
@@ -85,6 +96,8 @@ def read_decode_report(report: worker_pb2.DecodeReport) -> WorkEvents | LoadRepo
                 landed.kv_wire_bytes,
             )
             return [(landed.request_id, event)]
+        case "computed":
+            return [_measured(report.computed)]
         case "failed":
             error, is_transient = read_failure(report.failed)
             return [(report.failed.request_id, m.DecodeLost(error) if is_transient else m.RequestFailed(error))]
@@ -92,6 +105,23 @@ def read_decode_report(report: worker_pb2.DecodeReport) -> WorkEvents | LoadRepo
             return load_from_wire(report.load)
         case other:
             raise ProtocolError(f"a decode worker sent {other or 'an empty report'}")
+
+
+def _load(answer: worker_pb2.Accepted | worker_pb2.Rejected) -> LoadReport | None:
+    return load_from_wire(answer.load) if answer.HasField("load") else None
+
+
+def _measured(computed: worker_pb2.PrefillComputed) -> tuple[str, m.Event]:
+    return computed.request_id, m.PrefillMeasured(computed.queue_s, computed.compute_s, computed.cached_tokens)
+
+
+def _handed_over(handed_over: worker_pb2.HandedOver) -> m.KvHandedOver:
+    has_goodput = handed_over.HasField("link_goodput_bytes_per_s")
+    return m.KvHandedOver(
+        handed_over.link_goodput_bytes_per_s if has_goodput else None,
+        handed_over.link_rtt_s if handed_over.HasField("link_rtt_s") else None,
+        handed_over.link_queued_bytes,
+    )
 
 
 def read_failure(failed: worker_pb2.WorkFailed) -> tuple[ServingError, bool]:

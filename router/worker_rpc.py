@@ -143,14 +143,15 @@ class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
             message.decode_address = decode.address
         self._send(pb.PrefillCommand(submit=message))
 
-    def bind(self, work_id: str, decode: WorkerRecord) -> None:
-        """Tell where the KV of a prompt goes that was sent with `bind_later`."""
-        bind = pb.PrefillBind(
-            request_id=work_id,
-            decode_worker_id=decode.worker_id,
-            decode_epoch=decode.epoch,
-            decode_address=decode.address,
-        )
+    def bind(self, work_id: str, decode: WorkerRecord | None) -> None:
+        """Tell where the KV of a prompt goes that was sent with `bind_later`; None: nowhere, generate the rest."""
+        bind = pb.PrefillBind(request_id=work_id)
+        if decode is not None:
+            bind.decode_worker_id, bind.decode_epoch, bind.decode_address = (
+                decode.worker_id,
+                decode.epoch,
+                decode.address,
+            )
         self._send(pb.PrefillCommand(bind=bind))
 
     async def list_kv_decisions(self, last: int) -> pb.ListKvDecisionsResponse:

@@ -107,7 +107,7 @@ class WorkerPool:
             channel.submit(order)
         return channel is not None
 
-    def bind(self, worker_id: WorkerId, work_id: TransferId, decode: WorkerRecord) -> bool:
+    def bind(self, worker_id: WorkerId, work_id: TransferId, decode: WorkerRecord | None) -> bool:
         channel = self.prefill(worker_id)
         if channel is not None:
             channel.bind(work_id, decode)

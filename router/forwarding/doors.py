@@ -66,8 +66,11 @@ class WorkerDoors(Protocol):
         """Returns False when the worker is not connected."""
         ...
 
-    def bind(self, worker_id: WorkerId, work_id: TransferId, decode: WorkerRecord) -> bool:
+    def bind(self, worker_id: WorkerId, work_id: TransferId, decode: WorkerRecord | None) -> bool:
         """Tell a prefill worker where the KV of a prompt goes that it was given with `bind_later`.
+
+        Args:
+            decode: has accepted; None: nobody will, the prefill worker generates the rest itself.
 
         Returns:
             False when the worker is not connected.
