@@ -19,6 +19,7 @@ from kv_transfer.carriers.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.choice import ProfileChooser
 from kv_transfer.codec import TORCH_DTYPES, Decoder
 from kv_transfer.config import KvTransferConfig
+from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.link import Links
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats, Peer
@@ -28,6 +29,19 @@ from protos import kv_transfer_pb2 as pb
 
 LAYOUT = KvLayout("weights", num_layers=3, num_kv_heads=2, head_dim=8, dtype="float32", block_size=4)
 PATIENCE_S = 20.0  # a deadline, not a duration: only a hang uses it up
+
+
+def hello_of(epoch: int = 3) -> pb.SenderMessage:
+    """Return what the duo's sender says first, in its first incarnation or another."""
+    return pb.SenderMessage(
+        hello=pb.SenderHello(
+            worker_id="prefill",
+            epoch=epoch,
+            receiver_epoch=7,
+            layout_fingerprint=LAYOUT.fingerprint,
+            frame_version=FRAME_VERSION,
+        )
+    )
 
 
 class ArrayPool:

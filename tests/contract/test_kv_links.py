@@ -4,8 +4,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ from kv_transfer.carriers.memory_links import MemoryHub, MemoryLinks
 from kv_transfer.carriers.process_group_links import ProcessGroupLinks
 from kv_transfer.carriers.socket_links import SocketBackend, SocketLinks
 from kv_transfer.frame import HEADER_BYTES
-from kv_transfer.link import LinkError, LinkPlan, Links, ReceiveEnd, SendEnd
+from kv_transfer.link import LinkError, LinkPlan, Links, SendEnd
+from tests.kv_link_ends import WAIT_S, joined
 
 SLOT_BYTES = HEADER_BYTES + 4096
-WAIT_S = 20.0
 _names = itertools.count()
 
 
@@ -47,24 +46,6 @@ def _plan(*, open_timeout_s: float = WAIT_S, num_slots: int = 2) -> LinkPlan:
     return LinkPlan(f"kv/p@1/d@1/{next(_names)}", SLOT_BYTES, num_slots, open_timeout_s)
 
 
-@contextmanager
-def _joined(
-    links: Links, plan: LinkPlan | None = None, *, senders: Links | None = None
-) -> Iterator[tuple[SendEnd, ReceiveEnd]]:
-    plan = plan or _plan()
-    address = links.host()
-    with ThreadPoolExecutor(1) as pool:
-        opening: Future[ReceiveEnd] = pool.submit(links.open_receive, plan)
-        sender = (senders or links).open_send(address, plan)
-        receiver = opening.result(WAIT_S)
-        try:
-            yield sender, receiver
-        finally:
-            receiver.abort()
-            sender.close()
-            receiver.close()
-
-
 def _send(end: SendEnd, value: int, num_bytes: int = SLOT_BYTES) -> None:
     slot = end.acquire(WAIT_S)
     slot.memory.fill_(value)
@@ -72,7 +53,7 @@ def _send(end: SendEnd, value: int, num_bytes: int = SLOT_BYTES) -> None:
 
 
 def test_messages_arrive_whole_and_in_order(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         received: list[int] = []
 
         def listen() -> None:
@@ -92,7 +73,7 @@ def test_messages_arrive_whole_and_in_order(links: Links) -> None:
 
 
 def test_a_short_message_leaves_the_link_whole(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         for value, num_bytes in ((1, HEADER_BYTES), (2, HEADER_BYTES + 100), (3, SLOT_BYTES)):
             _send(sender, value, num_bytes)
             slot = receiver.receive()
@@ -101,7 +82,7 @@ def test_a_short_message_leaves_the_link_whole(links: Links) -> None:
 
 
 def test_a_receiver_may_hold_every_slot(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         for value in (1, 2):
             _send(sender, value)
         held = [receiver.receive(), receiver.receive()]
@@ -114,7 +95,7 @@ def test_a_receiver_may_hold_every_slot(links: Links) -> None:
 
 
 def test_a_slot_that_was_not_needed_keeps_nobody_waiting(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         _send(sender, 1)
         spare = sender.acquire(WAIT_S)
         receiver.release(receiver.receive())
@@ -125,7 +106,7 @@ def test_a_slot_that_was_not_needed_keeps_nobody_waiting(links: Links) -> None:
 
 
 def test_slots_are_aligned_for_every_dtype(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         slot = sender.acquire(WAIT_S)
         assert slot.memory.data_ptr() % 64 == 0
         sender.send(slot, SLOT_BYTES)
@@ -134,7 +115,7 @@ def test_slots_are_aligned_for_every_dtype(links: Links) -> None:
 
 @pytest.mark.parametrize("num_bytes", [0, HEADER_BYTES - 1, SLOT_BYTES + 1])
 def test_a_message_that_would_kill_the_receiver_is_never_sent(links: Links, num_bytes: int) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         slot = sender.acquire(WAIT_S)
         with pytest.raises(ValueError, match="does not fit"):
             sender.send(slot, num_bytes)
@@ -143,7 +124,7 @@ def test_a_message_that_would_kill_the_receiver_is_never_sent(links: Links, num_
 
 
 def test_an_aborted_receiver_wakes_up(links: Links) -> None:
-    with _joined(links) as (_, receiver):
+    with joined(links, _plan()) as (_, receiver):
         threading.Timer(0.05, receiver.abort).start()
         with pytest.raises(LinkError):
             receiver.receive()
@@ -152,7 +133,7 @@ def test_an_aborted_receiver_wakes_up(links: Links) -> None:
 
 
 def test_an_aborted_sender_wakes_up(links: Links) -> None:
-    with _joined(links) as (sender, _receiver):
+    with joined(links, _plan()) as (sender, _receiver):
         threading.Timer(0.05, sender.abort).start()
 
         def send_on() -> None:
@@ -164,14 +145,14 @@ def test_an_aborted_sender_wakes_up(links: Links) -> None:
 
 
 def test_closing_one_end_releases_the_other(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         threading.Timer(0.05, sender.close).start()
         with pytest.raises(LinkError):
             receiver.receive()
 
 
 def test_a_sender_whose_receiver_closed_fails(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         receiver.close()
 
         def send_on() -> None:
@@ -184,7 +165,7 @@ def test_a_sender_whose_receiver_closed_fails(links: Links) -> None:
 
 
 def test_a_receiver_that_takes_nothing_is_a_timeout_for_the_sender(links: Links) -> None:
-    with _joined(links) as (sender, _receiver):
+    with joined(links, _plan()) as (sender, _receiver):
 
         def send_on() -> None:
             for value in range(5):  # two slots here, two there, and none comes back
@@ -209,7 +190,7 @@ def test_a_sender_that_waits_alone_gives_up(links: Links) -> None:
 
 def test_a_rebuilt_link_under_a_new_name_works(links: Links) -> None:
     for value in (1, 2):
-        with _joined(links) as (sender, receiver):
+        with joined(links, _plan()) as (sender, receiver):
             _send(sender, value)
             assert int(receiver.receive().memory[0]) == value
 
@@ -230,14 +211,14 @@ def test_many_links_may_open_at_once_and_nobody_meets_a_stranger(links: Links) -
 
 
 def test_open_links_outlive_their_meeting_place(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         links.close()
         _send(sender, 7)
         assert int(receiver.receive().memory[0]) == 7
 
 
 def test_abort_and_close_may_come_often(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         for end in (sender, receiver):
             end.abort()
             end.abort()
@@ -246,7 +227,7 @@ def test_abort_and_close_may_come_often(links: Links) -> None:
 
 
 def test_nothing_touches_the_default_group(links: Links) -> None:
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         _send(sender, 1)
         receiver.receive()
         assert not dist.is_initialized()
@@ -286,7 +267,7 @@ def test_a_pair_takes_the_best_carrier_that_both_have(
         with pytest.raises(LinkError, match="no carrier"):
             here.open_send(there.host(), _plan(open_timeout_s=0.3))
     else:
-        with _joined(there, senders=here) as (send_end, receive_end):
+        with joined(there, _plan(), senders=here) as (send_end, receive_end):
             assert send_end.carrier == receive_end.carrier == carrier
             _send(send_end, 5)
             assert int(receive_end.receive().memory[0]) == 5
@@ -297,7 +278,7 @@ def test_a_pair_takes_the_best_carrier_that_both_have(
 @pytest.mark.parametrize("carrier", ["memory", "gloo", "shm", "tcp"])
 def test_an_end_says_what_it_is_carried_by(carrier: str) -> None:
     links = _open(carrier)
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         assert sender.carrier == receiver.carrier == carrier
     links.close()
 
@@ -316,7 +297,7 @@ def test_closed_links_leave_nothing_behind(carrier: str) -> None:
     before = _leftovers()
     links = _open(carrier)
     for _ in range(3):
-        with _joined(links) as (sender, receiver):
+        with joined(links, _plan()) as (sender, receiver):
             _send(sender, 1)
             receiver.release(receiver.receive())
     with pytest.raises(LinkError):
@@ -328,7 +309,7 @@ def test_closed_links_leave_nothing_behind(carrier: str) -> None:
 @pytest.mark.parametrize("carrier", ["shm", "tcp"])
 def test_a_name_is_met_once(carrier: str) -> None:
     links, plan = _open(carrier), _plan(open_timeout_s=0.5)
-    with _joined(links, plan) as (sender, receiver):
+    with joined(links, plan) as (sender, receiver):
         with pytest.raises(LinkError):
             links.open_send(links.host(), plan)
         _send(sender, 4)
@@ -345,7 +326,7 @@ def test_gloo_can_carry_header_first_as_nccl_must() -> None:
     from kv_transfer.frame import FrameHeader, decode, seal
 
     links = ProcessGroupLinks("gloo", "127.0.0.1", carriage="header_first")
-    with _joined(links) as (sender, receiver):
+    with joined(links, _plan()) as (sender, receiver):
         for num_tokens in (1, 64):
             box, raw_bytes = Box(range(1), range(1), range(num_tokens)), num_tokens * 64
             header = FrameHeader(TransferId("t"), 1, 1, 1, 0, box, 8, "float32", 0, b"", (raw_bytes,), raw_bytes)

@@ -14,12 +14,11 @@ import torch
 from core.clock import ManualClock, MonotonicClock
 from core.ids import RequestId, TransferId
 from kv_transfer.config import KvTransferConfig
-from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.ports import Peer
 from kv_transfer.receiver.session import ReceiverSession, ReceiveState
 from kv_transfer.sender.session import SenderSession, SendState
 from protos import kv_transfer_pb2 as pb
-from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, WatchedDialer, WatchedStream
+from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, WatchedDialer, WatchedStream, hello_of
 
 LAYERS = range(LAYOUT.num_layers)
 NUM_TOKENS = 40
@@ -347,14 +346,7 @@ async def test_a_sender_that_dials_again_takes_over_from_its_dead_stream() -> No
         transfer_id, _, _ = await duo.begin("a", NUM_TOKENS)
         await duo.dialer.streams[0].until_heard("reserved")
         again = WatchedStream(duo.receiver)
-        hello = pb.SenderHello(
-            worker_id="prefill",
-            epoch=3,
-            receiver_epoch=7,
-            layout_fingerprint=LAYOUT.fingerprint,
-            frame_version=FRAME_VERSION,
-        )
-        again.send(pb.SenderMessage(hello=hello))
+        again.send(hello_of())
         async with asyncio.timeout(PATIENCE_S):
             first = await anext(again.messages())
         assert first.WhichOneof("message") == "hello"

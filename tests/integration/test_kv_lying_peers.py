@@ -19,7 +19,7 @@ from kv_transfer.ports import Peer
 from kv_transfer.receiver.receiver import KvReceiver
 from kv_transfer.sender.sender import KvSender
 from protos import kv_transfer_pb2 as pb
-from tests.kv_peers import LAYOUT, PATIENCE_S, ArrayPool, Outcomes
+from tests.kv_peers import LAYOUT, PATIENCE_S, ArrayPool, Outcomes, hello_of
 
 T, R = TransferId("a/0"), RequestId("a")
 NUM_TOKENS = 12
@@ -138,14 +138,7 @@ async def test_a_sender_that_opens_links_without_end_does_not_fill_the_receiver_
 
     async def flood() -> AsyncIterator[pb.SenderMessage]:
         nonlocal most
-        hello = pb.SenderHello(
-            worker_id="prefill",
-            epoch=3,
-            receiver_epoch=7,
-            layout_fingerprint=LAYOUT.fingerprint,
-            frame_version=FRAME_VERSION,
-        )
-        yield pb.SenderMessage(hello=hello)
+        yield hello_of()
         for link_epoch in range(1, 400):
             yield pb.SenderMessage(open_link=pb.OpenLink(link_epoch=link_epoch))
             most = max(most, sum(thread.name.startswith("kv-receive") for thread in threading.enumerate()))

@@ -10,14 +10,13 @@ from core.ids import TransferId
 from core.rpc import bind, connect, create_server
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import ControlReply, nack
-from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.rpc import KvTransferService
 from kv_transfer.sender.link import SendLink
 from kv_transfer.sender.pump import SendPump
 from kv_transfer.session import NackReason
 from protos import kv_transfer_pb2 as pb
 from protos import kv_transfer_pb2_grpc as pb_grpc
-from tests.kv_peers import LAYOUT, PATIENCE_S, Duo
+from tests.kv_peers import LAYOUT, PATIENCE_S, Duo, hello_of
 
 NUM_FAREWELLS = 20
 
@@ -68,29 +67,17 @@ async def test_a_defect_in_the_listener_loses_the_pair_aloud(
         assert any(record.exc_info for record in caplog.records)
 
 
-def _hello(epoch: int) -> pb.SenderMessage:
-    return pb.SenderMessage(
-        hello=pb.SenderHello(
-            worker_id="prefill",
-            epoch=epoch,
-            receiver_epoch=7,
-            layout_fingerprint=LAYOUT.fingerprint,
-            frame_version=FRAME_VERSION,
-        )
-    )
-
-
 async def _only(message: pb.SenderMessage) -> AsyncIterator[pb.SenderMessage]:
     yield message
 
 
 async def test_an_older_incarnation_is_refused_after_the_newer_one_left() -> None:
     async with Duo() as duo:
-        await duo.receiver.serve(_only(_hello(epoch=5)), lambda message: None)
+        await duo.receiver.serve(_only(hello_of(epoch=5)), lambda message: None)
         with pytest.raises(RejectedError) as rejected:
-            await duo.receiver.serve(_only(_hello(epoch=4)), lambda message: None)
+            await duo.receiver.serve(_only(hello_of(epoch=4)), lambda message: None)
         assert rejected.value.reason is RejectReason.STALE_EPOCH
-        await duo.receiver.serve(_only(_hello(epoch=5)), lambda message: None)  # the same one may come back
+        await duo.receiver.serve(_only(hello_of(epoch=5)), lambda message: None)  # the same one may come back
 
 
 async def test_a_stream_that_never_says_hello_is_ended() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from random import Random
 
@@ -22,11 +21,11 @@ from kv_transfer.config import KvTransferConfig
 from kv_transfer.frame import HEADER_BYTES, decode_header, seal, section_spans
 from kv_transfer.link import LinkPlan, ReceiveEnd, SendEnd
 from kv_transfer.session import NackReason
+from tests.kv_link_ends import WAIT_S, joined
 from tools.fuzz_target import SLOT_BYTES, Finding, FrameTarget, reseal, spoil, valid_frames
 
 FRAMES = valid_frames()
 TARGET = FrameTarget()
-WAIT_S = 20.0
 OUTCOMES = {"landed", "late", *NackReason}
 
 
@@ -122,19 +121,12 @@ def _link(carrier: str) -> Iterator[tuple[SendEnd, ReceiveEnd]]:
     config = KvTransferConfig.model_validate({"backend": carrier})
     senders, receivers = open_links(config), open_links(config)
     plan = LinkPlan(f"fuzz/{carrier}", SLOT_BYTES, 2, WAIT_S)
-    address = receivers.host()
-    with ThreadPoolExecutor(1) as pool:
-        opening = pool.submit(receivers.open_receive, plan)
-        sender = senders.open_send(address, plan)
-        receiver = opening.result(WAIT_S)
-        try:
-            yield sender, receiver
-        finally:
-            receiver.abort()
-            sender.close()
-            receiver.close()
-            senders.close()
-            receivers.close()
+    try:
+        with joined(receivers, plan, senders=senders) as ends:
+            yield ends
+    finally:
+        senders.close()
+        receivers.close()
 
 
 @pytest.mark.parametrize("carrier", ["memory", "shm", "tcp", "gloo"])
