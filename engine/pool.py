@@ -10,9 +10,9 @@ Concurrency: frames of blocks that nobody else writes may be read and written fr
 import torch
 
 from core.errors import ConfigError
-from core.layout import KvLayout
+from core.layout import DTYPE_BYTES, KvLayout
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}  # torch has these names
 _MIN_COPY_BYTES = 128 * 1024  # of one block: less is not worth a call of its own
 
 

@@ -17,8 +17,7 @@ from kv_transfer.box import Box
 from kv_transfer.frame import FrameRefused
 from kv_transfer.session import NackReason
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-assert TORCH_DTYPES.keys() == DTYPE_BYTES.keys()
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}  # torch has these names
 
 
 @dataclass(frozen=True, slots=True)
