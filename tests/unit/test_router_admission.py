@@ -1,27 +1,48 @@
-"""The waiting room: bounds, order, and a slow start after refusals."""
+"""The waiting room as a whole: bounds, order, and a slow start after refusals."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from core.errors import RejectedError
+from core.errors import RejectedError, RejectReason
 from core.ids import RequestId
-from router.admission import AdmissionQueue
+from core.service_class import ServiceClass
+from router.admission.claims import Amount, Claim
+from router.admission.queue import AdmissionQueue, QueueRules
 
 MIN_S, MAX_S = 0.1, 1.0
+RULES = QueueRules(
+    bounds=Amount(100, 1000, 100_000),
+    reserved_ratio=0.0,
+    aging_s=10.0,
+    max_slack_s=60.0,
+    output_token_weight=2.0,
+    rate_window_s=10.0,
+    max_retry_after_s=60.0,
+    retry_min_s=MIN_S,
+    retry_max_s=MAX_S,
+    shares={},
+    default_share=1.0,
+)
 
 
-def queue(*, max_requests: int = 100, max_tokens: int = 1000, seed: int = 0) -> AdmissionQueue:
-    return AdmissionQueue(
-        max_requests=max_requests,
-        max_tokens=max_tokens,
-        retry_min_s=MIN_S,
-        retry_max_s=MAX_S,
-        rng=random.Random(seed),
-    )
+def queue(*, seed: int = 0, **changes: object) -> AdmissionQueue:
+    return AdmissionQueue(replace(RULES, **changes), random.Random(seed))  # type: ignore[arg-type]
+
+
+def claim(
+    name: str,
+    tokens: int = 1,
+    service_class: ServiceClass = ServiceClass.INTERACTIVE,
+    *,
+    tenant: str = "",
+    at: float = 0.0,
+) -> Claim:
+    return Claim(RequestId(name), tenant, service_class, 0, None, at, tokens, 100, 0)
 
 
 def names(*texts: str) -> list[RequestId]:
@@ -29,8 +50,12 @@ def names(*texts: str) -> list[RequestId]:
 
 
 def enter(waiting: AdmissionQueue, *texts: str, tokens: int = 1) -> None:
-    for name in names(*texts):
-        waiting.enter(name, tokens)
+    for text in texts:
+        assert waiting.enter(claim(text, tokens), 0.0) == []
+
+
+def put_back(waiting: AdmissionQueue, name: str, now: float, retry_after_s: float = 0.0) -> None:
+    waiting.put_back(claim(name), now, retry_after_s)
 
 
 def test_an_open_gate_releases_all_in_order() -> None:
@@ -39,26 +64,36 @@ def test_an_open_gate_releases_all_in_order() -> None:
     assert waiting.take(0.0) == names("a", "b")
     assert waiting.take(0.0) == []
     assert len(waiting) == 2, "released is not accepted: they count until then"
-    waiting.leave(RequestId("a"), accepted=True)
-    assert (len(waiting), waiting.num_tokens, waiting.num_waiting) == (1, 1, 0)
+    waiting.leave(RequestId("a"), 0.0)
+    assert (len(waiting), waiting.num_tokens, waiting.num_bytes, waiting.num_waiting) == (1, 1, 100, 0)
 
 
 def test_bounds_count_everything_that_nobody_accepted_yet() -> None:
-    waiting = queue(max_requests=2, max_tokens=10)
+    waiting = queue(bounds=Amount(2, 10, 100_000))
     enter(waiting, "a")
     waiting.take(0.0)
     enter(waiting, "b")
     with pytest.raises(RejectedError, match="2 requests") as refused:
         enter(waiting, "c")
+    assert refused.value.reason is RejectReason.QUEUE_FULL
     assert refused.value.retry_after_s > 0
-    waiting.leave(RequestId("a"), accepted=True)
+    with pytest.raises(RejectedError, match="2 requests"):
+        waiting.check_room(claim("c"))
+    waiting.leave(RequestId("a"), 0.0)
     with pytest.raises(RejectedError, match="10 tokens"):
         enter(waiting, "c", tokens=10)
     enter(waiting, "c", tokens=9)
 
 
+def test_bytes_are_bounded_too() -> None:
+    waiting = queue(bounds=Amount(100, 1000, 250))
+    enter(waiting, "a", "b")
+    with pytest.raises(RejectedError, match="250 bytes"):
+        enter(waiting, "c")
+
+
 def test_a_prompt_larger_than_the_bound_fits_an_empty_queue() -> None:
-    waiting = queue(max_tokens=10)
+    waiting = queue(bounds=Amount(100, 10, 100_000))
     enter(waiting, "huge", tokens=99)
     with pytest.raises(RejectedError):
         enter(waiting, "b")
@@ -68,8 +103,8 @@ def test_a_refusal_by_all_closes_the_gate_and_the_first_probes_alone() -> None:
     waiting = queue()
     enter(waiting, "a", "b", "c")
     assert waiting.take(0.0) == names("a", "b", "c")
-    for name in names("b", "a", "c"):
-        waiting.put_back(name, 1, 0.0)
+    for name in ("b", "a", "c"):
+        put_back(waiting, name, 0.0)
     assert waiting.take(0.0) == []
     due = waiting.next_deadline()
     assert due is not None
@@ -77,8 +112,8 @@ def test_a_refusal_by_all_closes_the_gate_and_the_first_probes_alone() -> None:
     assert waiting.take(due) == names("a")
     assert waiting.take(due + 9) == [], "one probe at a time"
     assert waiting.next_deadline() is None
-    waiting.leave(RequestId("a"), accepted=True)
-    assert waiting.take(due) == names("b", "c")
+    waiting.leave(RequestId("a"), due + 9)
+    assert waiting.take(due + 9) == names("b", "c")
 
 
 def test_waits_double_up_to_the_bound_with_jitter_and_heed_a_hint() -> None:
@@ -87,16 +122,17 @@ def test_waits_double_up_to_the_bound_with_jitter_and_heed_a_hint() -> None:
     now, waits = 0.0, []
     for _ in range(8):
         assert waiting.take(now) == names("a")
-        waiting.put_back(RequestId("a"), 1, now)
+        put_back(waiting, "a", now)
         due = waiting.next_deadline()
         assert due is not None
         waits.append(due - now)
         now = due
     for number, wait in enumerate(waits):
         longest = min(MAX_S, MIN_S * 2**number)
-        assert longest / 2 <= wait <= longest * 1.0001
+        assert longest / 2 <= wait * 1.0001
+        assert wait <= longest * 1.0001
     waiting.take(now)
-    waiting.put_back(RequestId("a"), 1, now, retry_after_s=50.0)
+    put_back(waiting, "a", now, retry_after_s=50.0)
     assert waiting.next_deadline() == pytest.approx(now + MAX_S)
 
 
@@ -105,7 +141,7 @@ def test_capacity_brings_the_probe_forward() -> None:
     enter(waiting, "a")
     for now in (0.0, 1.0, 2.0, 3.0, 4.0):
         waiting.take(now)
-        waiting.put_back(RequestId("a"), 1, now)
+        put_back(waiting, "a", now)
     waiting.note_capacity(4.0)
     due = waiting.next_deadline()
     assert due is not None
@@ -113,36 +149,40 @@ def test_capacity_brings_the_probe_forward() -> None:
 
 
 def test_a_request_that_lost_its_workers_comes_back_first_even_when_full() -> None:
-    waiting = queue(max_requests=1)
-    enter(waiting, "old")
+    waiting = queue(bounds=Amount(2, 1000, 100_000))
+    enter(waiting, "old", "slow")
     waiting.take(0.0)
-    waiting.leave(RequestId("old"), accepted=True)
+    waiting.leave(RequestId("old"), 0.0)
     enter(waiting, "new")
-    waiting.put_back(RequestId("old"), 5, 0.0)
-    assert len(waiting) == 2
-    assert waiting.take(99.0) == names("old")
+    put_back(waiting, "slow", 0.0)
+    put_back(waiting, "old", 0.0)
+    assert len(waiting) == 3
+    order = []
+    for _ in range(3):
+        order += waiting.take(99.0)
+        waiting.end(order[-1], 99.0, 0)
+    assert order == names("old", "slow", "new")
 
 
 def test_a_probe_that_ends_lets_the_next_one_probe() -> None:
     waiting = queue()
     enter(waiting, "a", "b")
     waiting.take(0.0)
-    waiting.put_back(RequestId("a"), 1, 0.0)
-    waiting.put_back(RequestId("b"), 1, 0.0)
+    put_back(waiting, "a", 0.0)
+    put_back(waiting, "b", 0.0)
     assert waiting.take(10.0) == names("a")
-    waiting.leave(RequestId("a"), accepted=False)
+    waiting.end(RequestId("a"), 10.0, 0)
     assert waiting.take(10.0) == names("b")
 
 
 def test_above_saturation_few_are_released_per_acceptance() -> None:
-    waiting = queue(max_requests=2000, max_tokens=2000)
+    waiting = queue(bounds=Amount(2000, 2000, 10**9))
     everybody = [RequestId(f"{number:04d}") for number in range(1000)]
-    for name in everybody:
-        waiting.enter(name, 1)
+    enter(waiting, *everybody)
     asked = waiting.take(0.0)
     assert asked == everybody, "nothing is known yet: the gate is open"
     for name in asked:
-        waiting.put_back(name, 1, 0.0)
+        put_back(waiting, name, 0.0)
     now, num_accepted, num_released = 0.0, 0, 0
     while num_accepted < 5:  # five places in the cluster
         due = waiting.next_deadline()
@@ -152,10 +192,10 @@ def test_above_saturation_few_are_released_per_acceptance() -> None:
         num_released += len(asked)
         for name in asked:
             if num_accepted < 5:
-                waiting.leave(name, accepted=True)
+                waiting.leave(name, now)
                 num_accepted += 1
             else:
-                waiting.put_back(name, 1, now)
+                put_back(waiting, name, now)
     assert num_released <= 2 * 5 + 1
     refused_at = waiting.next_deadline()
     if refused_at is not None:
@@ -166,14 +206,13 @@ def test_the_window_grows_by_what_is_accepted_until_the_queue_is_empty() -> None
     waiting = queue()
     texts = [f"{number:02d}" for number in range(20)]
     enter(waiting, *texts)
-    waiting.put_back(waiting.take(0.0)[0], 1, 0.0)
-    for name in names(*texts[1:]):
-        waiting.put_back(name, 1, 0.0)
+    for name in waiting.take(0.0):
+        put_back(waiting, name, 0.0)
     sizes, now = [], MAX_S
     while asked := waiting.take(now):
         sizes.append(len(asked))
         for name in asked:
-            waiting.leave(name, accepted=True)
+            waiting.leave(name, now)
     assert sizes == [1, 2, 4, 8, 5]
     enter(waiting, *texts)
     assert len(waiting.take(now)) == 20, "empty once: unbounded again"
@@ -183,62 +222,110 @@ def test_a_late_refusal_of_the_first_rush_neither_closes_the_gate_nor_waits_in_t
     waiting = queue()
     enter(waiting, "a", "b", "c")
     waiting.take(0.0)
-    waiting.put_back(RequestId("a"), 1, 0.0)
+    put_back(waiting, "a", 0.0)
     assert waiting.take(MAX_S) == names("a"), "b and c have no answer yet and do not count"
-    waiting.leave(RequestId("a"), accepted=True)
-    waiting.put_back(RequestId("b"), 1, MAX_S)
-    waiting.put_back(RequestId("c"), 1, MAX_S)
+    waiting.leave(RequestId("a"), MAX_S)
+    put_back(waiting, "b", MAX_S)
+    put_back(waiting, "c", MAX_S)
     assert waiting.take(MAX_S) == names("b", "c")
 
 
+def test_the_wait_is_foretold_from_the_speed_under_backlog() -> None:
+    waiting = queue(bounds=Amount(100, 10_000, 10**9))
+    texts = [f"{number:02d}" for number in range(40)]
+    enter(waiting, *texts, tokens=100)
+    assert waiting.expected_wait_s(claim("x", 100), 0.0) == 0.0, "all may ask: nobody waits here"
+    for name in waiting.take(0.0):
+        waiting.put_back(claim(name, 100), 0.0)
+    assert 0 < waiting.expected_wait_s(claim("x", 100), 0.0) <= MAX_S, "of the speed nothing is known yet"
+    now = 0.0
+    for _ in range(10):  # ten seconds at one request, of a hundred tokens, per second
+        now += 1.0
+        asked = waiting.take(now)
+        waiting.leave(asked[0], now)
+        for name in asked[1:]:
+            waiting.put_back(claim(name, 100), now)
+    left = waiting.num_tokens
+    assert left == 3000
+    assert waiting.expected_wait_s(claim("x", 100), now) == pytest.approx(left / 100, rel=0.1)
+    with pytest.raises(RejectedError) as refused:
+        waiting.enter(claim("huge", 9000), now)
+    assert refused.value.retry_after_s == pytest.approx(60.0), "ninety seconds, of which sixty are told"
+
+
 class Room(RuleBasedStateMachine):
-    """Whatever happens: bounded, first in first out, nobody lost or released twice."""
+    """Whatever happens: bounded, nobody lost, shed or released twice; the books agree."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = queue(max_requests=6, max_tokens=20)
+        self.queue = queue(bounds=Amount(6, 20, 550), reserved_ratio=0.2, aging_s=1.0)
         self.now = 0.0
         self.next = 0
-        self.waiting: list[RequestId] = []
-        self.released: list[RequestId] = []
+        self.claims: dict[RequestId, Claim] = {}
+        self.waiting: set[RequestId] = set()
+        self.released: set[RequestId] = set()
+        self.accepted: set[RequestId] = set()
 
-    @rule(tokens=st.integers(1, 9))
-    def enter(self, tokens: int) -> None:
-        name = RequestId(f"{self.next:03d}")
+    @rule(tokens=st.integers(1, 9), service_class=st.sampled_from(ServiceClass), tenant=st.sampled_from("abc"))
+    def enter(self, tokens: int, service_class: ServiceClass, tenant: str) -> None:
+        new = claim(f"{self.next:03d}", tokens, service_class, tenant=tenant, at=self.now)
+        self.next += 1
+        before = len(self.queue), self.queue.num_tokens
         try:
-            self.queue.enter(name, tokens)
+            shed = self.queue.enter(new, self.now)
         except RejectedError:
-            assert len(self.queue) >= 6 or self.queue.num_tokens + tokens > 20
-        else:
-            self.next += 1
-            self.waiting.append(name)
+            assert (len(self.queue), self.queue.num_tokens) == before
+            return
+        gone = {one.request_id for one in shed}
+        assert len(gone) == len(shed)
+        assert gone <= self.waiting
+        self.waiting -= gone
+        self.claims[new.request_id] = new
+        self.waiting.add(new.request_id)
+        assert len(self.queue) <= 6
+        assert self.queue.num_tokens <= 20 or len(self.queue) == 1
+        assert self.queue.num_bytes <= 550
 
     @rule(seconds=st.floats(0, 0.5))
     def take(self, seconds: float) -> None:
         self.now += seconds
         taken = self.queue.take(self.now)
-        assert taken == self.waiting[: len(taken)]
-        del self.waiting[: len(taken)]
-        self.released += taken
+        assert len(set(taken)) == len(taken)
+        assert set(taken) <= self.waiting
+        self.waiting -= set(taken)
+        self.released |= set(taken)
 
     @rule(data=st.data(), accepted=st.booleans())
     def settle(self, data: st.DataObject, accepted: bool) -> None:
         if not self.released:
             return
-        name = data.draw(st.sampled_from(self.released))
+        name = data.draw(st.sampled_from(sorted(self.released)))
         self.released.remove(name)
         if accepted:
-            self.queue.leave(name, accepted=True)
+            self.queue.leave(name, self.now)
+            self.accepted.add(name)
         else:
-            self.queue.put_back(name, 1, self.now)
-            self.waiting = sorted([*self.waiting, name])
+            self.queue.put_back(self.claims[name], self.now)
+            self.waiting.add(name)
 
     @rule(data=st.data())
-    def abandon(self, data: st.DataObject) -> None:
-        if self.waiting:
-            name = data.draw(st.sampled_from(self.waiting))
+    def lose(self, data: st.DataObject) -> None:
+        if self.accepted and len(self.queue) < 6:
+            name = data.draw(st.sampled_from(sorted(self.accepted)))
+            self.accepted.remove(name)
+            self.queue.put_back(self.claims[name], self.now)
+            self.waiting.add(name)
+            self.queue.end(name, self.now, 0)
             self.waiting.remove(name)
-            self.queue.leave(name, accepted=False)
+
+    @rule(data=st.data(), output_tokens=st.integers(0, 50))
+    def end(self, data: st.DataObject, output_tokens: int) -> None:
+        known = sorted(self.waiting | self.released | self.accepted)
+        if known:
+            name = data.draw(st.sampled_from(known))
+            for where in (self.waiting, self.released, self.accepted):
+                where.discard(name)
+            self.queue.end(name, self.now, output_tokens)
 
     @rule()
     def nobody_waits_for_ever(self) -> None:
@@ -250,8 +337,9 @@ class Room(RuleBasedStateMachine):
 
     @invariant()
     def counts(self) -> None:
-        assert len(self.queue) == len(self.waiting) + len(self.released) <= 6
+        assert len(self.queue) == len(self.waiting) + len(self.released)
         assert self.queue.num_waiting == len(self.waiting)
+        self.queue.check()
 
 
 Room.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
