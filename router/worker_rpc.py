@@ -10,13 +10,12 @@ from google.protobuf.message import Message
 
 from core.errors import ProtocolError, WorkerLost
 from core.ids import Epoch, GatewayId
-from core.kv_events import BlocksStored
 from core.membership import LoadReport, Role, WorkerRecord
 from core.rpc import connect, from_rpc_error
 from core.streams import Outbox
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
-from protos.codec import request_to_wire
+from protos.codec import chain_from_wire, request_to_wire
 from router.config import WorkerStreamConfig
 from router.forwarding.doors import DecodeOrder, PrefillOrder
 from router.messages import WorkEvents
@@ -85,7 +84,7 @@ class _Channel(ABC, Generic[Command, Report]):
             reply = await self._list_cached(self._config.connect_timeout_s)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, self._record.worker_id) from error
-        chains = tuple(BlocksStored(chain.parent, tuple(chain.hashes)) for chain in reply.chains)
+        chains = tuple(chain_from_wire(chain) for chain in reply.chains)
         return CacheSnapshot(Epoch(reply.epoch), reply.sequence, chains)
 
     async def close(self) -> None:

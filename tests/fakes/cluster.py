@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +13,16 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from core.clock import MonotonicClock
-from core.ids import WorkerId
 from core.rpc import connect
 from core.store_memory import MemoryStore
 from protos import admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
 from router.config import RouterConfig
 from router.service import Gateway
+from tests.fakes.decode import FakeDecodeWorker
+from tests.fakes.prefill import FakePrefillWorker
 from tests.fakes.reading import Reading
 from tests.fakes.script import PATIENCE_S, FakeNetwork, Reply, echo_alphabet
-from tests.fakes.worker import FakeDecodeWorker, FakePrefillWorker
 
 CLUSTER = "test"
 
@@ -83,8 +83,8 @@ class FakeCluster:
         index, stored = self.gateway.fleet.index, asyncio.Event()
         store = index.store
 
-        def store_and_tell(worker_id: WorkerId, hashes: Sequence[bytes]) -> None:
-            store(worker_id, hashes)
+        def store_and_tell(*arguments: Any, **named: Any) -> None:
+            store(*arguments, **named)
             stored.set()
 
         with mock.patch.object(index, "store", store_and_tell):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from core.errors import RejectedError, RejectReason
+from core.membership import LoadReport
 from core.request import Finish, FinishReason, TokenOutput
 from protos import worker_pb2 as pb
 
@@ -49,6 +50,7 @@ class WorkerScript:
     always_refuse: RejectedError | None = None
     is_silent: bool = False  # neither accepts nor rejects
     go: asyncio.Event = field(default_factory=asyncio.Event)  # prefill: may compute; decode: may take its steps
+    pretended_load: LoadReport = LoadReport()  # noqa: RUF009 - frozen; on top of what it holds
     failure: pb.WorkFailed | None = None  # sent instead of tokens
     garble: Callable[[tuple[TokenOutput, ...]], tuple[TokenOutput, ...]] | None = None
 

@@ -1,18 +1,18 @@
-"""Prefill and decode workers that speak the real gRPC protocol and compute nothing.
+"""What the fake prefill and decode workers share: they speak the real gRPC protocol and compute nothing.
 
 A `FakeNetwork` joins them: it says what the model "generates" and carries a prefill worker's hand-over to the decode
 worker that reserved for it. Tests steer by events: a worker can be told to refuse, to keep silent, to hold back tokens,
-to die.
+to die. It counts what it holds, tells it in every answer, and refuses a conditional question when that is too much.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Generic, TypeVar, cast
+from collections.abc import AsyncIterator, Callable
+from typing import Generic, TypeVar
 
 import grpc
 
-from core.errors import StoreUnavailable
+from core.errors import RejectedError, RejectReason, StoreUnavailable
 from core.ids import Epoch, RequestId, WorkerId
 from core.kv_events import BlocksStored, KvEvent, KvEventBatch
 from core.membership import LoadReport, Role, WorkerRecord, WorkerState, kv_event_stream, worker_key
@@ -21,8 +21,7 @@ from core.rpc import bind, create_server
 from core.store import Store
 from core.streams import Outbox
 from protos import worker_pb2 as pb
-from protos import worker_pb2_grpc as pb_grpc
-from protos.codec import kv_events_to_wire, outputs_to_wire, rejection_to_wire
+from protos.codec import kv_events_to_wire, load_to_wire, outputs_to_wire, rejection_to_wire
 from tests.fakes.script import PATIENCE_S, FakeNetwork, Reply, WorkerScript, client_id
 
 WEIGHTS_VERSION = "fake-weights"
@@ -32,8 +31,8 @@ LAYOUT = "layout-a"
 Report = TypeVar("Report", pb.PrefillReport, pb.DecodeReport)
 
 
-class _FakeWorker(Generic[Report]):
-    """What both roles share: server, record, streams, bookkeeping."""
+class FakeWorker(Generic[Report]):
+    """Server, record, streams, bookkeeping."""
 
     role: Role
 
@@ -55,7 +54,11 @@ class _FakeWorker(Generic[Report]):
         self.submits: list[pb.PrefillSubmit | pb.DecodeSubmit] = []
         self.aborts: list[tuple[str, str]] = []
         self.gateways: list[str] = []
+        self.binds: list[pb.PrefillBind] = []
         self.held: set[str] = set()  # request ids that occupy this worker
+        self.queued: dict[str, int] = {}  # prompt tokens of those that it computes and has not yet
+        self.steps_allowed = asyncio.Semaphore(1_000_000)
+        """Every token after the first takes one; a test that wants to stop in mid-stream replaces it."""
         self._store = store
         self._cluster = cluster
         self._layout = layout
@@ -64,8 +67,10 @@ class _FakeWorker(Generic[Report]):
         self._address = ""
         self._works: dict[str, asyncio.Task[None]] = {}
         self._sequence = 0
+        self._load_sequence = 0
         self._chains: list[BlocksStored] = []
         self._changed = asyncio.Condition()
+        self._outboxes: list[Outbox[Report]] = []
 
     @property
     def address(self) -> str:
@@ -135,6 +140,24 @@ class _FakeWorker(Generic[Report]):
     async def wait_aborted(self, request_id: str) -> None:
         await self.wait_until(lambda: any(client_id(name) == request_id for name, _ in self.aborts))
 
+    def load(self) -> LoadReport:
+        """Return what it holds now, on top of what its script pretends."""
+        self._load_sequence += 1
+        own = self.script.pretended_load
+        return own.model_copy(
+            update={
+                "sequence": self._load_sequence,
+                "queued_prefill_tokens": own.queued_prefill_tokens + sum(self.queued.values()),
+                "num_waiting": own.num_waiting + len(self.queued),
+                "num_running": own.num_running + len(self.held - self.queued.keys()),
+            }
+        )
+
+    def tell_load(self) -> None:
+        """Report the load to every gateway, as a real worker does now and then."""
+        for outbox in self._outboxes:
+            outbox.put(self._load_report(load_to_wire(self.load())))
+
     async def list_cached(self) -> pb.ListCachedBlocksResponse:
         chains = [pb.CachedChain(parent=chain.parent, hashes=chain.hashes) for chain in self._chains]
         return pb.ListCachedBlocksResponse(
@@ -158,6 +181,7 @@ class _FakeWorker(Generic[Report]):
         self.gateways.append(hello.gateway_id)
         outbox: Outbox[Report] = Outbox(10_000)
         outbox.put(self._welcome(pb.Welcome(worker_id=self.worker_id, epoch=self.epoch)))
+        self._outboxes.append(outbox)
         works: list[str] = []
         reader = asyncio.create_task(self._read(commands, outbox, works))
         reader.add_done_callback(lambda _: outbox.close())
@@ -166,6 +190,7 @@ class _FakeWorker(Generic[Report]):
                 await context.write(report)
         finally:
             reader.cancel()
+            self._outboxes.remove(outbox)
             for request_id in works:
                 self._free(request_id)
             with contextlib.suppress(asyncio.CancelledError):
@@ -185,23 +210,42 @@ class _FakeWorker(Generic[Report]):
                 case "submit":
                     self.submits.append(command.submit)
                     self._take(command.submit, outbox, works)
+                case "bind":
+                    assert isinstance(command, pb.PrefillCommand)
+                    self.binds.append(command.bind)
             await self.note()
 
     def _take(self, submit: pb.PrefillSubmit | pb.DecodeSubmit, outbox: Outbox[Report], works: list[str]) -> None:
         if self.script.is_silent:
             return
         request_id = submit.request.request_id
-        refused = self.script.next_refusal()
+        refused = self.script.next_refusal() or self._busier(submit)
         if refused is not None:
-            outbox.put(self._rejected(rejection_to_wire(RequestId(request_id), refused)))
+            outbox.put(self._rejected(rejection_to_wire(RequestId(request_id), refused, self.load())))
             return
         self.held.add(request_id)
         works.append(request_id)
         cached = self._cached_tokens(submit.request)
-        outbox.put(self._accepted(pb.Accepted(request_id=request_id, cached_tokens=cached)))
+        if isinstance(submit, pb.PrefillSubmit) or submit.generate:
+            self.queued[request_id] = len(submit.request.prompt_token_ids) - cached
+        load = load_to_wire(self.load())
+        outbox.put(self._accepted(pb.Accepted(request_id=request_id, cached_tokens=cached, load=load)))
         task = asyncio.create_task(self._work(submit, outbox))
         self._works[request_id] = task
         task.add_done_callback(lambda _: self._works.pop(request_id, None))
+
+    def _busier(self, submit: pb.PrefillSubmit | pb.DecodeSubmit) -> RejectedError | None:
+        load = self.load()
+        if submit.HasField("max_queued_tokens") and load.queued_prefill_tokens > submit.max_queued_tokens:
+            return RejectedError(RejectReason.BUSIER, f"{load.queued_prefill_tokens} tokens are queued")
+        held = load.num_running + load.num_waiting
+        if (
+            isinstance(submit, pb.DecodeSubmit)
+            and submit.HasField("max_requests_held")
+            and held > submit.max_requests_held
+        ):
+            return RejectedError(RejectReason.BUSIER, f"{held} requests are held")
+        return None
 
     def _cached_tokens(self, request: pb.WorkRequest) -> int:
         known = {block for chain in self._chains for block in chain.hashes}
@@ -213,10 +257,52 @@ class _FakeWorker(Generic[Report]):
         return held
 
     def _free(self, request_id: str) -> None:
-        self.held.discard(request_id)
+        self.drop(request_id)
         task = self._works.get(request_id)
         if task is not None:
             task.cancel()
+
+    def drop(self, request_id: str) -> None:
+        """The request occupies this worker no more."""
+        self.held.discard(request_id)
+        self.queued.pop(request_id, None)
+
+    async def _fail(self, request_id: str) -> pb.WorkFailed | None:
+        """Wait for leave to go on; return the failure if the script has one."""
+        await self.script.go.wait()
+        if self.script.failure is None:
+            return None
+        failure = pb.WorkFailed()
+        failure.CopyFrom(self.script.failure)
+        failure.request_id = request_id
+        self.drop(request_id)
+        return failure
+
+    def _first_token(self, request: pb.WorkRequest, reply: Reply) -> tuple[pb.OutputBatch, pb.PrefillComputed]:
+        """Compute the prompt."""
+        request_id = RequestId(request.request_id)
+        self.queued.pop(request_id, None)
+        finish = reply.finish if len(reply.token_ids) == 1 else None
+        output = RequestOutput(request_id, self._tokens(request, reply, 0, 1), finish)
+        cached = self._cached_tokens(request)
+        measured = pb.PrefillComputed(request_id=request_id, queue_s=0.001, compute_s=0.002, cached_tokens=cached)
+        return outputs_to_wire([output]), measured
+
+    async def _keep_prompt(self, request: pb.WorkRequest) -> None:
+        """The prompt's blocks are in the cache now."""
+        if request.block_hashes and self._cached_tokens(request) < len(request.block_hashes) * BLOCK_SIZE:
+            await self.publish(BlocksStored(b"\0" * 16, tuple(request.block_hashes)))
+
+    async def _steps(self, request: pb.WorkRequest, reply: Reply) -> AsyncIterator[pb.OutputBatch]:
+        """Take the steps after the first token, one by one."""
+        for index in range(1, len(reply.token_ids)):
+            await self.steps_allowed.acquire()
+            is_last = index == len(reply.token_ids) - 1
+            tokens = self._tokens(request, reply, index, index + 1)
+            if is_last:
+                self.drop(request.request_id)
+            finish = reply.finish if is_last else None
+            yield outputs_to_wire([RequestOutput(RequestId(request.request_id), tokens, finish)])
 
     def _tokens(self, request: pb.WorkRequest, reply: Reply, start: int, end: int) -> tuple[TokenOutput, ...]:
         wants = request.sampling.HasField("logprobs")
@@ -243,175 +329,5 @@ class _FakeWorker(Generic[Report]):
     def _rejected(self, rejected: pb.Rejected) -> Report:
         raise NotImplementedError
 
-
-class FakePrefillWorker(_FakeWorker[pb.PrefillReport]):
-    """Accepts, "computes", streams the first token, hands over."""
-
-    role = Role.PREFILL
-    hands_over = True
-    """False: the KV never leaves."""
-    kv_decisions: Sequence[pb.KvDecision] = ()
-    """What it answers when it is asked for them."""
-
-    def _add_to(self, server: grpc.aio.Server) -> None:
-        pb_grpc.add_PrefillWorkerServicer_to_server(_PrefillServicer(self), server)
-
-    async def _work(self, submit: pb.PrefillSubmit | pb.DecodeSubmit, outbox: Outbox[pb.PrefillReport]) -> None:
-        assert isinstance(submit, pb.PrefillSubmit)
-        request, request_id = submit.request, RequestId(submit.request.request_id)
-        await self.script.go.wait()
-        if self.script.failure is not None:
-            failure = pb.WorkFailed()
-            failure.CopyFrom(self.script.failure)
-            failure.request_id = request_id
-            self.held.discard(request_id)
-            outbox.put(pb.PrefillReport(failed=failure))
-            return
-        reply = self.network.reply(request)
-        is_last = len(reply.token_ids) == 1
-        output = RequestOutput(request_id, self._tokens(request, reply, 0, 1), reply.finish if is_last else None)
-        outbox.put(pb.PrefillReport(outputs=outputs_to_wire([output])))
-        cached = self._cached_tokens(request)
-        outbox.put(
-            pb.PrefillReport(
-                computed=pb.PrefillComputed(request_id=request_id, queue_s=0.001, compute_s=0.002, cached_tokens=cached)
-            )
-        )
-        if request.block_hashes and cached < len(request.block_hashes) * BLOCK_SIZE:
-            await self.publish(BlocksStored(b"\0" * 16, tuple(request.block_hashes)))
-        self.held.discard(request_id)
-        if not is_last and self.hands_over:
-            self.network.landing(submit.transfer_id).set()
-            outbox.put(pb.PrefillReport(handed_over=pb.HandedOver(request_id=request_id)))
-        await self.note()
-
-    def _welcome(self, welcome: pb.Welcome) -> pb.PrefillReport:
-        return pb.PrefillReport(welcome=welcome)
-
-    def _accepted(self, accepted: pb.Accepted) -> pb.PrefillReport:
-        return pb.PrefillReport(accepted=accepted)
-
-    def _rejected(self, rejected: pb.Rejected) -> pb.PrefillReport:
-        return pb.PrefillReport(rejected=rejected)
-
-
-class FakeDecodeWorker(_FakeWorker[pb.DecodeReport]):
-    """Reserves, waits for the KV, streams the rest of the tokens one step at a time."""
-
-    role = Role.DECODE
-
-    def __init__(
-        self,
-        name: str,
-        network: FakeNetwork,
-        store: Store,
-        cluster: str,
-        *,
-        epoch: int = 1,
-        layout: str = LAYOUT,
-        max_model_len: int = 512,
-    ) -> None:
-        super().__init__(name, network, store, cluster, epoch=epoch, layout=layout, max_model_len=max_model_len)
-        self.steps_allowed = asyncio.Semaphore(1_000_000)
-        """Every token after the first takes one; a test that wants to stop in mid-stream replaces it."""
-        self._spent: set[str] = set()  # a real receiver remembers transfers that ended, too
-
-    def _add_to(self, server: grpc.aio.Server) -> None:
-        pb_grpc.add_DecodeWorkerServicer_to_server(_DecodeServicer(self), server)
-
-    async def _work(self, submit: pb.PrefillSubmit | pb.DecodeSubmit, outbox: Outbox[pb.DecodeReport]) -> None:
-        assert isinstance(submit, pb.DecodeSubmit)
-        request, request_id = submit.request, RequestId(submit.request.request_id)
-        held = self._cached_tokens(request)
-        if submit.transfer_id in self._spent:
-            self.held.discard(request_id)
-            reused = pb.WorkFailed(request_id=request_id, grpc_code="UNAVAILABLE", reason="not_expected")
-            outbox.put(pb.DecodeReport(failed=reused))
-            return
-        self._spent.add(submit.transfer_id)
-        await self.network.landing(submit.transfer_id).wait()
-        await self.script.go.wait()
-        if self.script.failure is not None:
-            failure = pb.WorkFailed()
-            failure.CopyFrom(self.script.failure)
-            failure.request_id = request_id
-            self.held.discard(request_id)
-            outbox.put(pb.DecodeReport(failed=failure))
-            return
-        sent = len(request.prompt_token_ids) - held
-        landed = pb.KvLanded(
-            request_id=request_id,
-            exposed_s=0.003,
-            first_decode_s=0.004,
-            kv_tokens_held=held,
-            kv_tokens_sent=sent,
-            kv_bytes=sent * self.network.bytes_per_token,
-            kv_profile="none",
-            kv_lossless=True,
-            kv_wire_bytes=sent * self.network.bytes_per_token + 64,
-        )
-        outbox.put(pb.DecodeReport(landed=landed))
-        reply = self.network.reply(request)
-        for index in range(1, len(reply.token_ids)):
-            await self.steps_allowed.acquire()
-            is_last = index == len(reply.token_ids) - 1
-            tokens = self._tokens(request, reply, index, index + 1)
-            output = RequestOutput(request_id, tokens, reply.finish if is_last else None)
-            if is_last:
-                self.held.discard(request_id)
-            outbox.put(pb.DecodeReport(outputs=outputs_to_wire([output])))
-        await self.note()
-
-    def _welcome(self, welcome: pb.Welcome) -> pb.DecodeReport:
-        return pb.DecodeReport(welcome=welcome)
-
-    def _accepted(self, accepted: pb.Accepted) -> pb.DecodeReport:
-        return pb.DecodeReport(accepted=accepted)
-
-    def _rejected(self, rejected: pb.Rejected) -> pb.DecodeReport:
-        return pb.DecodeReport(rejected=rejected)
-
-
-class _PrefillServicer(pb_grpc.PrefillWorkerServicer):
-    def __init__(self, worker: FakePrefillWorker) -> None:
-        self._worker = worker
-
-    async def Connect(  # type: ignore[override]  # noqa: N802
-        self, request_iterator: AsyncIterator[pb.PrefillCommand], context: "pb_grpc._ServicerContext"
-    ) -> None:
-        first = await anext(request_iterator, None)
-        hello = first.hello if first is not None and first.HasField("hello") else None
-        await self._worker.serve(
-            hello, cast("grpc.aio.ServicerContext[object, pb.PrefillReport]", context), request_iterator
-        )
-
-    async def ListCachedBlocks(  # noqa: N802
-        self, request: pb.ListCachedBlocksRequest, context: "pb_grpc._ServicerContext"
-    ) -> pb.ListCachedBlocksResponse:
-        return await self._worker.list_cached()
-
-    async def ListKvDecisions(  # noqa: N802
-        self, request: pb.ListKvDecisionsRequest, context: "pb_grpc._ServicerContext"
-    ) -> pb.ListKvDecisionsResponse:
-        worker = self._worker
-        decisions = worker.kv_decisions[: request.last or None]
-        return pb.ListKvDecisionsResponse(worker_id=worker.worker_id, epoch=worker.epoch, decisions=decisions)
-
-
-class _DecodeServicer(pb_grpc.DecodeWorkerServicer):
-    def __init__(self, worker: FakeDecodeWorker) -> None:
-        self._worker = worker
-
-    async def Connect(  # type: ignore[override]  # noqa: N802
-        self, request_iterator: AsyncIterator[pb.DecodeCommand], context: "pb_grpc._ServicerContext"
-    ) -> None:
-        first = await anext(request_iterator, None)
-        hello = first.hello if first is not None and first.HasField("hello") else None
-        await self._worker.serve(
-            hello, cast("grpc.aio.ServicerContext[object, pb.DecodeReport]", context), request_iterator
-        )
-
-    async def ListCachedBlocks(  # noqa: N802
-        self, request: pb.ListCachedBlocksRequest, context: "pb_grpc._ServicerContext"
-    ) -> pb.ListCachedBlocksResponse:
-        return await self._worker.list_cached()
+    def _load_report(self, load: pb.WorkerLoad) -> Report:
+        raise NotImplementedError

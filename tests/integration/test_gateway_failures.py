@@ -23,9 +23,10 @@ from router.messages import WorkEvents
 from router.service import Gateway
 from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import CLUSTER, FakeCluster, fake_cluster, text_request
+from tests.fakes.decode import FakeDecodeWorker
+from tests.fakes.prefill import FakePrefillWorker
 from tests.fakes.reading import Reading, collect, fails
 from tests.fakes.script import PATIENCE_S, refusal
-from tests.fakes.worker import FakeDecodeWorker, FakePrefillWorker
 
 
 @pytest.fixture(scope="module")

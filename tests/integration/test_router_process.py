@@ -12,8 +12,9 @@ from core.rpc import connect
 from core.store_redis import RedisStore
 from tandem_client import Client
 from tests.fakes.checkpoint import write_checkpoint
+from tests.fakes.decode import FakeDecodeWorker
+from tests.fakes.prefill import FakePrefillWorker
 from tests.fakes.script import PATIENCE_S, FakeNetwork
-from tests.fakes.worker import FakeDecodeWorker, FakePrefillWorker
 from tests.redis_process import RedisProcess
 
 ROOT = Path(__file__).resolve().parent.parent.parent
