@@ -22,8 +22,8 @@ class ControllerConfig(ConfigModel):
         0.05,
         ge=0,
         lt=1,
-        description="another profile must promise to be this much faster than the last one; and of those that hide "
-        "behind the prefill within this much, the least lossy is taken",
+        description="the last profile is kept until what others would have saved adds up to this part of the exposed "
+        "time; and of those that hide behind the prefill within this much, the least lossy is taken",
     )
     quality_margin_ratio: float = Field(
         0.01, ge=0, lt=1, description="a less lossy profile is taken even if it is slower by this much"
