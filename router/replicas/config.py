@@ -5,7 +5,7 @@ from pydantic import Field
 from core.config import ConfigModel
 
 
-class ReplicasConfig(ConfigModel):
+class SharingConfig(ConfigModel):
     """How often, how much, and how long it is believed."""
 
     publish_interval_s: float = Field(0.01, gt=0, description="at least so long between two messages of one gateway")

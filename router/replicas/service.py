@@ -21,7 +21,7 @@ from core.errors import ProtocolError, StoreUnavailable
 from core.ids import GatewayId, WorkerId
 from core.store import STREAM_START, Store, StreamEntry
 from router.replicas.codec import news_from_bytes, news_to_bytes
-from router.replicas.config import ReplicasConfig
+from router.replicas.config import SharingConfig
 from router.replicas.draft import Draft
 from router.replicas.peers import PeerBook
 from router.replicas.shared_state import SharedState
@@ -46,7 +46,7 @@ class Replicas:
         cluster: str,
         gateway_id: GatewayId,
         clock: Clock,
-        config: ReplicasConfig,
+        config: SharingConfig,
         state: SharedState,
     ) -> None:
         self._store = store

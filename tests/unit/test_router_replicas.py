@@ -13,7 +13,7 @@ from core.errors import ProtocolError
 from core.ids import Epoch, GatewayId, WorkerId
 from core.store_memory import MemoryStore
 from router.replicas.codec import news_from_bytes, news_to_bytes
-from router.replicas.config import ReplicasConfig
+from router.replicas.config import SharingConfig
 from router.replicas.draft import Draft
 from router.replicas.news import BindingNews, BreakerNews, CreditNews, News
 from router.replicas.peers import PeerBook
@@ -23,7 +23,7 @@ from tests.fakes.shared_state import FakeSharedState
 P0, P1, D0 = WorkerId("p0"), WorkerId("p1"), WorkerId("d0")
 A, B = GatewayId("gw-a"), GatewayId("gw-b")
 PATIENCE_S = 10.0
-CONFIG = ReplicasConfig(whole_interval_s=0.05, silent_after_s=0.4, retry_interval_s=0.02, publish_interval_s=0.001)
+CONFIG = SharingConfig(whole_interval_s=0.05, silent_after_s=0.4, retry_interval_s=0.02, publish_interval_s=0.001)
 
 
 def credit(worker_id: WorkerId = P0, requests: int = 1, *, epoch: int = 1) -> CreditNews:
@@ -198,7 +198,7 @@ def test_whatever_is_lost_the_next_whole_message_sets_right(
 class Member:
     """One gateway's part, and what it has heard."""
 
-    def __init__(self, name: str, store: MemoryStore, config: ReplicasConfig = CONFIG) -> None:
+    def __init__(self, name: str, store: MemoryStore, config: SharingConfig = CONFIG) -> None:
         self.state = FakeSharedState()
         self.replicas = Replicas(store, "test", GatewayId(name), MonotonicClock(), config, self.state)
 
@@ -310,5 +310,5 @@ async def test_foreign_bytes_in_the_stream_are_passed_over(caplog: pytest.LogCap
     assert "is ignored" in caplog.text
 
 
-def slowed(**changes: float) -> ReplicasConfig:
+def slowed(**changes: float) -> SharingConfig:
     return CONFIG.model_copy(update=changes)
