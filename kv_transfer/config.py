@@ -83,7 +83,7 @@ class KvTransferConfig(ConfigModel):
     )
     offer_timeout_s: float = Field(10.0, gt=0, description="from an offer to its reservation, and for strays")
     connect_timeout_s: float = Field(5.0, gt=0, description="control stream: connection and hello, on either side")
-    open_timeout_s: float = Field(5.0, gt=0, description="link: both sides join the process group")
+    open_timeout_s: float = Field(5.0, gt=0, description="link: both ends meet")
     send_timeout_s: float = Field(10.0, gt=0, description="one frame on the wire; longer means that the link is stuck")
     close_timeout_s: float = Field(5.0, gt=0, description="threads of a closing pair")
 

@@ -46,12 +46,12 @@ class KvTransferMetrics:
             "tandem_kv_transfer_seconds", "Offer to landed", registry=registry, buckets=_SECONDS
         )
         self.exposed_seconds = Histogram(
-            "tandem_kv_transfer_exposed_seconds", "Commit to landed", registry=registry, buckets=_SECONDS
+            "tandem_kv_transfer_exposed_seconds", "Prefill end to landed", registry=registry, buckets=_SECONDS
         )
         # The receiver's measurement again, so that a prefill worker's own metrics tell what its links cost.
         self.acked_exposed_seconds = Histogram(
             "tandem_kv_transfer_acked_exposed_seconds",
-            "Commit to landed, as acknowledged to the sender",
+            "Prefill end to landed, as acknowledged to the sender",
             registry=registry,
             buckets=_SECONDS,
         )

@@ -4,6 +4,9 @@ A tensor-parallel worker is several ranks, each with the KV of some heads. Every
 heads meet is one transfer of its own over `offer(heads=...)` and `expect(heads=...)`, with its own session and outcome.
 Its id is derived, so that both sides find it without talking: ``<id>#h<first>-<last>``, heads global and half-open;
 the transfer of all heads keeps the id as it is. The owner counts the outcomes in with a `ShardTally`.
+
+Frames and sessions know of shards, the engine has no tensor parallelism yet: so far only tests own some. Kept here,
+since it is the half of that contract that both kinds of worker will have to share.
 """
 
 from collections.abc import Iterable
