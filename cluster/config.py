@@ -14,6 +14,8 @@ from kv_transfer.config import KvTransferConfig
 from prefill_workers.config import PrefillWorkerConfig
 from router.config import RouterConfig
 
+_MAX_PORT = 65_535
+
 
 class ResourcesConfig(ConfigModel):
     """What each worker of a pool reserves on its node."""
@@ -38,7 +40,11 @@ class PoolConfig(ConfigModel):
 
 
 class GatewayConfig(ConfigModel):
-    """The gateway: where it listens, how it admits and routes."""
+    """The gateways: how many, where they listen, how they admit and route."""
+
+    replicas: int = Field(
+        1, ge=1, le=64, description="gateway processes, all alike; each listens one port above the one before"
+    )
 
 
 if TYPE_CHECKING:  # the real classes are made below, of fields that no static checker can see
@@ -125,6 +131,8 @@ class ClusterConfig(ConfigModel):
                 build()
             except ValidationError as error:
                 raise ValueError(f"{name}: {error.errors()[0]['msg']}") from error
+        if self.gateway().port + self.router.replicas > _MAX_PORT + 1:
+            raise ValueError(f"router.replicas: there are no {self.router.replicas} ports from router.port on")
         return self
 
     def prefill_worker(self, **filled: object) -> PrefillWorkerConfig:
@@ -135,13 +143,15 @@ class ClusterConfig(ConfigModel):
         """Return the configuration of one decode worker; `filled` are the fields that the launcher chose."""
         return complete(DecodeWorkerConfig, self.decode, model=self.model, transfer=self.transfer, **filled)
 
-    def gateway(self, **filled: object) -> RouterConfig:
-        """Return the gateway's configuration; `filled` are the fields that the launcher chose."""
+    def gateway(self, index: int = 0, **filled: object) -> RouterConfig:
+        """Return the configuration of one gateway; `filled` are the fields that the launcher chose."""
+        metrics_port: int | None = self.router.metrics_port  # type: ignore[attr-defined]
         said = {
             "model_path": self.model.path,
             "served_model_name": self.model.name,
             "max_model_len": self.model.max_model_len,
             "kv_quality": self.transfer.quality,
+            "metrics_port": metrics_port + index if metrics_port else metrics_port,
         }
         return complete(RouterConfig, self.router, **(said | filled))
 

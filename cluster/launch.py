@@ -4,7 +4,7 @@
 the processes, which is why they import what they build: the launcher itself never loads torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ from core.store_redis import RedisStore
 from core.telemetry import setup_logging
 from engine.config import PROCESS_ENVIRONMENT
 
-GATEWAY = WorkerId("gateway-0")
+GATEWAY = "gateway"
 PACKAGES = (
     "cluster", "core", "decode_workers", "engine", "kv_transfer", "prefill_workers", "protos", "router", "workers",
 )  # fmt: skip
@@ -54,11 +54,15 @@ def build_decode(config: ClusterConfig, identity: WorkerIdentity, store: StoreAd
     return decode_worker(settings, identity, store.open(), MonotonicClock())
 
 
-def build_gateway(config: ClusterConfig, port: int, store: StoreAddress, seat: Seat) -> Service:
+def build_gateway(config: ClusterConfig, index: int, port: int, store: StoreAddress, seat: Seat) -> Service:
     from router.service import Gateway
 
-    _log_as(GATEWAY, config)
-    return Gateway(config.gateway(port=port), config.name, store.open(), MonotonicClock())
+    _log_as(gateway_name(index), config)
+    return Gateway(config.gateway(index, port=port), config.name, store.open(), MonotonicClock())
+
+
+def gateway_name(index: int) -> WorkerId:
+    return WorkerId(f"{GATEWAY}-{index}")
 
 
 def _log_as(name: str, config: ClusterConfig) -> None:
@@ -100,23 +104,29 @@ class Blueprint:
 
     Args:
         cpus: per worker of each pool (`cluster.placement.shares`).
-        gateway_port: a fixed one, also when the configuration says "any", so that clients find a restarted gateway.
+        gateway_ports: one per gateway, fixed also when the configuration says "any", so that clients find a restarted
+            gateway.
     """
 
     def __init__(
-        self, config: ClusterConfig, backend: RayBackend, store: StoreAddress, cpus: dict[str, float], gateway_port: int
+        self,
+        config: ClusterConfig,
+        backend: RayBackend,
+        store: StoreAddress,
+        cpus: dict[str, float],
+        gateway_ports: Sequence[int],
     ) -> None:
         self._config = config
         self._backend = backend
         self._store = store
         self._cpus = cpus
-        self._gateway_port = gateway_port
+        self._gateway_ports = gateway_ports
         self._cores = CoreMap()
 
     def services(self) -> list[ServiceSpec]:
         prefill = [self._worker(Role.PREFILL, n, build_prefill) for n in range(self._config.prefill.replicas)]
         decode = [self._worker(Role.DECODE, n, build_decode) for n in range(self._config.decode.replicas)]
-        return [*prefill, *decode, self._gateway()]
+        return [*prefill, *decode, *map(self._gateway, range(len(self._gateway_ports)))]
 
     def _worker(self, role: Role, index: int, build: Callable[..., Service]) -> ServiceSpec:
         name = WorkerId(f"{role}-{index}")
@@ -128,8 +138,8 @@ class Blueprint:
 
         return ServiceSpec(name, role, spawn, self._policy(self._config.supervision.worker_start_deadline_s))
 
-    def _gateway(self) -> ServiceSpec:
-        factory: Factory = partial(build_gateway, self._config, self._gateway_port, self._store)
+    def _gateway(self, index: int) -> ServiceSpec:
+        factory: Factory = partial(build_gateway, self._config, index, self._gateway_ports[index], self._store)
 
         def seat(whereabouts: Whereabouts) -> Seat:
             return Seat(frozenset(), 1, self._config.gateway().host)
@@ -137,7 +147,8 @@ class Blueprint:
         async def spawn(epoch: Epoch) -> Incarnation:
             return await self._backend.spawn(factory, seat, pool=None)
 
-        return ServiceSpec(GATEWAY, "gateway", spawn, self._policy(self._config.supervision.gateway_start_deadline_s))
+        policy = self._policy(self._config.supervision.gateway_start_deadline_s)
+        return ServiceSpec(gateway_name(index), GATEWAY, spawn, policy)
 
     def _seat(self, name: WorkerId, role: Role, whereabouts: Whereabouts) -> Seat:
         cpus = self._cpus[role]

@@ -3,8 +3,8 @@
 1. what can be wrong is looked for before anything is started (`cluster.preflight`);
 2. Redis: the embedded one, or a word with yours;
 3. Ray, and a reserved place for every worker;
-4. workers and gateway, all at once; then the gateway must see every worker.
-Any failure takes down what was started and is told in one line. Down: gateway first, so that nothing new comes in,
+4. workers and gateways, all at once; then every gateway must see every worker.
+Any failure takes down what was started and is told in one line. Down: gateways first, so that nothing new comes in,
 then the workers, Redis and Ray; whatever is left after the deadlines is killed.
 """
 
@@ -26,7 +26,7 @@ from cluster.placement import demands, shares
 from cluster.preflight import check, packages_folder
 from cluster.progress import Progress
 from cluster.ray_backend import RayBackend, reclaim_signals
-from cluster.redis_server import EmbeddedRedis, free_port
+from cluster.redis_server import EmbeddedRedis, free_ports
 from cluster.side_thread import SideThread
 from cluster.supervisor import ServiceStatus, Supervisor
 from cluster.workspace import end_marked, workspace
@@ -52,15 +52,17 @@ class Launcher:
     """One cluster that is coming up, up, or going down. Made by `launcher_of`.
 
     Attributes:
-        gateway_address: host:port, fixed before the gateway starts.
+        gateway_addresses: host:port of each gateway, fixed before they start.
         mark: of all processes of this launch on this machine.
     """
 
     def __init__(self, config: ClusterConfig, progress: Progress, folder: Path, mark: str) -> None:
         gateway = config.gateway()
-        self._gateway_port = gateway.port or free_port()
+        replicas = config.router.replicas
+        ports = range(gateway.port, gateway.port + replicas) if gateway.port else free_ports(replicas)
+        self._gateway_ports = tuple(ports)
         host = _ANY.get(gateway.host, gateway.host)
-        self.gateway_address = f"{host}:{self._gateway_port}"
+        self.gateway_addresses = tuple(f"{host}:{port}" for port in ports)
         self.mark = mark
         self._config = config
         self._progress = progress
@@ -71,6 +73,11 @@ class Launcher:
         self._backend: RayBackend | None = None
         self._store: RedisStore | None = None
         self._supervisor: Supervisor | None = None
+
+    @property
+    def gateway_address(self) -> str:
+        """All of them, as clients take it."""
+        return ",".join(self.gateway_addresses)
 
     async def up(self) -> None:
         """Start everything and return when requests can be served.
@@ -117,10 +124,10 @@ class Launcher:
                 self._backend = await asyncio.wait_for(asyncio.shield(self._connecting), _RAY_DOWN_S)
         is_lost = self._backend is not None and self._backend.is_lost
         if self._supervisor is not None and not is_lost:  # without Ray's daemons nothing can be drained
-            names = [status.name for status in self._supervisor.status()]
-            first = [name for name in names if name == GATEWAY]
-            rest = [name for name in names if name not in (GATEWAY, _REDIS)]
-            for group in (first, rest, [name for name in names if name == _REDIS]):
+            services = self._supervisor.status()
+            gateways = [service.name for service in services if service.kind == GATEWAY]
+            workers = [service.name for service in services if service.name not in (*gateways, _REDIS)]
+            for group in (gateways, workers, [service.name for service in services if service.name == _REDIS]):
                 await self._supervisor.stop(group, force=force)
         if self._supervisor is not None:
             await self._supervisor.close()
@@ -192,7 +199,7 @@ class Launcher:
                 pool.resources.strategy,
                 config.ray.place_timeout_s,
             )
-        return Blueprint(config, self._backend, address, cpus, self._gateway_port)
+        return Blueprint(config, self._backend, address, cpus, self._gateway_ports)
 
     async def _until_serving(self, names: Sequence[WorkerId], deadline_s: float) -> None:
         assert self._supervisor is not None
@@ -221,21 +228,22 @@ class Launcher:
             await asyncio.wait([lost, working])
 
     async def _until_seen(self) -> None:
-        """Wait until the gateway has a stream to every worker.
+        """Wait until every gateway has a stream to every worker.
 
         Raises:
-            SpawnError: it does not within the gateway's own start deadline.
+            SpawnError: one does not within the gateways' own start deadline.
         """
         wanted = self._config.prefill.replicas + self._config.decode.replicas
         deadline_s = self._config.supervision.gateway_start_deadline_s
-        async with Client(self.gateway_address) as client:
-            try:
-                async with asyncio.timeout(deadline_s):
-                    # The gateway offers no watch of its fleet, and its health only tells of one worker per role.
-                    while sum(worker.connected for worker in (await client.status()).workers) < wanted:  # noqa: ASYNC110
-                        await asyncio.sleep(_SEEN_PERIOD_S)
-            except TimeoutError:
-                raise SpawnError(f"the gateway does not reach every worker within {deadline_s:g} s") from None
+        try:
+            async with asyncio.timeout(deadline_s):
+                for address in self.gateway_addresses:
+                    async with Client(address) as client:
+                        # A gateway offers no watch of its fleet, and its health only tells of one worker per role.
+                        while sum(worker.connected for worker in (await client.status()).workers) < wanted:  # noqa: ASYNC110
+                            await asyncio.sleep(_SEEN_PERIOD_S)
+        except TimeoutError:
+            raise SpawnError(f"a gateway does not reach every worker within {deadline_s:g} s") from None
 
     async def _show_details(self) -> None:
         """Pass on what the workers say of themselves while they load."""

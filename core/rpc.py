@@ -6,8 +6,10 @@ sizes are bounded but generous, keepalive notices a silent peer within seconds, 
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from typing import Any
 
 import grpc
@@ -34,11 +36,12 @@ _SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.so_reuseport", 0),  # a port that is taken is an error, never a silent share
 ]
-_CHANNEL_OPTIONS = [
+_CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     *_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),  # when there are several
     ("grpc.use_local_subchannel_pool", 1),  # one owner, one connection: closing a channel closes its socket
 ]
 
@@ -73,8 +76,31 @@ def _bind_problem(error: RuntimeError) -> str:
 
 
 def connect(address: str) -> grpc.aio.Channel:
-    """Return a lazy channel to `address` (host:port). The caller owns and closes it."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    """Return a lazy channel to `address`. The caller owns and closes it.
+
+    Args:
+        address: host:port, or several with numeric hosts, separated by commas: calls go to them in turn, and to the
+            others while one cannot be reached. (For a name, DNS does the same.)
+    """
+    return grpc.aio.insecure_channel(_target(address), options=_CHANNEL_OPTIONS)
+
+
+def _target(address: str) -> str:
+    """Return gRPC's name of one or several addresses. Pure.
+
+    Raises:
+        ConfigError: several, and one of them has a name or another family than the others.
+    """
+    if "," not in address:
+        return address
+    hosts = [one.strip().rpartition(":")[0].strip("[]") for one in address.split(",")]
+    try:
+        versions = {ip_address(host).version for host in hosts}
+    except ValueError as error:
+        raise errors.ConfigError(f"{address}: several addresses must be numeric: {error}") from error
+    if len(versions) != 1:
+        raise errors.ConfigError(f"{address}: IPv4 and IPv6 cannot be mixed")
+    return f"ipv{versions.pop()}:{address.replace(' ', '')}"
 
 
 def status_of(error: errors.ServingError) -> status_pb2.Status:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.redis_server import free_port
+from cluster.redis_server import free_ports
 from cluster.run_file import RunRecord, read
 from cluster.workspace import GONE, end_marked, marked_processes, workspace
 from tests.e2e.cluster_process import (
@@ -63,7 +63,7 @@ async def test_a_killed_launcher_takes_everything_along(tmp_path: Path) -> None:
 @contextlib.asynccontextmanager
 async def existing_ray() -> AsyncIterator[dict[str, str]]:
     """A Ray head node of somebody else's. Yields what clients must have in their environment to be let in."""
-    port = free_port()
+    (port,) = free_ports(1)
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_ADDRESS": f"127.0.0.1:{port}"}
     with workspace() as (folder, _):  # for its end: whatever Ray leaves is killed
         head = await asyncio.create_subprocess_exec(
