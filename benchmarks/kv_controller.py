@@ -26,11 +26,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 from benchmarks import kv_controller_worlds as worlds
+from benchmarks.kv_controller_replay import Job, Trace, replay, replay_oracle
 from core.ids import RequestId, TransferId, WorkerId
 from kv_transfer.choice import LinkView, TransferObservation, TransferQuestion, TransferTerms
 from kv_transfer.controller.config import ControllerConfig
 from kv_transfer.controller.controller import ControllerPolicy
-from kv_transfer.controller.replay import Job, Trace, replay, replay_oracle
 from kv_transfer.controller.static_policy import StaticPolicy
 
 TRACES: dict[str, Callable[[random.Random, float], Trace]] = {

@@ -9,11 +9,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from benchmarks.kv_controller_replay import Job, Trace, Truth
 from kv_transfer.choice import TransferTerms
 from kv_transfer.codec import RAW
 from kv_transfer.controller.arms import Arm
 from kv_transfer.controller.policy import Pipeline
-from kv_transfer.controller.replay import Job, Trace, Truth
 
 MB, GB = 1e6, 1e9
 SLOWEST, FASTEST = 60 * MB, 3 * GB

@@ -9,5 +9,5 @@ From the question to the answer, in the order in which the modules are called:
 5. `chooser`: the shell that the sender holds. `decisions` keeps every decision with its candidates and its outcome.
 6. `memory`, `keeper`: experience as bytes, and its way to the store and back.
 
-`opening.open_chooser` composes them. `replay` is a pure world to try policies in.
+`opening.open_chooser` composes them.
 """

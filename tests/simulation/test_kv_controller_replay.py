@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from benchmarks.kv_controller_replay import Job, Trace, Truth, replay, replay_oracle
 from kv_transfer.choice import TransferTerms
 from kv_transfer.controller.arms import Arm
 from kv_transfer.controller.config import ControllerConfig
 from kv_transfer.controller.controller import ControllerPolicy
-from kv_transfer.controller.replay import Job, Trace, Truth, replay, replay_oracle
 from kv_transfer.controller.static_policy import StaticPolicy
 from tests.fakes.arms import ARMS, EIGHTH, GB, MB, NONE, PIPELINE
 
