@@ -70,7 +70,7 @@ class Door:
         self._selector.register(self._alarm, selectors.EVENT_READ, None)
 
     def meet(self, name: str, timeout_s: float) -> Arrival:
-        """Wait for the sender of a link. The caller owns the connection, and answers it with `answer_hello`.
+        """Wait for the sender of a link. The caller owns the connection, and answers it with `answer`.
 
         Raises:
             LinkError: it did not come in time, or the door was closed.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from core.errors import ConfigError
 from core.kv_quality import EXACT
@@ -10,16 +9,6 @@ from kv_transfer.codec import RAW, Encoder
 from kv_transfer.codecs.spec import PipelineSpec
 from kv_transfer.profile import NONE, Profile
 from kv_transfer.token_selection import TokenSelection
-
-
-class StageCost(Protocol):
-    """Seconds that one core takes for one frame: a line over its raw bytes."""
-
-    @property
-    def fixed_s(self) -> float: ...
-
-    @property
-    def s_per_byte(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # itself only: hashed in every decision
@@ -70,8 +59,7 @@ def arms_of(profiles: Sequence[Profile], open_encoder: Callable[[PipelineSpec], 
 
 
 def _arm(profile: Profile, encoder: Encoder, loss_rank: int) -> Arm:
-    encode: StageCost = profile.encode
-    decode: StageCost = profile.decode
+    encode, decode = profile.encode, profile.decode
     return Arm(
         profile.name,
         encoder,
