@@ -27,7 +27,7 @@ from profile_search.scores import PromptScore, disagreement, quality_of
 from profile_search.surrogate import features_of, guess
 
 FLOORS = (0.99, 0.985, 0.98, 0.975, 0.97, 0.95)
-RUNGS = (8, 32)  # prompts of the first steps of successive halving; the last step is all of them
+FIRST_STEPS = (8, 32)  # of successive halving, in prompts; the last step is all of them
 COLD_STARTS = 6
 SLOWER = 1.7
 _CLEARLY = 2.6  # standard errors below the floor
@@ -74,7 +74,7 @@ def is_below(scores: Sequence[PromptScore], floor: float) -> bool:
     if not scores:
         return False
     ratio, error = disagreement(scores, len(scores))
-    margin = 0.0 if len(scores) > max(RUNGS) else _CLEARLY * error
+    margin = 0.0 if len(scores) > max(FIRST_STEPS) else _CLEARLY * error
     return 1.0 - ratio + margin < floor
 
 
@@ -164,8 +164,8 @@ def _cold_start(pool: Sequence[Costed], left: Sequence[int], num_seen: int) -> i
 def _halve(one: Costed, observations: Observations, floor: float) -> Verdict:
     """Judge on more and more prompts while it may be feasible."""
     num_prompts = observations.num_prompts
-    for rung in (*(rung for rung in RUNGS if rung < num_prompts), num_prompts):
-        found = verdict(observations.judged(one.candidate, rung), floor, num_prompts)
+    for step in (*(step for step in FIRST_STEPS if step < num_prompts), num_prompts):
+        found = verdict(observations.judged(one.candidate, step), floor, num_prompts)
         if found is not Verdict.OPEN:
             return found
     raise AssertionError("with all prompts judged the verdict is not open")

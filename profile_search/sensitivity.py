@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.injection import InjectionHarness, Reference
+from kv_transfer.codecs.rotary import rope_tables
 from profile_search.scores import score_prompt
 
 NUM_PROMPTS = 16
@@ -79,9 +80,8 @@ def _spreads(kv: Tensor, rope_theta: float | None) -> Tensor:
 
 def undo_rotary(keys: Tensor, theta: float) -> Tensor:
     """Return keys [.., T, D] of positions 0 to T - 1 as they were before the rotary embedding (rotated halves)."""
-    half = keys.shape[-1] // 2
-    turns = theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.arange(keys.shape[-2], dtype=torch.float64)[:, None] * turns
-    cosines, sines = angles.cos().float(), angles.sin().float()
+    num_tokens, head_dim = keys.shape[-2:]
+    cosines, sines = (torch.from_numpy(table) for table in rope_tables(theta, head_dim, 0, num_tokens))
+    half = head_dim // 2
     first, second = keys[..., :half], keys[..., half:]
     return torch.cat([first * cosines + second * sines, second * cosines - first * sines], dim=-1)
