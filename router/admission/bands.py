@@ -42,6 +42,16 @@ class Ticket:
         return self.claim.request_id
 
 
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a tenant was charged for a released request, in which band. `lift` is for `FairShares.correct`."""
+
+    band: int
+    tenant: str
+    cost: float
+    lift: int
+
+
 @dataclass(slots=True)
 class _Line:
     """Those of one tenant in one band, most urgent first."""
@@ -110,23 +120,24 @@ class Bands:
             band.shares.leave(ticket.claim.tenant)
         return ticket
 
-    def pop(self) -> tuple[Ticket, int]:
-        """Release the one whose turn it is; its tenant is charged unless it was before. Returns it and its band."""
+    def pop(self) -> tuple[Ticket, Charge | None]:
+        """Release the one whose turn it is. Returns it, and what its tenant is charged unless it was before."""
         number = next(number for number, band in enumerate(self._bands) if band.returned or band.lines)
-        band = self._bands[number]
+        band, charge = self._bands[number], None
         if band.returned:
             request_id = band.returned[0][1]
         else:
             tenant = band.shares.first()
             request_id = band.lines[tenant].tickets[0][2]
-            band.shares.serve(tenant, self._places[request_id][0].cost)
+            cost = self._places[request_id][0].cost
+            charge = Charge(number, tenant, cost, band.shares.serve(tenant, cost))
         ticket = self.remove(request_id)
         assert ticket is not None
-        return ticket, number
+        return ticket, charge
 
-    def correct(self, band: int, tenant: str, cost: float) -> None:
-        """What was charged in `band` turned out to cost so much more (or less, negative)."""
-        self._bands[band].shares.correct(tenant, cost)
+    def correct(self, charge: Charge, cost: float) -> None:
+        """What was charged turned out to cost so much more (or less, negative)."""
+        self._bands[charge.band].shares.correct(charge.tenant, cost, charge.lift)
 
     def age(self, now: float) -> None:
         """Lift those who have waited long enough."""

@@ -30,6 +30,10 @@ class DrainRate:
         self._slices: deque[_Slice] = deque()
         self._seen_until: float | None = None
 
+    @property
+    def num_slices(self) -> int:
+        return len(self._slices)
+
     def pass_time(self, now: float, *, is_backlogged: bool) -> None:
         """Tell in which state the queue was since the last call. Time does not run backwards."""
         since = self._seen_until

@@ -62,6 +62,10 @@ class OutputLengths:
     def __len__(self) -> int:
         return len(self._histories)
 
+    @property
+    def num_samples(self) -> int:
+        return sum(len(history.ordered) for history in self._histories.values())
+
     def record(self, key: LengthKey, num_tokens: int, now: float) -> None:
         """A request ended well after `num_tokens`."""
         for name in _widening(key):
@@ -78,6 +82,9 @@ class OutputLengths:
 
     def quantile(self, key: LengthKey, q: float, generated: int = 0) -> int:
         """Return the length that a part `q` of such requests does not exceed, in [generated + 1, max_tokens].
+
+        With few samples that apply, the widest history that has any answers; with none, one that got so far is expected
+        to produce as much again.
 
         Args:
             q: (0, 1].

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from core.errors import RejectedError, RejectReason
 from core.ids import RequestId
 from core.service_class import ServiceClass
-from router.admission.bands import Bands, Ticket
+from router.admission.bands import Bands, Charge, Ticket
 from router.admission.claims import Amount, Claim
 from router.admission.drain import DrainRate
 from router.admission.gate import Gate
@@ -79,14 +79,12 @@ class Shed:
 
 
 @dataclass(slots=True)
-class _Charge:
-    """What a tenant was charged for a released request."""
+class _Release:
+    """Of a request that is not over. `number`: in the order of first releases."""
 
     number: int
-    band: int
-    tenant: str
-    cost: float
-    expected_output_tokens: int
+    claim: Claim
+    charge: Charge
     is_accepted: bool = False
 
 
@@ -104,7 +102,7 @@ class AdmissionQueue:
         self._room = Room(rules.bounds, rules.reserved_ratio)
         self._drain = DrainRate(rules.rate_window_s)
         self._tickets: dict[RequestId, Ticket] = {}
-        self._charges: dict[RequestId, _Charge] = {}  # of released requests until they are over
+        self._releases: dict[RequestId, _Release] = {}
         self._num_entered = 0
         self._num_released = 0
 
@@ -159,13 +157,10 @@ class AdmissionQueue:
         self._bands.age(now)
         released = []
         for _ in range(self._gate.places(len(self._bands), now)):
-            ticket, band = self._bands.pop()
+            ticket, charge = self._bands.pop()
             released.append(ticket.request_id)
-            if ticket.request_id not in self._charges:
-                expected = ticket.claim.expected_output_tokens
-                self._charges[ticket.request_id] = _Charge(
-                    self._num_released, band, ticket.claim.tenant, ticket.cost, expected
-                )
+            if charge is not None:
+                self._releases[ticket.request_id] = _Release(self._num_released, ticket.claim, charge)
                 self._num_released += 1
         self._gate.released(released)
         return released
@@ -173,10 +168,10 @@ class AdmissionQueue:
     def put_back(self, claim: Claim, now: float, retry_after_s: float = 0.0) -> None:
         """Everybody refused it. Also takes back one that had left (it lost its workers), full or not."""
         self._pass_time(now)
-        charge = self._charges[claim.request_id]
-        charge.is_accepted = False
+        release = self._releases[claim.request_id]
+        release.is_accepted = False
         ticket = self._tickets.get(claim.request_id) or self._admit(claim)
-        ticket = self._tickets[claim.request_id] = replace(ticket, released_as=charge.number)
+        ticket = self._tickets[claim.request_id] = replace(ticket, released_as=release.number)
         self._bands.add(ticket, now)
         self._gate.refused(claim.request_id, now, retry_after_s)
 
@@ -186,9 +181,9 @@ class AdmissionQueue:
         ticket = self._tickets.get(request_id)
         if ticket is not None and self._gate.is_limited and self._gate.is_asking(request_id):
             self._drain.accepted(ticket.claim.num_tokens, now)
-        charge = self._charges.get(request_id)
-        if charge is not None:
-            charge.is_accepted = True
+        release = self._releases.get(request_id)
+        if release is not None:
+            release.is_accepted = True
         self._forget(request_id)
         self._gate.accepted(request_id, is_queue_empty=not self._tickets)
 
@@ -198,10 +193,10 @@ class AdmissionQueue:
         self._bands.remove(request_id)
         self._forget(request_id)
         self._gate.ended(request_id)
-        charge = self._charges.pop(request_id, None)
-        if charge is not None:
-            surplus = self._rules.output_token_weight * (output_tokens - charge.expected_output_tokens)
-            self._bands.correct(charge.band, charge.tenant, surplus if charge.is_accepted else -charge.cost)
+        release = self._releases.pop(request_id, None)
+        if release is not None:
+            surplus = self._rules.output_token_weight * (output_tokens - release.claim.expected_output_tokens)
+            self._bands.correct(release.charge, surplus if release.is_accepted else -release.charge.cost)
 
     def note_capacity(self, now: float) -> None:
         """Something was freed, or a worker joined: the next question may go as early as the shortest wait allows."""
