@@ -19,7 +19,7 @@ from kv_transfer.choice import LinkView, TransferObservation, TransferQuestion, 
 from kv_transfer.controller.arms import Arm
 from kv_transfer.controller.decisions import Decision
 from kv_transfer.controller.policy import Pipeline, Policy
-from kv_transfer.link_estimate import GoodputEstimator
+from kv_transfer.sender.link_estimate import GoodputEstimator
 
 _PEER = WorkerId("peer")
 

@@ -7,7 +7,7 @@ import threading
 
 from core.clock import Clock
 from kv_transfer.choice import LinkView
-from kv_transfer.link_estimate import GoodputEstimator
+from kv_transfer.sender.link_estimate import GoodputEstimator
 
 
 class LinkGauge:

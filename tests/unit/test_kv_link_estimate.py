@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.link_estimate import MIN_SAMPLE_BYTES, GoodputEstimator
+from kv_transfer.sender.link_estimate import MIN_SAMPLE_BYTES, GoodputEstimator
 
 MIB = 1024 * 1024
 MBIT = 125_000.0
