@@ -5,7 +5,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tandem_client import ClusterStatus, Placement, WorkerStatus
+from tandem_client import ClusterStatus, Placement, Summary, WorkerStatus
 
 _STYLES = {"ready": "green", "starting": "yellow", "loading": "yellow", "draining": "cyan", "stopped": "red"}
 _LEFT = ("worker", "role", "state", "epoch", "pid")
@@ -37,6 +37,17 @@ def transfer_line(placement: Placement) -> str:
     return (
         f"KV: {placement.kv_tokens_sent} tokens sent, {placement.kv_tokens_held} held; profile {placement.kv_profile}, "
         f"{exactness}; {placement.kv_bytes / 1024:.0f} KiB as {placement.kv_wire_bytes / 1024:.0f} KiB on the wire"
+    )
+
+
+def placement_line(summary: Summary) -> str:
+    """Say in one line who served a request, in which mode, why, and how well its first token was foreseen."""
+    placed, timing = summary.placement, summary.timing
+    workers = " > ".join(worker for worker in (placed.prefill_worker, placed.decode_worker) if worker)
+    return (
+        f"{summary.request_id}: {placed.mode} ({placed.mode_reason}) on {workers}, because {placed.reason}; "
+        f"first token after {timing.ttft_s * 1e3:.1f} ms, {placed.predicted_ttft_s * 1e3:.1f} predicted; "
+        f"{summary.usage.cached_tokens} of {summary.usage.prompt_tokens} prompt tokens cached"
     )
 
 

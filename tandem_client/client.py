@@ -1,4 +1,4 @@
-"""The client: one connection to one gateway, any number of generations at once."""
+"""The client: a connection to the gateways of one cluster, any number of generations at once."""
 
 import asyncio
 import random
@@ -15,15 +15,27 @@ from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
 from tandem_client import rpc
 from tandem_client.sampling import Sampling
-from tandem_client.types import ClusterStatus, Generation, KvDecision, Message, ModelInfo, Piece, Token
+from tandem_client.types import (
+    ClusterStatus,
+    Generation,
+    KvDecision,
+    Message,
+    ModelInfo,
+    Piece,
+    RouteDecision,
+    Service,
+    Token,
+)
 
 _BACKOFF_S = 0.05
+_ANY_SERVICE = Service()
 
 
 class Client:
-    """A connection to a gateway at `address` (host:port).
+    """A connection to a gateway.
 
     Args:
+        address: host:port; or of several gateways of one cluster, separated by commas: calls go to them in turn.
         timeout_s: of the calls that are no generation.
         max_retries: how often a generation that was refused for now (or whose gateway cannot be reached) is tried again
             before its first token. After the first token nothing is ever tried again.
@@ -62,6 +74,7 @@ class Client:
         deadline_s: float | None = None,
         kv_quality: str | float | None = None,
         handoff_budget_s: float | None = None,
+        service: Service = _ANY_SERVICE,
         **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[Piece, None]:
         """Stream a generation. Leaving the loop early aborts it (use `contextlib.aclosing` to be sure when).
@@ -73,6 +86,7 @@ class Client:
             kv_quality: of the KV cache on its way between two workers: exact, high, balanced, or the least token
                 agreement of its compression profile, in [0, 1]; the cluster's default otherwise.
             handoff_budget_s: the KV cache may arrive so long after the first token; as soon as it can otherwise.
+            service: what it is for, and what it needs.
         """
         request = rpc.generate_request(
             prompt,
@@ -82,6 +96,7 @@ class Client:
             kv_quality=kv_quality,
             handoff_budget_s=handoff_budget_s,
             tenant=self._tenant,
+            service=service,
         )
         loop = asyncio.get_running_loop()
         ends_at = None if deadline_s is None else loop.time() + deadline_s
@@ -112,6 +127,7 @@ class Client:
         deadline_s: float | None = None,
         kv_quality: str | float | None = None,
         handoff_budget_s: float | None = None,
+        service: Service = _ANY_SERVICE,
         **sampling: Unpack[Sampling],
     ) -> Generation:
         """Generate to the end and return it whole."""
@@ -124,6 +140,7 @@ class Client:
             deadline_s=deadline_s,
             kv_quality=kv_quality,
             handoff_budget_s=handoff_budget_s,
+            service=service,
             **sampling,
         )
         async for piece in stream:
@@ -179,6 +196,19 @@ class Client:
         request = admin_pb2.ListClusterKvDecisionsRequest(worker_id=worker_id, last=last)
         try:
             return rpc.kv_decisions_of(await self._admin.ListKvDecisions(request, timeout=self._timeout_s))
+        except grpc.aio.AioRpcError as error:
+            raise rpc.error_of(error) from error
+
+    async def explain(self, request_id: str = "", *, last: int = 20) -> list[RouteDecision]:
+        """Return why requests were placed where they were, newest first, as far as the gateway still knows.
+
+        Args:
+            request_id: of one request; empty: of any. Only the gateway that served it knows, so ask with its address.
+            last: at most so many decisions.
+        """
+        request = admin_pb2.ExplainRequestRequest(request_id=request_id, last=last)
+        try:
+            return rpc.route_decisions_of(await self._admin.ExplainRequest(request, timeout=self._timeout_s))
         except grpc.aio.AioRpcError as error:
             raise rpc.error_of(error) from error
 

@@ -22,6 +22,10 @@ from tandem_client.types import (
     Message,
     ModelInfo,
     Placement,
+    RouteCandidate,
+    RouteDecision,
+    RouteOutcome,
+    Service,
     Summary,
     Timing,
     Token,
@@ -38,6 +42,12 @@ _LEVELS = {
     "high": pb.KV_QUALITY_LEVEL_HIGH,
     "balanced": pb.KV_QUALITY_LEVEL_BALANCED,
 }
+_CLASSES = {
+    "": pb.SERVICE_CLASS_UNSPECIFIED,
+    "interactive": pb.SERVICE_CLASS_INTERACTIVE,
+    "deadline": pb.SERVICE_CLASS_DEADLINE,
+    "batch": pb.SERVICE_CLASS_BATCH,
+}
 _FINISH = {pb.FINISH_REASON_STOP: FinishReason.STOP, pb.FINISH_REASON_LENGTH: FinishReason.LENGTH}
 
 
@@ -50,6 +60,7 @@ def generate_request(
     kv_quality: str | float | None = None,
     handoff_budget_s: float | None = None,
     tenant: str = "",
+    service: Service,
 ) -> pb.GenerateRequest:
     """Raises: InvalidRequest, for values that the wire has no room for."""
     try:
@@ -60,6 +71,10 @@ def generate_request(
             kv_quality=_quality(kv_quality),
             handoff_budget_s=handoff_budget_s,
             tenant=tenant,
+            service_class=_service_class(service.service_class),
+            priority=service.priority,
+            slo=_slo(service),
+            session_id=service.session_id,
         )
         if isinstance(prompt, str):
             request.text = prompt
@@ -81,6 +96,19 @@ def _quality(wanted: str | float | None) -> pb.KvQuality | None:
     if wanted not in _LEVELS:
         raise errors.InvalidRequest("kv_quality", f"must be a number or one of {', '.join(_LEVELS)}, got {wanted!r}")
     return pb.KvQuality(level=_LEVELS[wanted])
+
+
+def _service_class(wanted: str) -> pb.ServiceClass.ValueType:
+    if wanted not in _CLASSES:
+        raise errors.InvalidRequest(
+            "service_class", f"must be one of {', '.join(filter(None, _CLASSES))}, got {wanted!r}"
+        )
+    return _CLASSES[wanted]
+
+
+def _slo(service: Service) -> pb.Slo | None:
+    targets = {"ttft_s": service.ttft_s, "tpot_s": service.tpot_s, "deadline_s": service.deadline_s}
+    return pb.Slo(**targets) if any(target is not None for target in targets.values()) else None
 
 
 def chat_messages(messages: Sequence[tuple[str, str]]) -> pb.ChatMessages:
@@ -145,6 +173,23 @@ def kv_decisions_of(reply: admin_pb2.ListClusterKvDecisionsResponse) -> list[KvD
         for worker in reply.workers
         for one in worker.decisions
     ]
+
+
+def route_decisions_of(reply: admin_pb2.ExplainRequestResponse) -> list[RouteDecision]:
+    return [
+        _read(
+            RouteDecision,
+            one,
+            winner=_candidate(one.winner),
+            candidates=tuple(_candidate(candidate) for candidate in one.candidates),
+            outcome=_read(RouteOutcome, one.outcome) if one.HasField("outcome") else None,
+        )
+        for one in reply.decisions
+    ]
+
+
+def _candidate(message: admin_pb2.RouteCandidate) -> RouteCandidate:
+    return _read(RouteCandidate, message, terms_s=dict(message.terms_s))
 
 
 def error_of(failed: grpc.aio.AioRpcError) -> errors.ServingError:

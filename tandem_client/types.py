@@ -55,10 +55,35 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Who served the request, and what its KV cache cost on the way.
+class Service:
+    """What a request is for, and what it needs; what is left out is the cluster's to say.
 
     Attributes:
+        service_class: interactive, deadline or batch.
+        priority: within the class, larger first.
+        ttft_s, tpot_s: targets for the time to first token and per token after it. Seconds.
+        deadline_s: target for the whole answer, from arrival. (How long the call may take is another thing.)
+        session_id: requests of one session go to the same workers while that costs nothing.
+    """
+
+    service_class: str = ""
+    priority: int | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    deadline_s: float | None = None
+    session_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Who served the request and why, and what its KV cache cost on the way.
+
+    Attributes:
+        reason: why these workers; `mode_reason`: why this mode.
+        mode: remote_prefill, local_prefill or colocated.
+        binding: of a remote prefill, when the decode worker was chosen: early (before it began) or late.
+        predicted_ttft_s, predicted_tpot_s: by the decision that was carried out.
+        staleness_s: age of the shared state that the decision rested on.
         kv_bytes: of the KV that was sent, before compression; `kv_wire_bytes` is what crossed.
         kv_profile: compression profile; empty when nothing was transferred.
         kv_lossless: the KV that the decode worker went on from is equal bit for bit to the prefill worker's.
@@ -74,6 +99,12 @@ class Placement:
     kv_profile: str
     kv_lossless: bool = True
     kv_wire_bytes: int = 0
+    mode: str = ""
+    mode_reason: str = ""
+    binding: str = ""
+    predicted_ttft_s: float = 0.0
+    predicted_tpot_s: float = 0.0
+    staleness_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,3 +220,66 @@ class KvDecision:
     wire_bytes: int
     failure: str
     details: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCandidate:
+    """One way to serve a request, and what it was expected to cost.
+
+    Attributes:
+        terms_s: what `total_s` is the sum of, by name.
+        held_tokens: of the prompt, in the cache of the worker that would compute it.
+    """
+
+    prefill_worker: str
+    decode_worker: str
+    mode: str
+    total_s: float
+    terms_s: Mapping[str, float]
+    predicted_ttft_s: float
+    predicted_tpot_s: float
+    held_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouteOutcome:
+    """What came of a decision. Seconds.
+
+    Attributes:
+        ttft_error_s: observed less predicted.
+        regret_s: observed less what the best other candidate was predicted to cost; negative: well chosen.
+        failure: why the request failed; empty otherwise.
+    """
+
+    ttft_s: float
+    tpot_s: float
+    transfer_s: float
+    ttft_error_s: float
+    regret_s: float
+    failure: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouteDecision:
+    """Why a request was placed where it was. `candidates` has the winner among them, cheapest first.
+
+    Attributes:
+        num_eligible: workers that could be asked.
+        decision_s: what the choice itself took.
+        outcome: None while the request runs, and of a decision that was not carried out.
+    """
+
+    request_id: str
+    age_s: float
+    mode: str
+    mode_reason: str
+    reason: str
+    binding: str
+    winner: RouteCandidate
+    candidates: tuple[RouteCandidate, ...]
+    staleness_s: float
+    outcome: RouteOutcome | None
+    num_prompt_tokens: int
+    expected_output_tokens: int
+    num_eligible: int
+    decision_s: float

@@ -1,0 +1,215 @@
+"""Commands of `tandem` that talk to a running cluster: status, generate, explain, profile decisions."""
+
+import asyncio
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from cluster import run_file
+from cluster.decisions_view import decisions_table
+from cluster.explain_view import decision_view, route_table
+from cluster.view import placement_line, status_table, transfer_line
+from core.errors import ConfigError, InvalidRequest
+from tandem_client import Client, ClusterStatus, KvDecision, Message, RouteDecision, Sampling, Service
+
+T = TypeVar("T")
+_PAGE_WIDTH = 120  # of tables that go to a file or a pipe
+Cluster = Annotated[str | None, typer.Option("--cluster", help="Name of the cluster; needed when several are up.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="host:port of a gateway (or several, with commas), instead of looking.")
+]
+
+
+def add_commands(app: typer.Typer, profile_app: typer.Typer) -> None:
+    """Register them."""
+    for command in (status, generate, explain):
+        app.command()(command)
+    profile_app.command("decisions")(profile_decisions)
+
+
+def page() -> Console:
+    """Return where tables go: the terminal, or a file or a pipe with a width of its own."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PAGE_WIDTH)
+
+
+def status(
+    cluster: Cluster = None,
+    address: Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the workers of a running cluster.
+
+    Examples:
+
+        tandem status
+
+        tandem status --address 10.0.0.5:50051 --json
+    """
+    gateway = _gateway(cluster, address)
+
+    async def ask(client: Client) -> ClusterStatus:
+        return await client.status()
+
+    found = _with_client(gateway, ask)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        page().print(status_table(found, gateway))
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message of a chat.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message of the chat.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1)] = 128,
+    temperature: Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
+    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
+    deadline_s: Annotated[float | None, typer.Option("--deadline", help="Seconds for all of it.")] = None,
+    kv_quality: Annotated[
+        str | None,
+        typer.Option("--kv-quality", help="Of the KV cache on its way: exact, high, balanced, or 0 to 1."),
+    ] = None,
+    tenant: Annotated[str, typer.Option("--tenant", help="On whose account.")] = "",
+    service_class: Annotated[str, typer.Option("--class", help="interactive, deadline or batch.")] = "",
+    priority: Annotated[int | None, typer.Option("--priority", help="Within the class; larger goes first.")] = None,
+    ttft_s: Annotated[float | None, typer.Option("--ttft", help="Target: seconds to the first token.")] = None,
+    tpot_s: Annotated[float | None, typer.Option("--tpot", help="Target: seconds per token after it.")] = None,
+    finish_s: Annotated[float | None, typer.Option("--finish", help="Target: seconds to the last token.")] = None,
+    session: Annotated[str, typer.Option("--session", help="Requests of one session stay together.")] = "",
+    why: Annotated[bool, typer.Option("--why", help="Say on standard error who served it and why.")] = False,
+    cluster: Cluster = None,
+    address: Address = None,
+) -> None:
+    """Stream a generation to standard output.
+
+    Examples:
+
+        tandem generate "Return a list of" --temperature 0
+
+        tandem generate --chat "What does len() do?" -n 60 --seed 7
+
+        tandem generate "Return a list of" --kv-quality balanced      # and say on standard error how the KV went
+
+        tandem generate "import os" --class batch --why
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    roles = [Message("system", system)] if system else []
+    messages = [*roles, Message("user", text)] if chat or system else text
+    sampling = Sampling(max_tokens=max_tokens)
+    if temperature is not None:
+        sampling["temperature"] = temperature
+    if top_p is not None:
+        sampling["top_p"] = top_p
+    if seed is not None:
+        sampling["seed"] = seed
+    if stop:
+        sampling["stop"] = stop
+
+    quality = _quality(kv_quality) if kv_quality is not None else None
+
+    service = Service(service_class, priority, ttft_s, tpot_s, finish_s, session)
+
+    async def stream(client: Client) -> None:
+        pieces = client.generate(messages, deadline_s=deadline_s, kv_quality=quality, service=service, **sampling)
+        async for piece in pieces:
+            print(piece.text, end="", flush=True)
+            if piece.summary is not None:
+                print(flush=True)
+                if quality is not None:
+                    print(transfer_line(piece.summary.placement), file=sys.stderr)
+                if why:
+                    print(placement_line(piece.summary), file=sys.stderr)
+
+    _with_client(_gateway(cluster, address), stream, tenant)
+
+
+def explain(
+    request_id: Annotated[str, typer.Argument(help="Of the request; without it, the last decisions.")] = "",
+    last: Annotated[int, typer.Option("--last", "-n", min=1, help="Decisions per gateway.")] = 20,
+    cluster: Cluster = None,
+    address: Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: with every candidate's terms.")] = False,
+) -> None:
+    """Tell why requests were placed where they were, what else was possible, and how it turned out.
+
+    Examples:
+
+        tandem explain
+
+        tandem explain chat-17 --json
+    """
+
+    async def ask(client: Client) -> list[RouteDecision]:
+        return await client.explain(request_id, last=last)
+
+    found: list[RouteDecision] = []
+    for gateway in _gateway(cluster, address).split(","):  # each knows its own requests only
+        found += _with_client(gateway, ask)
+    if request_id and not found:
+        raise InvalidRequest("request_id", f"no gateway knows a decision on {request_id!r} (any more)")
+    if as_json:
+        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
+    elif request_id:
+        for one in found:
+            page().print(decision_view(one))
+    else:
+        page().print(route_table(sorted(found, key=lambda one: one.age_s)[:last]))
+
+
+def profile_decisions(
+    worker: Annotated[str, typer.Option("--worker", help="Of this prefill worker only.")] = "",
+    last: Annotated[int, typer.Option("--last", "-n", min=1, help="Transfers per prefill worker.")] = 20,
+    cluster: Cluster = None,
+    address: Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: with every candidate's terms.")] = False,
+) -> None:
+    """Show which profiles the last KV transfers of a running cluster used, and why.
+
+    Examples:
+
+        tandem profile decisions
+
+        tandem profile decisions --worker prefill-0 --last 100 --json
+    """
+
+    async def ask(client: Client) -> list[KvDecision]:
+        return await client.kv_decisions(worker, last=last)
+
+    found = _with_client(_gateway(cluster, address), ask)
+    if as_json:
+        print(json.dumps([{"prefill_worker": one.prefill_worker, **one.details} for one in found], indent=2))
+    else:
+        page().print(decisions_table(found))
+
+
+def _gateway(cluster: str | None, address: str | None) -> str:
+    if address:
+        return address
+    record = run_file.find(cluster)
+    if not record.is_ready:
+        raise ConfigError(f"cluster {record.cluster} is still coming up")
+    return record.gateway
+
+
+def _quality(text: str) -> str | float:
+    """Return a number if it is one; what a word means is the gateway's affair."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _with_client(address: str, use: Callable[[Client], Coroutine[Any, Any, T]], tenant: str = "") -> T:
+    async def run() -> T:
+        async with Client(address, tenant=tenant) as client:
+            return await use(client)
+
+    return asyncio.run(run())
