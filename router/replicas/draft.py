@@ -64,5 +64,5 @@ class Draft:
 
     def _slice(self, count: int) -> list[str]:
         if not self._round:
-            self._round = list(self._state.sessions())  # popped from its end: the most recently used first
+            self._round = list(reversed(self._state.sessions()))  # popped from its end
         return [self._round.pop() for _ in range(min(count, len(self._round)))]

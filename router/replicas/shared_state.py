@@ -26,7 +26,7 @@ class SharedState(Protocol):
         ...
 
     def sessions(self) -> Sequence[str]:
-        """Return the sessions that are bound, the most recently used last, whoever bound them."""
+        """Return the sessions that are bound, the most recently used first, whoever bound them."""
         ...
 
     def binding(self, session_id: str) -> BindingNews | None:

@@ -39,7 +39,7 @@ class FakeSharedState:
         self._heard.set()
 
     def sessions(self) -> Sequence[str]:
-        return list(self.bound)
+        return list(reversed(self.bound))
 
     def binding(self, session_id: str) -> BindingNews | None:
         return self.bound.get(session_id)
