@@ -1,18 +1,17 @@
-"""The prefix index against a naive model, under its byte cap; and the feeds that keep it in step."""
+"""The prefix index: what it says of tiers, predictions, forgotten workers; its cap; its order of eviction."""
 
+import random
 import tracemalloc
-from collections.abc import Sequence
+from collections import OrderedDict
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from core.blocks import block_hashes
-from core.ids import Epoch, WorkerId
-from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEvent, KvEventBatch
-from router.index.kv_feed import FeedResult, KvFeed
-from router.index.prefix_index import ENTRY_BYTES, PrefixIndex
+from core.errors import ProtocolError
+from core.ids import WorkerId
+from core.kv_events import Tier
+from router.index.prefix_index import TICK_S, PrefixIndex
 from router.index.slots import WorkerSlots
 
 A, B, C = WorkerId("a"), WorkerId("b"), WorkerId("c")
@@ -28,6 +27,10 @@ def big() -> PrefixIndex:
     return PrefixIndex(2**20, WorkerSlots())
 
 
+def of_blocks(num_blocks: int) -> PrefixIndex:
+    return PrefixIndex(PrefixIndex.bytes_for(num_blocks), WorkerSlots())
+
+
 def test_matches_the_leading_blocks_of_each_worker() -> None:
     index = big()
     index.store(A, chain(1, 2, 3, 4))
@@ -39,18 +42,111 @@ def test_matches_the_leading_blocks_of_each_worker() -> None:
     assert index.match(()).holders() == {}
 
 
-def test_a_hole_in_the_chain_ends_the_match() -> None:
+def test_blocks_are_by_slot_and_as_long_as_asked_for() -> None:
+    slots = WorkerSlots()
+    index = PrefixIndex(2**20, slots)
+    workers = [WorkerId(f"w{number}") for number in range(100)]
+    for number, worker in enumerate(reversed(workers)):
+        slots.of(worker)
+        index.store(worker, chain(*range(number)))
+    blocks = index.match(chain(*range(60))).blocks(Tier.DEVICE, 128)
+    assert blocks.dtype == np.int32
+    assert blocks.tolist() == [min(number, 60) for number in range(100)] + [0] * 28
+
+
+def test_what_is_below_a_removed_block_is_gone_for_that_worker_only() -> None:
     index = big()
     hashes = chain(1, 2, 3, 4)
     index.store(A, hashes)
+    index.store(B, hashes)
     index.remove(A, [hashes[1]])
+    assert index.match(hashes).holders() == {A: 1, B: 4}
+    index.remove(B, [hashes[0], b"unknown" + b"-" * 9])
     assert index.match(hashes).holders() == {A: 1}
-    index.remove(A, [hashes[0], b"unknown" + b"-" * 9])
-    assert index.match(hashes).holders() == {}
+    assert len(index) == 1
+    index.check()
 
 
-def test_a_forgotten_worker_matches_nothing_at_once_and_its_slot_is_reused_after_the_sweep() -> None:
+def test_storing_a_block_says_that_all_above_it_are_there() -> None:
     index = big()
+    hashes = chain(1, 2, 3, 4)
+    index.store(A, hashes[:3])
+    index.store(B, hashes[3:], parent=hashes[2])
+    assert index.match(hashes).holders() == {A: 3, B: 4}
+
+
+def test_a_piece_whose_upper_part_is_unknown_counts_when_that_comes_back() -> None:
+    index = big()
+    hashes = chain(1, 2, 3, 4, 5)
+    index.store(A, hashes[3:], parent=hashes[2])
+    index.store(B, hashes[3:4], Tier.HOST, parent=hashes[2])
+    index.predict(C, hashes[3:], 0.0, 5.0)
+    assert index.match(hashes).holders(Tier.HOST) == {}
+    index.check()
+    index.store(B, hashes[:2])
+    assert index.match(hashes).holders() == {B: 2}
+    index.predict(B, hashes[:4], 0.0, 5.0)
+    assert index.match(hashes).holders() == {A: 5, B: 4, C: 5}
+    index.check()
+    index.expire(10.0)
+    assert index.match(hashes).holders() == {A: 5, B: 2}
+    assert index.match(hashes).holders(Tier.HOST) == {A: 5, B: 4}
+    index.check()
+
+
+def test_hashes_that_contradict_their_chain_do_no_harm() -> None:
+    index = big()
+    a, b, c = chain(1, 2, 3)
+    for hashes in ([a, b], [b, a], [a, a], [c, b], [c, a, b, c], [b, c]):
+        index.store(A, hashes)
+        index.predict(B, hashes, 0.0, 1.0)
+        index.check()
+    with pytest.raises(ProtocolError, match="16 bytes"):
+        index.store(A, [a, b"short"])
+    index.expire(2.0)
+    index.remove(A, [a, b, c])
+    assert len(index) == 0
+
+
+def test_the_host_tier_is_no_device_and_covers_it() -> None:
+    index = big()
+    hashes = chain(1, 2, 3, 4)
+    index.store(A, hashes, Tier.HOST)
+    index.store(A, hashes[:2])
+    index.store(B, hashes[:3])
+    match = index.match(hashes)
+    assert match.holders(Tier.DEVICE) == {A: 2, B: 3}
+    assert match.holders(Tier.HOST) == {A: 4, B: 3}
+    index.remove(A, hashes[:2])
+    assert index.match(hashes).holders(Tier.DEVICE) == {B: 3}
+    assert index.match(hashes).holders(Tier.HOST) == {A: 4, B: 3}
+    index.remove(A, hashes[2:3], Tier.HOST)
+    assert index.match(hashes).holders(Tier.HOST) == {A: 2, B: 3}
+    index.check()
+
+
+def test_a_prediction_counts_at_once_and_lapses_or_comes_true() -> None:
+    index = big()
+    hashes = chain(1, 2, 3, 4)
+    index.predict(A, hashes, 10.0, 1.0)
+    index.predict(B, hashes[:3], 10.0, 1.0)
+    assert index.match(hashes).holders() == {A: 4, B: 3}
+    index.store(A, hashes[:2])
+    index.predict(B, hashes[:2], 10.8, 1.0)
+    index.expire(11.0 - TICK_S / 4)
+    assert index.match(hashes).holders() == {A: 4, B: 3}
+    index.expire(11.0)
+    assert index.match(hashes).holders() == {A: 2, B: 2}, "the sibling's promise stands"
+    index.check()
+    index.expire(12.0)
+    assert index.match(hashes).holders() == {A: 2}
+    assert len(index) == 2
+    index.check()
+
+
+def test_a_forgotten_worker_matches_nothing_at_once_and_is_swept_in_pieces() -> None:
+    slots = WorkerSlots()
+    index = PrefixIndex(2**20, slots)
     hashes = chain(*range(100))
     index.store(A, hashes)
     index.store(B, hashes[:50])
@@ -58,163 +154,111 @@ def test_a_forgotten_worker_matches_nothing_at_once_and_its_slot_is_reused_after
     assert index.match(hashes).holders() == {B: 50}
     assert len(index) == 100, "bounded time: the entries are still there"
     assert index.sweep(60)
-    index.store(C, chain(5, 6))  # while the sweep is under way
-    while index.sweep(60):
-        index.check()
-    assert len(index) == 52
-    index.store(A, hashes[:3])
+    index.store(A, hashes[:3])  # back before the sweep is over, in its old slot
+    assert slots.of(A) == 0
     assert index.match(hashes).holders() == {A: 3, B: 50}
-    index.check()
+    pieces = 0
+    while index.sweep(10):
+        pieces += 1
+        index.check()
+    assert pieces >= 3
+    assert len(index) == 50
+    assert index.match(hashes).holders() == {A: 3, B: 50}
+    index.forget(B)
+    slots.release(B)
+    assert slots.of(C) == 1
+    assert index.match(hashes).holders() == {A: 3}, "the slot is C's, what B held is not"
 
 
-def test_the_cap_drops_what_was_not_used_and_children_before_parents() -> None:
-    index = PrefixIndex(10 * ENTRY_BYTES, WorkerSlots())
-    old, hot = chain(1, 2, 3, 4, 5), chain(7, 8, 9)
-    index.store(A, old)
-    index.store(A, hot)
-    index.match(old)
-    index.store(A, chain(20, 21, 22, 23))
-    assert index.match(old).holders() == {A: 5}, "used lately"
-    assert index.match(hot).holders() == {A: 1}, "its deepest blocks went first"
-    assert index.num_bytes <= 10 * ENTRY_BYTES
+def test_bits_of_dead_workers_are_used_again() -> None:
+    slots = WorkerSlots()
+    index = PrefixIndex(2**20, slots)
+    for number in range(300):
+        worker = WorkerId(f"w{number}")
+        index.store(worker, chain(1, number))
+        index.forget(worker)
+        slots.release(worker)
+        while index.sweep(1000):
+            pass
     index.check()
+    assert len(index) == 0
+    assert slots.capacity == 1
+    assert len(index.match(()).slot_of_bit) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_eviction_is_that_of_a_plain_lru_that_moves_every_block(seed: int) -> None:
+    rng = random.Random(seed)
+    capacity = 24
+    index, plain = of_blocks(capacity), OrderedDict[bytes, None]()
+    for _ in range(400):
+        hashes = chain(*(rng.randrange(2) for _ in range(rng.randrange(1, 9))))
+        expected = next((depth for depth, block in enumerate(hashes) if block not in plain), len(hashes))
+        assert index.match(hashes).holders().get(A, 0) == expected
+        used = hashes if rng.random() < 0.7 else hashes[:expected]
+        if len(used) > expected:
+            index.store(A, used)
+        for block in reversed(used or hashes[:expected]):
+            plain[block] = None
+            plain.move_to_end(block)
+        while len(plain) > capacity:
+            plain.popitem(last=False)
+        assert len(index) == len(plain)
+        index.check()
+
+
+def test_a_chain_longer_than_the_index_is_cut_short() -> None:
+    index = of_blocks(10)
+    index.store(A, chain(*range(25)))
+    assert index.match(chain(*range(25))).holders() == {A: 10}
+    index.store(B, chain(99))
+    assert index.match(chain(*range(25))).holders() == {A: 9}
 
 
 def test_the_cap_holds_for_real_memory_while_prefixes_churn() -> None:
-    cap = 2 * 2**20
-    index = PrefixIndex(cap, WorkerSlots())
+    cap = 4 * 2**20
+    big()  # what is compiled stays
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        for number in range(400):
-            index.store(WorkerId(f"w{number % 50}"), chain(number, *range(99)))
-        grown = tracemalloc.get_traced_memory()[0] - before
+        index = PrefixIndex(cap, WorkerSlots())
+        peaks = []
+        rng = random.Random(0)
+        for number in range(1500):
+            hashes = tuple(rng.randbytes(16) for _ in range(60))
+            worker = WorkerId(f"w{number % 60}")
+            index.predict(worker, hashes, number * 0.01, 2.0)
+            index.store(worker, hashes[: rng.randrange(1, 61)])
+            index.observe(hashes, number * 0.01)
+            index.expire(number * 0.01)
+            if number % 500 == 499:
+                peaks.append(tracemalloc.get_traced_memory()[1] - before)
+        del hashes
     finally:
         tracemalloc.stop()
     index.check()
-    assert len(index) < 400 * 100
-    assert grown < 1.25 * cap
+    assert len(index) > 0.9 * index.max_blocks
+    assert max(peaks) < cap
+    assert index.num_bytes <= cap
 
 
-prompts = st.lists(st.integers(0, 2), min_size=1, max_size=6)
-workers = st.sampled_from([A, B, C])
+def test_many_different_sets_of_holders_stay_under_the_cap_too() -> None:
+    cap = 2**20
+    index = PrefixIndex(cap, WorkerSlots())
+    rng = random.Random(0)
+    hashes = chain(*range(8_000))
+    workers = [WorkerId(f"w{number}") for number in range(900)]
+    for _ in range(3000):
+        index.store(rng.choice(workers), hashes[: rng.randrange(1, 8_000)])
+    index.check()
+    assert index.num_bytes <= cap
 
 
-class IndexMachine(RuleBasedStateMachine):
-    """An index that is never full equals a set of hashes per worker."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.index = big()
-        self.model: dict[WorkerId, set[bytes]] = {}
-
-    @rule(worker=workers, tokens=prompts)
-    def store(self, worker: WorkerId, tokens: Sequence[int]) -> None:
-        self.index.store(worker, chain(*tokens))
-        self.model.setdefault(worker, set()).update(chain(*tokens))
-
-    @rule(worker=workers, tokens=prompts, depth=st.integers(0, 5))
-    def remove(self, worker: WorkerId, tokens: Sequence[int], depth: int) -> None:
-        hashes = chain(*tokens)[depth:]
-        self.index.remove(worker, hashes)
-        self.model.get(worker, set()).difference_update(hashes)
-
-    @rule(worker=workers)
-    def forget(self, worker: WorkerId) -> None:
-        self.index.forget(worker)
-        self.model.pop(worker, None)
-
-    @rule(budget=st.integers(1, 20))
-    def sweep(self, budget: int) -> None:
-        self.index.sweep(budget)
-
-    @rule(tokens=prompts)
-    def match(self, tokens: Sequence[int]) -> None:
-        expected = {}
-        for worker, held in self.model.items():
-            depth = 0
-            for block in chain(*tokens):
-                if block not in held:
-                    break
-                depth += 1
-            if depth:
-                expected[worker] = depth
-        assert self.index.match(chain(*tokens)).holders() == expected
-
-    @precondition(lambda self: not self.model)
-    @rule()
-    def sweep_leaves_nothing(self) -> None:
-        while self.index.sweep(100):
-            pass
-        assert len(self.index) == 0
-
-    @invariant()
-    def is_consistent(self) -> None:
-        self.index.check()
-
-
-IndexMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestIndexMachine = IndexMachine.TestCase
-
-
-def batch(sequence: int, *events: KvEvent, epoch: int = 1) -> KvEventBatch:
-    return KvEventBatch(A, Epoch(epoch), sequence, events)
-
-
-def stored(*tokens: int) -> BlocksStored:
-    return BlocksStored(ROOT, chain(*tokens))
-
-
-def test_a_feed_applies_batches_in_sequence_and_skips_repeats() -> None:
-    index = big()
-    feed = KvFeed(A, Epoch(1), index)
-    assert feed.apply(batch(1, stored(1, 2))) is FeedResult.APPLIED
-    assert feed.apply(batch(2, BlocksRemoved(chain(1, 2)[1:]))) is FeedResult.APPLIED
-    assert feed.apply(batch(1, stored(5))) is FeedResult.SKIPPED
-    assert index.match(chain(1, 2)).holders() == {A: 1}
-    assert feed.apply(batch(3, CacheCleared())) is FeedResult.APPLIED
-    assert index.match(chain(1, 2)).holders() == {}
-
-
-def test_a_gap_loses_the_feed_until_a_snapshot() -> None:
-    index = big()
-    feed = KvFeed(A, Epoch(1), index)
-    feed.apply(batch(1, stored(1)))
-    assert feed.apply(batch(3, stored(3))) is FeedResult.GAP
-    assert feed.apply(batch(2, stored(2))) is FeedResult.GAP, "lost: only a snapshot helps"
-    assert feed.resynchronise(Epoch(1), 3, [stored(2), stored(3)])
-    assert feed.apply(batch(3, stored(3))) is FeedResult.SKIPPED
-    assert feed.apply(batch(4, stored(4))) is FeedResult.APPLIED
-    assert [bool(index.match(chain(token)).holders()) for token in (1, 2, 3, 4)] == [False, True, True, True]
-
-
-@pytest.mark.parametrize("sequence", [1, 2])
-def test_a_newer_epoch_begins_with_an_empty_cache(sequence: int) -> None:
-    index = big()
-    feed = KvFeed(A, Epoch(1), index)
-    feed.apply(batch(1, stored(1)))
-    result = feed.apply(batch(sequence, stored(2), epoch=2))
-    assert result is (FeedResult.APPLIED if sequence == 1 else FeedResult.GAP)
-    assert index.match(chain(1)).holders() == {}
-    assert feed.apply(batch(9, stored(3), epoch=1)) is FeedResult.SKIPPED
-
-
-def test_a_snapshot_older_than_what_is_known_is_refused() -> None:
-    index = big()
-    feed = KvFeed(A, Epoch(2), index)
-    feed.apply(batch(1, stored(1), epoch=2))
-    assert not feed.resynchronise(Epoch(1), 100, [])
-    assert not feed.resynchronise(Epoch(2), 0, [])
-    assert index.match(chain(1)).holders() == {A: 1}
-
-
-@given(st.lists(st.integers(1, 12), max_size=40))
-def test_whatever_is_lost_or_repeated_the_feed_ends_in_step(arrivals: list[int]) -> None:
-    index = big()
-    feed = KvFeed(A, Epoch(1), index)
-    for sequence in arrivals:
-        if feed.apply(batch(sequence, stored(sequence))) is FeedResult.GAP:
-            newest = max(sequence, feed.sequence)
-            feed.resynchronise(Epoch(1), newest, [stored(number) for number in range(1, newest + 1)])
-    for sequence in range(1, 13):
-        assert (index.match(chain(sequence)).holders() == {A: 1}) == (sequence <= feed.sequence)
+def test_runs_are_as_many_as_depths_and_not_as_workers() -> None:
+    index = PrefixIndex(32 * 2**20, WorkerSlots())
+    hashes = chain(*range(1875))
+    for number in range(1000):
+        index.store(WorkerId(f"w{number}"), hashes[: 300 * (1 + number % 6)])
+    match = index.match(hashes)
+    assert len(match.runs) == 6
+    assert match.blocks(Tier.DEVICE, 1000).tolist() == [300 * (1 + number % 6) for number in range(1000)]
