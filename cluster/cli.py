@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from cluster import client_cli, detach, run_file
+from cluster.bench_cli import bench
 from cluster.config import ClusterConfig, json_schema, load_cluster_config
 from cluster.launcher import Launcher
 from cluster.own_session import enter_own_session
@@ -35,6 +36,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(profile_app, name="profile")
 
 client_cli.add_commands(app, profile_app)
+app.command()(bench)
 
 
 @app.command()

@@ -1,0 +1,99 @@
+"""`tandem bench --simulate`: how the routing policies would serve recorded traffic, in virtual time.
+
+Loads the simulator only when the command runs.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from router.routing.config import PolicyName
+    from simulator.comparison import Arm
+    from simulator.machines import Machine
+
+_WORKERS = re.compile(r"(\d+)\+(\d+)\Z")
+
+
+def bench(
+    trace: Annotated[Path, typer.Option(help="Recorded traffic: Mooncake's .jsonl or Azure's .csv.")],
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="In virtual time: the real router before simulated workers.")
+    ] = False,
+    workers: Annotated[str, typer.Option(help="Prefill + decode workers.")] = "8+8",
+    policy: Annotated[list[str] | None, typer.Option(help="May be given several times; default: every policy.")] = None,
+    machine: Annotated[
+        str, typer.Option(help="Known machine, or a .json file with what was fitted to yours.")
+    ] = "llama70b-a800x8",
+    gateways: Annotated[int, typer.Option(min=1, help="That share the traffic.")] = 1,
+    speed: Annotated[float, typer.Option(min=0.01, help="Replay so many times as fast as recorded.")] = 1.0,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Instead of a replay: Poisson, requests per second.")
+    ] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Only the first so many of the trace.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per policy; intervals need two.")] = 3,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="JSON lines; an existing file is replaced.")] = None,
+) -> None:
+    """Serve recorded traffic by each policy and compare: TTFT, attainment, misses, prefix hits.
+
+    Requests that are refused or do not end count as misses.
+
+    Examples:
+
+        tandem bench --simulate --trace conversation.jsonl --workers 8+8 --seeds 5
+
+        tandem bench --simulate --trace code.csv --policy cost --policy least_loaded --rate 30 --machine opt13b-a100-tp2
+    """
+    if not simulate:
+        raise ConfigError("bench measures simulated clusters only: add --simulate")
+    from simulator.comparison import compare
+    from simulator.machines import get_machine
+    from simulator.tables import table
+    from simulator.traffic import Workload
+
+    workload = Workload(trace, requests, speed=speed, rate_per_s=rate)
+    block_tokens = workload.block_tokens  # a trace that cannot be read says so before anything runs
+    kind = get_machine(machine)
+    arms = [_arm(name, kind, workers, gateways, block_tokens) for name in _checked(policy)]
+    rows = list(compare(arms, workload, range(seeds), processes=processes))
+    rate_text = f"Poisson at {rate:g}/s" if rate is not None else f"replayed at {speed:g}x"
+    print(f"{trace.stem}, {rate_text}, on {workers} workers {kind.name}, {gateways} gateway(s), {seeds} seed(s)")
+    print("\n".join(table(rows)))
+    if output is not None:
+        labels = {"trace": trace.stem, "workers": workers, "machine": kind.name, "speed": speed, "rate": rate}
+        output.write_text("".join(row.json_line(**labels) + "\n" for row in rows), encoding="utf-8")
+
+
+def _checked(names: list[str] | None) -> list["PolicyName"]:
+    from router.routing.config import PolicyName
+
+    known: tuple[PolicyName, ...] = get_args(PolicyName)
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ConfigError(f"no policy {', '.join(unknown)}; known are {', '.join(known)}")
+    return [policy for policy in known if not names or policy in names]
+
+
+def _arm(name: PolicyName, machine: "Machine", workers: str, gateways: int, block_tokens: int) -> "Arm":
+    from router.routing.config import LinkPriors, RoutingConfig
+    from simulator.cluster import Scenario, router_config
+    from simulator.comparison import Arm
+
+    counts = _WORKERS.match(workers)
+    if counts is None:
+        raise ConfigError(f"workers are prefill+decode, as 8+8, not {workers!r}")
+    links = LinkPriors(same_zone_bytes_per_s=machine.link.bytes_per_s, same_zone_rtt_s=machine.link.message_s)
+    scenario = Scenario(
+        config=router_config(RoutingConfig(policy=name, links=links)),
+        num_prefill=int(counts[1]),
+        num_decode=int(counts[2]),
+        machine=machine,
+        num_gateways=gateways,
+        block_tokens=block_tokens,
+    )
+    return Arm(name, scenario)
