@@ -79,7 +79,7 @@ def _checked(names: list[str] | None) -> list["PolicyName"]:
     return [policy for policy in known if not names or policy in names]
 
 
-def _arm(name: PolicyName, machine: "Machine", workers: str, gateways: int, block_tokens: int) -> "Arm":
+def _arm(name: "PolicyName", machine: "Machine", workers: str, gateways: int, block_tokens: int) -> "Arm":
     from router.routing.config import LinkPriors, RoutingConfig
     from simulator.cluster import Scenario, router_config
     from simulator.comparison import Arm
