@@ -2,12 +2,21 @@
 conversion is checked here, ranges are checked there."""
 
 from core.errors import InvalidRequest
+from core.service_class import ServiceClass, Slo
 from protos import inference_pb2 as pb
 from protos.codec import sampling_from_wire
 from router.intake import ChatPrompt, GenerateCall, Prompt, TextPrompt, TokenPrompt, check_prompt_fits
 from router.kv_terms import KvWish
+from router.service_terms import ServiceWish
 from router.tokenizer import ChatTurn
 
+SESSION_METADATA = "x-session-id"
+_CLASSES = {
+    pb.SERVICE_CLASS_UNSPECIFIED: None,
+    pb.SERVICE_CLASS_INTERACTIVE: ServiceClass.INTERACTIVE,
+    pb.SERVICE_CLASS_DEADLINE: ServiceClass.DEADLINE,
+    pb.SERVICE_CLASS_BATCH: ServiceClass.BATCH,
+}
 _LEVELS = {
     pb.KV_QUALITY_LEVEL_UNSPECIFIED: None,
     pb.KV_QUALITY_LEVEL_EXACT: "exact",
@@ -16,10 +25,12 @@ _LEVELS = {
 }
 
 
-def read_generate(request: pb.GenerateRequest, max_model_len: int) -> GenerateCall:
-    """Raises:
-    PromptTooLong: more token ids than the context holds; they are not even looked at.
-    InvalidRequest: a level of quality that there is not.
+def read_generate(request: pb.GenerateRequest, max_model_len: int, session_id: str = "") -> GenerateCall:
+    """Return what the client asked for; `session_id` is what the call's metadata say, if the request does not.
+
+    Raises:
+        PromptTooLong: more token ids than the context holds; they are not even looked at.
+        InvalidRequest: a level of quality or a service class that there is not.
     """
     sampling = request.sampling
     return GenerateCall(
@@ -34,6 +45,7 @@ def read_generate(request: pb.GenerateRequest, max_model_len: int) -> GenerateCa
             _read_quality(request.kv_quality),
             request.handoff_budget_s if request.HasField("handoff_budget_s") else None,
         ),
+        service=_read_service(request, session_id),
     )
 
 
@@ -46,6 +58,22 @@ def read_tokenize(request: pb.TokenizeRequest) -> Prompt:
             return _read_chat(request.chat)
         case _:
             raise InvalidRequest("input", "is missing: set text or chat")
+
+
+def _read_service(request: pb.GenerateRequest, session_id: str) -> ServiceWish:
+    if request.service_class not in _CLASSES:
+        raise InvalidRequest("service_class", f"is the unknown class {request.service_class}")
+    slo = request.slo
+    return ServiceWish(
+        _CLASSES[request.service_class],
+        request.priority if request.HasField("priority") else None,
+        Slo(
+            slo.ttft_s if slo.HasField("ttft_s") else None,
+            slo.tpot_s if slo.HasField("tpot_s") else None,
+            slo.deadline_s if slo.HasField("deadline_s") else None,
+        ),
+        request.session_id or session_id,
+    )
 
 
 def _read_quality(quality: pb.KvQuality) -> str | float | None:

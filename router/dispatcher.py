@@ -7,6 +7,7 @@ reports of workers -> the machine of the work they name -> tokens to the request
 import asyncio
 import logging
 import random
+from collections.abc import Callable
 
 from core.alarm import Alarm
 from core.clock import Clock
@@ -26,8 +27,11 @@ from core.errors import (
 from core.ids import RequestId, WorkerId, new_nonce
 from core.membership import Role
 from core.request import Finish, GenerateRequest
+from core.service_class import ServiceClass
 from router import messages as m
-from router.admission import AdmissionQueue
+from router.admission.claims import Claim, claim_bytes
+from router.admission.output_lengths import LengthKey, OutputLengths
+from router.admission.queue import AdmissionQueue, queue_rules
 from router.config import RouterConfig
 from router.fleet import Fleet
 from router.forwarding.doors import DecodeOrder, PrefillOrder
@@ -39,6 +43,7 @@ from router.patience import Patience
 from router.placement import Placer
 from router.policy import NoCandidate, Obstacle
 from router.prompt_hashes import PromptHashes
+from router.service_terms import PLAIN_SERVICE, ServiceTerms
 from router.state import RequestMachine
 from router.stream import Completion, RequestStream
 
@@ -60,13 +65,8 @@ class Dispatcher:
         self._rng = rng
         self._metrics = metrics
         self._placer = Placer(config.routing, fleet, clock, rng)
-        self._queue = AdmissionQueue(
-            max_requests=config.max_queued_requests,
-            max_tokens=config.max_queued_tokens,
-            retry_min_s=config.retry_min_s,
-            retry_max_s=config.retry_max_s,
-            rng=rng,
-        )
+        self._queue = AdmissionQueue(queue_rules(config), rng)
+        self.output_lengths = OutputLengths(config.admission.output_lengths)
         self._requests = InFlight()
         self._is_pump_due = False
         self._gate_alarm = Alarm(clock, self._pump)
@@ -93,16 +93,28 @@ class Dispatcher:
         return len(self._requests.on_worker(worker_id))
 
     def submit(
-        self, request: GenerateRequest, hashes: PromptHashes, *, arrived_at: float, timeout_s: float
+        self,
+        request: GenerateRequest,
+        hashes: PromptHashes,
+        *,
+        arrived_at: float,
+        timeout_s: float,
+        service: ServiceTerms = PLAIN_SERVICE,
+        on_concluded: Callable[[int], None] | None = None,
     ) -> RequestStream:
         """Take a request whose parameters have been checked.
 
+        Args:
+            on_concluded: told once, however the request ends, how many tokens were delivered.
+
         Raises:
-            DuplicateRequest, RejectedError: refused now; nothing was kept.
+            DuplicateRequest, RejectedError: refused now; nothing was kept, and `on_concluded` will not be called.
         """
+        now = self._clock.now()
+        claim = self._claim(request, service, arrived_at)
         try:
-            self.check_admissible(request.request_id, request.num_prompt_tokens)
-            self._queue.enter(request.request_id, request.num_prompt_tokens)
+            self._check_open(request.request_id)
+            shed = self._queue.enter(claim, now)
         except ServingError as error:
             self._metrics.rejected(error)
             raise
@@ -117,13 +129,15 @@ class Dispatcher:
             max_losses=self._config.workers.max_losses,
         )
         stream = RequestStream(request.request_id, self._config.max_unread_tokens)
-        active = ActiveRequest(request, new_nonce(self._rng), hashes, machine, stream)
+        active = ActiveRequest(request, service, claim, new_nonce(self._rng), hashes, machine, stream, on_concluded)
         active.alarm = Alarm(self._clock, lambda: self._perform_all(active, machine.poll(self._clock.now())))
         self._requests.add(active)
         self._idle.clear()
         self._metrics.active.set(len(self._requests))
         self._gone_alarm.arm(self._gone_deadline())
         self._feed(active, m.Queued())
+        for loser in shed:
+            self._end_queued(loser.request_id, loser.error)
         self._pump()
         return stream
 
@@ -204,12 +218,16 @@ class Dispatcher:
 
     # --- the queue ---
 
-    def check_admissible(self, request_id: str, num_tokens: int = 1) -> None:
-        """Tell, before any work is done for it, whether a request of at least so many tokens would be refused now.
+    def check_admissible(self, request_id: str, tenant: str, service_class: ServiceClass) -> None:
+        """Tell, before any work is done for it, whether even the smallest request would be refused now.
 
         Raises:
             DuplicateRequest, RejectedError
         """
+        self._check_open(request_id)
+        self._queue.check_room(Claim(RequestId(request_id), tenant, service_class, 0, None, self._clock.now(), 1, 0, 1))
+
+    def _check_open(self, request_id: str) -> None:
         if self._is_draining:
             raise NoWorkers("this gateway is stopping")
         if request_id in self._requests:
@@ -220,7 +238,25 @@ class Dispatcher:
         gone_deadline = self._gone_deadline()
         if gone_deadline is not None and self._clock.now() >= gone_deadline:
             raise NoWorkers(self._missing_roles())
-        self._queue.check_room(num_tokens)
+
+    def _claim(self, request: GenerateRequest, service: ServiceTerms, arrived_at: float) -> Claim:
+        expected = self.output_lengths.quantile(_length_key(request, service), 0.5)
+        return Claim(
+            request.request_id,
+            request.tenant,
+            service.service_class,
+            service.priority,
+            service.slo.deadline_s,
+            arrived_at,
+            request.num_prompt_tokens,
+            claim_bytes(request),
+            expected,
+        )
+
+    def _end_queued(self, request_id: RequestId, error: ServingError) -> None:
+        active = self._requests.get(request_id)
+        assert active is not None, "the queue holds only requests in flight"
+        self._feed(active, m.RequestFailed(error))
 
     def _gone_deadline(self) -> float | None:
         return None if self._gone_since is None else self._gone_since + self._config.no_workers_timeout_s
@@ -293,11 +329,10 @@ class Dispatcher:
             case m.ReturnToQueue(cause, retry_after_s):
                 _log.debug("%s: back to the queue, %s", active.request_id, cause)
                 self._requests.end_attempt(active)
-                num_tokens = active.request.num_prompt_tokens
-                self._queue.put_back(active.request_id, num_tokens, self._clock.now(), retry_after_s)
+                self._queue.put_back(active.claim, self._clock.now(), retry_after_s)
                 self._pump_soon()
             case m.LeaveQueue():
-                self._queue.leave(active.request_id, accepted=True)
+                self._queue.leave(active.request_id, self._clock.now())
                 self._pump_soon()
             case m.Conclude(finish, error):
                 self._conclude(active, finish, error)
@@ -407,18 +442,22 @@ class Dispatcher:
 
     def _conclude(self, active: ActiveRequest, finish: Finish | None, error: ServingError | None) -> None:
         self._requests.remove(active)
-        self._queue.leave(active.request_id, accepted=False)
-        self._queue.note_capacity(self._clock.now())
+        now = self._clock.now()
+        self._queue.end(active.request_id, now, active.machine.num_tokens)
+        self._queue.note_capacity(now)
         self._metrics.active.set(len(self._requests))
         if finish is not None:
             completion = self._complete(active, finish)
             self._metrics.finished(completion)
+            self.output_lengths.record(_length_key(active.request, active.service), active.machine.num_tokens, now)
             active.stream.finish(completion)
         elif error is not None:
             outcome = "aborted" if isinstance(error, Aborted | SlowReader) else "failed"
             self._metrics.failed(outcome, error, active.machine.num_tokens)
             _log.info("%s: %s after %d tokens: %s", active.request_id, outcome, active.machine.num_tokens, error)
             active.stream.fail(error)
+        if active.on_concluded is not None:
+            active.on_concluded(active.machine.num_tokens)
         if not len(self._requests):
             self._idle.set()
         self._pump_soon()
@@ -437,3 +476,7 @@ class Dispatcher:
             reason=active.decision.reason if active.decision is not None else "",
             num_asked=machine.num_asked,
         )
+
+
+def _length_key(request: GenerateRequest, service: ServiceTerms) -> LengthKey:
+    return LengthKey(request.tenant, service.service_class, request.sampling.max_tokens)

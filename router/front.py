@@ -66,7 +66,8 @@ class Front:
         """
         arrived_at = self._clock.now()
         try:
-            self.dispatcher.check_admissible(call.request_id)
+            service_class = call.service.service_class or self.config.tenant(call.tenant).service_class
+            self.dispatcher.check_admissible(call.request_id, call.tenant, service_class)
             with self._preparation(call.request_id) as preparation:
                 prepared = await self._intake.prepare(call)
                 if preparation.aborted is not None:
@@ -79,6 +80,7 @@ class Front:
             prepared.hashes,
             arrived_at=arrived_at,
             timeout_s=self.config.request_timeout_s if timeout_s is None else timeout_s,
+            service=prepared.service,
         )
         return prepared, stream
 

@@ -4,13 +4,16 @@ A work id names one attempt of one admission of a request: "<id>/0.<nonce>", "<i
 has no slash), and is the transfer id of that attempt too. Neither a request id that a client uses again nor another
 gateway's request of the same id meets it. Reports that name an unknown work are late news of a finished attempt."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from core.alarm import Alarm
 from core.ids import RequestId, TransferId, WorkerId, transfer_id
 from core.request import GenerateRequest
+from router.admission.claims import Claim
 from router.policy import Decision
 from router.prompt_hashes import PromptHashes
+from router.service_terms import ServiceTerms
 from router.state import RequestMachine
 from router.stream import RequestStream
 
@@ -22,10 +25,13 @@ class ActiveRequest:
     """One request with all that the shell keeps for it. `work_id` is empty before the first attempt."""
 
     request: GenerateRequest
+    service: ServiceTerms
+    claim: Claim
     nonce: str
     hashes: PromptHashes
     machine: RequestMachine
     stream: RequestStream
+    on_concluded: Callable[[int], None] | None = None
     alarm: Alarm | None = None
     decision: Decision | None = None  # the last placement
     work_id: TransferId = _NO_WORK

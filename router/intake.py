@@ -17,6 +17,7 @@ from core.request import MAX_SEED, GenerateRequest, SamplingParams
 from router.config import RouterConfig
 from router.kv_terms import NO_WISH, KvWish, kv_terms
 from router.prompt_hashes import HashKey, PromptHashes
+from router.service_terms import NO_SERVICE_WISH, ServiceTerms, ServiceWish, service_terms
 from router.tokenizer import ChatTurn, GatewayTokenizer, ModelFacts
 
 _TOKENIZER_THREADS = 2
@@ -58,13 +59,15 @@ class GenerateCall:
     has_seed: bool
     tenant: str = ""
     kv: KvWish = NO_WISH
+    service: ServiceWish = NO_SERVICE_WISH
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checked request and its block hashes."""
+    """A checked request, what it is for, and its block hashes."""
 
     request: GenerateRequest
+    service: ServiceTerms
     hashes: PromptHashes
 
 
@@ -126,6 +129,7 @@ class Intake:
         request_id = parse_request_id(call.request_id) if call.request_id else new_request_id()
         tenant = parse_tenant(call.tenant)
         terms = kv_terms(call.kv, tenant, self._config)
+        service = service_terms(call.service, tenant, self._config)
         longest = self._max_model_len()
         # Checked first with any legal length: a bad parameter should not cost a tokenisation.
         sampling = call.sampling
@@ -147,7 +151,7 @@ class Intake:
         if len(token_ids) * 4 > self._config.inline_prompt_bytes:
             keys = self._hash_keys()
             await self._in_thread(lambda: [hashes.of(key) for key in keys])
-        return Prepared(request, hashes)
+        return Prepared(request, service, hashes)
 
     async def tokenize(self, prompt: Prompt | None) -> list[int]:
         """Return the prompt's token ids: at least one, all in the vocabulary.

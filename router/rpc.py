@@ -10,7 +10,7 @@ from core.ids import RequestId, WorkerId
 from core.rpc import bind, create_server, reply_errors
 from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
-from router.calls import read_generate, read_tokenize
+from router.calls import SESSION_METADATA, read_generate, read_tokenize
 from router.front import Front
 from router.replies import GenerationText, delta, finished, started
 from router.status import cluster_status, model_info
@@ -34,9 +34,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         front = self._front
         patience_s = front.config.write_timeout_s
         async with reply_errors(context, patience_s=patience_s):
-            prepared, stream = await front.generate(
-                read_generate(request, front.max_model_len()), context.time_remaining()
-            )
+            call = read_generate(request, front.max_model_len(), _session_id(context))
+            prepared, stream = await front.generate(call, context.time_remaining())
             try:
                 text = GenerationText(front.tokenizer.decode, prepared.request)
                 tokens, completion = await stream.take()
@@ -108,6 +107,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             else:
                 found = await link.list_all_kv_decisions(last)
             return admin_pb2.ListClusterKvDecisionsResponse(workers=found)
+
+
+def _session_id(context: "inference_pb2_grpc._ServicerContext") -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == SESSION_METADATA and isinstance(value, str):
+            return value
+    return ""
 
 
 class GatewayServer:

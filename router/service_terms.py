@@ -39,6 +39,9 @@ class ServiceTerms:
     session_id: str
 
 
+PLAIN_SERVICE = ServiceTerms(ServiceClass.INTERACTIVE, 0, NO_SLO, "")
+
+
 def service_terms(wish: ServiceWish, tenant: str, config: RouterConfig) -> ServiceTerms:
     """Return the client's wish, completed by its tenant's class and that class's targets. Pure.
 

@@ -35,6 +35,9 @@ class StuckContext:
     def time_remaining(self) -> float | None:
         return None
 
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
     async def write(self, message: pb.GenerateResponse) -> None:
         if self._is_stuck_at(message):
             self.stuck.set()
