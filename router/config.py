@@ -26,7 +26,7 @@ class RoutingConfig(ConfigModel):
     decode_step_per_context_token_s: float = Field(2e-7, ge=0)
     expected_output_tokens: int = Field(64, ge=1, description="decode steps that the slow-down is charged for, at most")
     explained_decisions: int = Field(512, ge=1, description="decisions kept with all their candidates")
-    prefix_index_bytes: int = Field(256 * 2**20, ge=4096, description="cap of the whole prefix index of this process")
+    prefix_index_bytes: int = Field(256 * 2**20, ge=2**20, description="cap of the whole prefix index of this process")
 
 
 class MirrorConfig(ConfigModel):
