@@ -22,21 +22,22 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/replica.proto\x12\ttandem.v1\"\xda\x01\n\x0bReplicaNews\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08is_whole\x18\x03 \x01(\x08\x12(\n\x07\x63redits\x18\x04 \x03(\x0b\x32\x17.tandem.v1.WorkerCredit\x12+\n\x08\x62indings\x18\x05 \x03(\x0b\x32\x19.tandem.v1.SessionBinding\x12(\n\x08\x62reakers\x18\x06 \x03(\x0b\x32\x16.tandem.v1.BreakerNews\x12\x12\n\nis_leaving\x18\x07 \x01(\x08\"\x89\x01\n\x0cWorkerCredit\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x04 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\x04\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\"i\n\x0eSessionBinding\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x15\n\rdecode_worker\x18\x03 \x01(\t\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\"R\n\x0b\x42reakerNews\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x12\n\nopen_for_s\x18\x04 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/replica.proto\x12\ttandem.v1\x1a\x13protos/worker.proto\"\xda\x01\n\x0bReplicaNews\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08is_whole\x18\x03 \x01(\x08\x12(\n\x07\x63redits\x18\x04 \x03(\x0b\x32\x17.tandem.v1.WorkerCredit\x12+\n\x08\x62indings\x18\x05 \x03(\x0b\x32\x19.tandem.v1.SessionBinding\x12(\n\x08\x62reakers\x18\x06 \x03(\x0b\x32\x16.tandem.v1.BreakerNews\x12\x12\n\nis_leaving\x18\x07 \x01(\x08\"\xae\x01\n\x0cWorkerCredit\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x04 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\x04\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\x12#\n\x04load\x18\x07 \x01(\x0b\x32\x15.tandem.v1.WorkerLoad\"i\n\x0eSessionBinding\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x15\n\rdecode_worker\x18\x03 \x01(\t\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\"R\n\x0b\x42reakerNews\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x12\n\nopen_for_s\x18\x04 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.replica_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICANEWS']._serialized_start=36
-  _globals['_REPLICANEWS']._serialized_end=254
-  _globals['_WORKERCREDIT']._serialized_start=257
-  _globals['_WORKERCREDIT']._serialized_end=394
-  _globals['_SESSIONBINDING']._serialized_start=396
-  _globals['_SESSIONBINDING']._serialized_end=501
-  _globals['_BREAKERNEWS']._serialized_start=503
-  _globals['_BREAKERNEWS']._serialized_end=585
+  _globals['_REPLICANEWS']._serialized_start=57
+  _globals['_REPLICANEWS']._serialized_end=275
+  _globals['_WORKERCREDIT']._serialized_start=278
+  _globals['_WORKERCREDIT']._serialized_end=452
+  _globals['_SESSIONBINDING']._serialized_start=454
+  _globals['_SESSIONBINDING']._serialized_end=559
+  _globals['_BREAKERNEWS']._serialized_start=561
+  _globals['_BREAKERNEWS']._serialized_end=643
 # @@protoc_insertion_point(module_scope)

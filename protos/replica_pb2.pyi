@@ -9,6 +9,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from protos import worker_pb2 as _worker_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -69,7 +70,9 @@ Global___ReplicaNews: _TypeAlias = ReplicaNews  # noqa: Y015
 
 @_typing.final
 class WorkerCredit(_message.Message):
-    """What the gateway sent to a worker and no load report of the worker can include yet. All zero: nothing."""
+    """What the gateway sent to a worker and no load report of the worker can include yet (all zero: nothing), and the newest
+    load it was told of: an answer of the worker goes to one gateway only.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -79,12 +82,17 @@ class WorkerCredit(_message.Message):
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     num_requests: _builtins.int
     prefill_tokens: _builtins.int
     context_tokens: _builtins.int
     prefill_s: _builtins.float
+    @_builtins.property
+    def load(self) -> _worker_pb2.WorkerLoad:
+        """absent: none was told"""
+
     def __init__(
         self,
         *,
@@ -94,10 +102,11 @@ class WorkerCredit(_message.Message):
         prefill_tokens: _builtins.int = ...,
         context_tokens: _builtins.int = ...,
         prefill_s: _builtins.float = ...,
+        load: _worker_pb2.WorkerLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "epoch", b"epoch", "num_requests", b"num_requests", "prefill_s", b"prefill_s", "prefill_tokens", b"prefill_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "epoch", b"epoch", "load", b"load", "num_requests", b"num_requests", "prefill_s", b"prefill_s", "prefill_tokens", b"prefill_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

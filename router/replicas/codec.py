@@ -5,6 +5,7 @@ from google.protobuf.message import DecodeError
 from core.errors import ProtocolError
 from core.ids import Epoch, GatewayId, WorkerId
 from protos import replica_pb2 as pb
+from protos.codec import load_from_wire, load_to_wire
 from router.replicas.news import BindingNews, BreakerNews, CreditNews, News
 
 
@@ -22,6 +23,7 @@ def news_to_bytes(news: News) -> bytes:
                 prefill_tokens=one.prefill_tokens,
                 context_tokens=one.context_tokens,
                 prefill_s=one.prefill_s,
+                load=None if one.load is None else load_to_wire(one.load),
             )
             for one in news.credits
         ],
@@ -66,6 +68,7 @@ def news_from_bytes(data: bytes) -> News:
                 one.prefill_tokens,
                 one.context_tokens,
                 one.prefill_s,
+                load_from_wire(one.load) if one.HasField("load") else None,
             )
             for one in wire.credits
         ),

@@ -4,11 +4,16 @@ that the same gateway said of it before."""
 from dataclasses import dataclass
 
 from core.ids import Epoch, GatewayId, WorkerId
+from core.membership import LoadReport
 
 
 @dataclass(frozen=True, slots=True)
 class CreditNews:
-    """Work that a gateway sent to one incarnation of a worker and that no load report can include yet."""
+    """Work that a gateway sent to one incarnation of a worker and that no load report can include yet.
+
+    Attributes:
+        load: the newest that the worker told this gateway, maybe only this one, with an answer.
+    """
 
     worker_id: WorkerId
     epoch: Epoch
@@ -16,13 +21,14 @@ class CreditNews:
     prefill_tokens: int = 0
     context_tokens: int = 0
     prefill_s: float = 0.0
+    load: LoadReport | None = None
 
     @property
     def is_nothing(self) -> bool:
         return not (self.num_requests or self.prefill_tokens or self.context_tokens or self.prefill_s)
 
     def plus(self, other: "CreditNews") -> "CreditNews":
-        """Return the sum, for this one's worker and epoch."""
+        """Return the sum, for this one's worker and epoch, without a load."""
         return CreditNews(
             self.worker_id,
             self.epoch,

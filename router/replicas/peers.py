@@ -5,7 +5,7 @@ by its number; silence, or its leaving, makes it forgotten, and with it its cred
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from core.ids import Epoch, GatewayId, WorkerId
 from router.replicas.news import CreditNews, News
@@ -59,7 +59,7 @@ class PeerBook:
             if one.is_nothing:
                 peer.credits.pop(one.worker_id, None)
             else:
-                peer.credits[one.worker_id] = one
+                peer.credits[one.worker_id] = replace(one, load=None)
         return touched
 
     def lapse(self, now: float) -> set[WorkerId]:

@@ -2,8 +2,8 @@
 
 1. A change of what this gateway shares is published at once, the next ones after `publish_interval_s`, together; all of
    it once per `whole_interval_s`, idle or not: who is silent for `silent_after_s` has died, and its credit lapses.
-2. What the others publish is taken in as it comes: their credit counts as load of the workers, their sessions and
-   breakers as this gateway's own.
+2. What the others publish is taken in as it comes: their credit counts as load of the workers, and the loads that
+   workers told them, their sessions and their breakers as this gateway's own.
 3. When the store is gone each gateway goes on with its own knowledge; what the others said lapses. When it is back the
    stream is read from its start (a store may have forgotten ids, too); what was seen is known by its number.
 4. A gateway that starts reads what the stream still holds (seconds of it, with a whole message of each peer).
@@ -157,6 +157,9 @@ class Replicas:
         if touched is None:
             return  # read before
         self._push(touched)
+        for credit in news.credits:
+            if credit.load is not None:
+                self._state.adopt_load(credit.worker_id, credit.epoch, credit.load)
         for binding in news.bindings:
             self._state.adopt_binding(binding)
         for breaker in news.breakers:

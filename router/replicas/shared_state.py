@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from core.ids import WorkerId
+from core.ids import Epoch, WorkerId
+from core.membership import LoadReport
 from router.replicas.news import BindingNews, BreakerNews, CreditNews
 
 
@@ -18,11 +19,15 @@ class SharedState(Protocol):
         ...
 
     def credit(self, worker_id: WorkerId) -> CreditNews:
-        """Return this gateway's own credit with a worker; nothing is an answer too."""
+        """Return this gateway's own credit with a worker (nothing is an answer too), and the load it knows."""
         ...
 
     def set_peer_credit(self, credit: CreditNews) -> None:
         """This is what all others sent to the worker and no load report includes; it replaces what was said before."""
+        ...
+
+    def adopt_load(self, worker_id: WorkerId, epoch: Epoch, load: LoadReport) -> None:
+        """Another gateway was told this; it may be older than what is known here."""
         ...
 
     def sessions(self) -> Sequence[str]:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
 from core.ids import Epoch, WorkerId
+from core.membership import LoadReport
 from router.replicas.news import BindingNews, BreakerNews, CreditNews
 from tests.fakes.script import PATIENCE_S
 
@@ -14,6 +15,7 @@ class FakeSharedState:
     def __init__(self) -> None:
         self.own: dict[WorkerId, CreditNews] = {}
         self.peers: dict[WorkerId, CreditNews] = {}  # nothing is not kept
+        self.loads: dict[WorkerId, LoadReport] = {}  # heard of
         self.bound: dict[str, BindingNews] = {}
         self.breakers: dict[WorkerId, BreakerNews] = {}
         self.adopted_breakers: dict[WorkerId, BreakerNews] = {}
@@ -37,6 +39,9 @@ class FakeSharedState:
         if not credit.is_nothing:
             self.peers[credit.worker_id] = credit
         self._heard.set()
+
+    def adopt_load(self, worker_id: WorkerId, epoch: Epoch, load: LoadReport) -> None:
+        self.loads[worker_id] = load
 
     def sessions(self) -> Sequence[str]:
         return list(reversed(self.bound))

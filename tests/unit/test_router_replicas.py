@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from core.clock import MonotonicClock
 from core.errors import ProtocolError
 from core.ids import Epoch, GatewayId, WorkerId
+from core.membership import LoadReport
 from core.store_memory import MemoryStore
 from router.replicas.codec import news_from_bytes, news_to_bytes
 from router.replicas.config import SharingConfig
@@ -24,6 +26,9 @@ P0, P1, D0 = WorkerId("p0"), WorkerId("p1"), WorkerId("d0")
 A, B = GatewayId("gw-a"), GatewayId("gw-b")
 PATIENCE_S = 10.0
 CONFIG = SharingConfig(whole_interval_s=0.05, silent_after_s=0.4, retry_interval_s=0.02, publish_interval_s=0.001)
+
+
+LOAD = LoadReport(sequence=9, num_running=2, queued_prefill_tokens=300, decode_step_s=0.02)
 
 
 def credit(worker_id: WorkerId = P0, requests: int = 1, *, epoch: int = 1) -> CreditNews:
@@ -42,7 +47,7 @@ def test_news_survives_the_wire() -> None:
         A,
         7,
         is_whole=True,
-        credits=(credit(), nothing(P1, epoch=4)),
+        credits=(credit(), replace(nothing(P1, epoch=4), load=LOAD)),
         bindings=(BindingNews("s1", P0, D0, 12.5), BindingNews("s2", None, D0, 0.0)),
         breakers=(BreakerNews(P1, Epoch(3), "open", 1.25),),
     )
@@ -146,8 +151,9 @@ def test_only_the_newest_incarnation_of_a_worker_counts() -> None:
 
 def test_the_silent_and_the_leaving_are_forgotten() -> None:
     book = PeerBook(3.0)
-    book.absorb(News(A, 1, credits=(credit(P0),)), 0.0)
+    book.absorb(News(A, 1, credits=(replace(credit(P0), load=LOAD),)), 0.0)
     book.absorb(News(B, 1, credits=(credit(P1),)), 2.0)
+    assert book.credit(P0) == credit(P0), "the load is no credit"
     assert book.lapse(2.9) == set()
     assert book.lapse(3.0) == {P0}
     assert book.credit(P0).is_nothing
@@ -245,6 +251,16 @@ async def test_credit_reaches_the_others_and_goes_again() -> None:
         assert a.replicas.num_replicas == b.replicas.num_replicas == c.replicas.num_replicas == 3
         assert a.replicas.peers == {GatewayId("gw-b"), GatewayId("gw-c")}
         assert a.replicas.age_s < CONFIG.silent_after_s
+
+
+async def test_what_a_worker_told_one_gateway_reaches_the_others() -> None:
+    store = MemoryStore()
+    a, b = Member("gw-a", store), Member("gw-b", store)
+    async with running(a, b):
+        a.state.own[P0] = replace(nothing(P0), load=LOAD)  # accepted, and in the load of the answer
+        a.replicas.note_credit(P0)
+        await until(store, lambda: b.state.loads == {P0: LOAD})
+        assert not b.state.peers
 
 
 async def test_sessions_and_breakers_reach_the_others() -> None:
