@@ -200,7 +200,9 @@ class Bands:
         ]
         heapq.heapify(heap)
         while heap:
-            _, tenant, position, held = heapq.heappop(heap)
+            held_of_share, tenant, position, held = heapq.heappop(heap)
+            if -held_of_share <= least:
+                return  # nor does any other hold more
             ticket = self._places[band.lines[tenant].tickets[position][2]][0]
             rest = held - ticket.claim.num_tokens
             if rest / self._share_of(tenant) < least:

@@ -55,6 +55,11 @@ class FairShares:
         """Tenants that wait."""
         return len(self._since)
 
+    @property
+    def num_remembered(self) -> int:
+        """Tenants whose counter is kept, waiting or not."""
+        return len(self._accounts)
+
     def counter(self, tenant: str) -> float:
         """Return what the tenant counts as served, in weighted tokens over its share."""
         account = self._accounts.get(tenant)
@@ -121,7 +126,7 @@ class FairShares:
         slack = 1e-9 * (1.0 + self._ceiling)
         for tenant in self._since:
             assert self._floor - slack <= self._accounts[tenant].counter <= self._ceiling + slack
-        assert len(self._accounts) <= len(self._since) + _MAX_PAUSED + 1
+        assert set(self._since) <= set(self._accounts)
         assert not self._since or self.counter(self.first()) == min(map(self.counter, self._since))
 
     def _set(self, account: _Account, counter: float) -> None:

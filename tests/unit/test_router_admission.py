@@ -232,21 +232,27 @@ def test_a_late_refusal_of_the_first_rush_neither_closes_the_gate_nor_waits_in_t
 
 def test_the_wait_is_foretold_from_the_speed_under_backlog() -> None:
     waiting = queue(bounds=Amount(100, 10_000, 10**9))
-    texts = [f"{number:02d}" for number in range(40)]
+    texts = [f"{number:02d}" for number in range(50)]
     enter(waiting, *texts, tokens=100)
     assert waiting.expected_wait_s(claim("x", 100), 0.0) == 0.0, "all may ask: nobody waits here"
-    for name in waiting.take(0.0):
-        waiting.put_back(claim(name, 100), 0.0)
-    assert 0 < waiting.expected_wait_s(claim("x", 100), 0.0) <= MAX_S, "of the speed nothing is known yet"
-    now = 0.0
-    for _ in range(10):  # ten seconds at one request, of a hundred tokens, per second
+    for second in range(100):
+        waiting.take(float(second))  # idle seconds say nothing about the speed
+    now = 100.0
+    for name in texts[:30]:
+        waiting.put_back(claim(name, 100), now)
+    for name in texts[30:]:
+        waiting.leave(RequestId(name), now)  # what an idle cluster took at once says nothing either
+    for name in waiting.take(now):
+        waiting.put_back(claim(name, 100), now)  # it is full now: the gate closes again
+    assert 0 < waiting.expected_wait_s(claim("x", 100), now) <= MAX_S, "of the speed nothing is known yet"
+    for _ in range(8):  # eight seconds at one request, of a hundred tokens, per second
         now += 1.0
         asked = waiting.take(now)
         waiting.leave(asked[0], now)
         for name in asked[1:]:
             waiting.put_back(claim(name, 100), now)
     left = waiting.num_tokens
-    assert left == 3000
+    assert left == 2200
     assert waiting.expected_wait_s(claim("x", 100), now) == pytest.approx(left / 100, rel=0.1)
     with pytest.raises(RejectedError) as refused:
         waiting.enter(claim("huge", 9000), now)
