@@ -1,9 +1,9 @@
-"""What a decode worker makes of requests: reserves their blocks, expects their KV, lets them run, tells of it.
+"""What a decode worker makes of requests: gets blocks for them, expects their KV, lets them run, tells of it.
 
 Events come from gateways (`submit`), from the engine's thread by way of the event loop (`on_step`) and from the
 receiver (`on_landed`, `on_failed`); the rest is the spine's (`workers.desk`). A submission that cannot succeed is
-refused at once; the others are answered when the engine, between two steps, has reserved their blocks. KV that arrives
-goes from the receiver's threads straight into the pool.
+refused at once; the others are answered when the engine, between two steps, has reserved their blocks, or taken a
+prompt that is computed here. KV that arrives goes from the receiver's threads straight into the pool.
 
 Concurrency: the event loop's thread only.
 """
@@ -21,14 +21,14 @@ from decode_workers import policy
 from decode_workers.config import DecodeWorkerConfig
 from decode_workers.metrics import DecodeMetrics
 from decode_workers.state import DecodeRequest
-from engine.engine import Engine, Reservation
+from engine.engine import Engine
 from engine.loop import StepResult
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats
 from kv_transfer.receiver.receiver import KvReceiver
 from kv_transfer.session import NackReason
 from workers.desk import RequestDesk, Stream
-from workers.messages import EngineFailed, TransferFailed
+from workers.messages import EngineFailed, Scheduled, TransferFailed, news_of
 from workers.profiles import get_ready, profiles_for
 from workers.service import Opening
 
@@ -44,6 +44,7 @@ class DecodeDesk:
         self._around = around
         self._metrics = metrics
         self._engine_load = engine.load_report()
+        self._asked: set[DecodeRequest] = set()  # the engine was asked about them, and does not count them yet
         self._limits = policy.DecodeLimits(
             config.max_requests,
             engine.model_info.max_model_len,
@@ -62,24 +63,52 @@ class DecodeDesk:
             metrics=KvTransferMetrics(around.metrics.registry),
         )
         self.requests = RequestDesk[DecodeRequest, m.OwnEvent, m.OwnEffect](
-            around, self._perform, self.transfers.cancel
+            around, self._perform, self.transfers.cancel, lambda: self.load
         )
 
     @property
     def load(self) -> LoadReport:
-        """The engine's load after its last turn."""
-        return self._engine_load
+        """The engine's load, and what it was asked to take since."""
+        load = self._engine_load
+        if not self._asked:
+            return load
+        to_land = [machine.request.num_prompt_tokens for machine in self._asked if machine.expected is not None]
+        to_compute = [machine.request.num_prompt_tokens for machine in self._asked if machine.expected is None]
+        return load.model_copy(
+            update={
+                "num_waiting": load.num_waiting + len(self._asked),
+                "num_reserved": load.num_reserved + len(to_land),
+                "reserved_tokens": load.reserved_tokens + sum(to_land),
+                "queued_prefill_tokens": load.queued_prefill_tokens + sum(to_compute),
+            }
+        )
 
-    def submit(self, stream: Stream, request: GenerateRequest, transfer_id: TransferId, lease_s: float) -> None:
-        """Accept or reject, by a report: at once, or after the engine was asked for blocks."""
-        refusal = self._refusal(request, transfer_id)
+    def submit(
+        self,
+        stream: Stream,
+        request: GenerateRequest,
+        expected: m.Expected | None,
+        terms: policy.Terms = policy.NO_TERMS,
+    ) -> None:
+        """Accept or reject, by a report: at once, or after the engine was asked.
+
+        Args:
+            expected: the transfer of its KV; None: the prompt is computed here.
+        """
+        refusal = self._refusal(request, expected, terms)
         if refusal is not None:
             self.requests.reject(stream, request.request_id, refusal)
         else:
-            landing_timeout_s = self._config.landing_timeout_s
-            machine = DecodeRequest(request, transfer_id, lease_s=lease_s, landing_timeout_s=landing_timeout_s)
+            machine = DecodeRequest(
+                request,
+                expected,
+                now=self._around.clock.now(),
+                compute_timeout_s=self._config.compute_timeout_s,
+                landing_timeout_s=self._config.landing_timeout_s,
+            )
             self.requests.add(machine, stream)
-            self._reserve(machine)
+            self._asked.add(machine)
+            self._ask(machine)
         self.requests.end_turn()
 
     async def begin(self) -> None:
@@ -117,33 +146,60 @@ class DecodeDesk:
     # The engine's news
 
     def on_step(self, result: StepResult) -> None:
+        now = self._around.clock.now()
+        for admission in result.stats.admitted:
+            machine = self.requests.get(admission.request_id)
+            if machine is not None:
+                self.requests.feed(machine, Scheduled(admission.cached_tokens), now - result.step_s)
         for output in result.outputs:
             machine = self.requests.get(output.request_id)
             if machine is not None:
-                self.requests.feed(machine, m.StreamFinished(output) if output.finish else m.TokensProduced(output))
+                self.requests.feed(machine, news_of(output), now)
         self._engine_load = result.load
         self._metrics.note_step(result)
         self.requests.end_turn()
 
     # Inside
 
-    def _refusal(self, request: GenerateRequest, transfer_id: TransferId) -> RejectedError | None:
-        is_known = self.requests.is_known(request.request_id, transfer_id)
-        load, num_requests = self._engine_load, len(self.requests)
-        accounts = policy.DecodeAccounts(self._around.life.state, num_requests, load.free_blocks, load.decode_step_s)
-        return policy.refusal(policy.DecodeDemand(request.num_prompt_tokens, is_known), accounts, self._limits)
+    def _refusal(
+        self, request: GenerateRequest, expected: m.Expected | None, terms: policy.Terms
+    ) -> RejectedError | None:
+        is_known = self.requests.is_known(request.request_id, expected.transfer_id if expected else None)
+        load = self.load
+        accounts = policy.DecodeAccounts(
+            self._around.life.state,
+            len(self.requests),
+            load.free_blocks,
+            load.queued_prefill_tokens,
+            load.decode_step_s,
+        )
+        return policy.refusal(policy.DecodeDemand(request.num_prompt_tokens, is_known, terms), accounts, self._limits)
 
-    def _reserve(self, machine: DecodeRequest) -> None:
-        def reserved(done: Future[Reservation]) -> None:
+    def _ask(self, machine: DecodeRequest) -> None:
+        """Ask the engine for blocks, or to take the prompt; its answer is the gateway's."""
+
+        def ask(engine: Engine) -> tuple[m.BlocksReserved | m.PromptQueued, LoadReport]:
+            answer: m.BlocksReserved | m.PromptQueued
+            if machine.expected is None:
+                answer = m.PromptQueued(engine.add(machine.request))
+            else:
+                answer = m.BlocksReserved(engine.reserve(machine.request).held_tokens)
+            return answer, engine.load_report()  # now, not after the step that follows
+
+        def answered(done: Future[tuple[m.BlocksReserved | m.PromptQueued, LoadReport]]) -> None:
+            self._asked.discard(machine)
             match done.exception():
                 case None:
-                    self.requests.take(machine, m.BlocksReserved(done.result().held_tokens))
+                    answer, load = done.result()
+                    rates = self._engine_load.model_dump(include={"prefill_tokens_per_s", "decode_step_s"})
+                    self._engine_load = load.model_copy(update=rates)
+                    self.requests.take(machine, answer)
                 case ServingError() as error:
-                    self.requests.take(machine, m.ReservationRefused(error))
+                    self.requests.take(machine, m.EngineRefused(error))
                 case error:
                     self.requests.on_defect(error)
 
-        self.requests.ask_engine(lambda engine: engine.reserve(machine.request), reserved)
+        self.requests.ask_engine(ask, answered)
 
     async def _expect(self, machine: DecodeRequest, expected: m.ExpectTransfer) -> None:
         try:

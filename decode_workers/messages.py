@@ -4,8 +4,16 @@ from dataclasses import dataclass
 
 from core.errors import ServingError
 from core.ids import RequestId, TransferId
-from core.request import RequestOutput
 from workers.messages import SharedEffect, SharedEvent, SharedReport
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The transfer that brings the KV of a prompt; it lapses when nothing is heard of it for `lease_s`."""
+
+    transfer_id: TransferId
+    lease_s: float
+
 
 # Events: what happened.
 
@@ -18,7 +26,14 @@ class BlocksReserved:
 
 
 @dataclass(frozen=True, slots=True)
-class ReservationRefused:
+class PromptQueued:
+    """The engine has taken the prompt to compute it; `cached_tokens` of it are in its prefix cache."""
+
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRefused:
     """The engine kept nothing of the request."""
 
     error: ServingError
@@ -55,21 +70,7 @@ class TransferCancelled:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class TokensProduced:
-    """A step produced tokens and the stream goes on."""
-
-    output: RequestOutput
-
-
-@dataclass(frozen=True, slots=True)
-class StreamFinished:
-    """A step ended the stream well; the engine has freed the request."""
-
-    output: RequestOutput
-
-
-OwnEvent = BlocksReserved | ReservationRefused | KvLanded | TransferCancelled | TokensProduced | StreamFinished
+OwnEvent = BlocksReserved | PromptQueued | EngineRefused | KvLanded | TransferCancelled
 Event = OwnEvent | SharedEvent
 
 # Effects: what the shell is to do. `cause` names the event that led to it.

@@ -6,12 +6,13 @@ from core.membership import Role
 from core.telemetry import BATCH_BUCKETS, LATENCY_BUCKETS_S
 from decode_workers import messages as m
 from engine.loop import StepResult
-from workers.messages import AbortRequested, GatewayLost
+from workers.messages import AbortRequested, GatewayLost, LastTokenComputed, StreamFinished
 from workers.metrics import WorkerMetrics
 
 _OUTCOMES = {
-    m.StreamFinished.__name__: "finished",
-    m.ReservationRefused.__name__: "rejected",
+    StreamFinished.__name__: "finished",
+    LastTokenComputed.__name__: "finished",
+    m.EngineRefused.__name__: "rejected",
     AbortRequested.__name__: "aborted",
     GatewayLost.__name__: "aborted",
     m.TransferCancelled.__name__: "aborted",

@@ -23,12 +23,34 @@ class DecodeLimits:
 
 @dataclass(frozen=True, slots=True)
 class DecodeAccounts:
-    """What the worker holds. `free_blocks`: that a new request could take, evictable cache included."""
+    """What the worker holds.
+
+    Attributes:
+        free_blocks: that a new request could take, evictable cache included.
+        queued_tokens: of prompts that wait to be computed here.
+    """
 
     state: WorkerState
     num_requests: int
     free_blocks: int
+    queued_tokens: int
     step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the gateway thought of this worker when it chose: with more than this here, it wants to choose again.
+
+    Attributes:
+        max_queued_tokens: of prompts that wait to be computed here.
+        max_requests_held: whatever they wait for. None: no such bound.
+    """
+
+    max_queued_tokens: int | None = None
+    max_requests_held: int | None = None
+
+
+NO_TERMS = Terms()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +59,7 @@ class DecodeDemand:
 
     num_prompt_tokens: int
     is_known: bool = False
+    terms: Terms = NO_TERMS
 
 
 def refusal(demand: DecodeDemand, accounts: DecodeAccounts, limits: DecodeLimits) -> RejectedError | None:
@@ -56,4 +79,11 @@ def refusal(demand: DecodeDemand, accounts: DecodeAccounts, limits: DecodeLimits
         return RejectedError(RejectReason.QUEUE_FULL, f"{accounts.num_requests} requests held", accounts.step_s)
     if accounts.num_requests > 0 and accounts.free_blocks == 0:
         return RejectedError(RejectReason.NO_BLOCKS, "every block is in use", accounts.step_s)
+    terms = demand.terms
+    if terms.max_queued_tokens is not None and accounts.queued_tokens > terms.max_queued_tokens:
+        detail = f"{accounts.queued_tokens} prompt tokens queued, {terms.max_queued_tokens} expected at most"
+        return RejectedError(RejectReason.BUSIER, detail)
+    if terms.max_requests_held is not None and accounts.num_requests > terms.max_requests_held:
+        detail = f"{accounts.num_requests} requests held, {terms.max_requests_held} expected at most"
+        return RejectedError(RejectReason.BUSIER, detail)
     return None

@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator
 from core.ids import TransferId
 from core.streams import Outbox
 from decode_workers.desk import DecodeDesk
-from decode_workers.messages import Report, SendLanded
+from decode_workers.messages import Expected, Report, SendLanded
+from decode_workers.policy import Terms
 from kv_transfer.rpc import add_kv_transfer
 from protos import codec, worker_pb2, worker_pb2_grpc
 from workers.rpc import Context, GatewayCalls, WorkerServer, shared_report_to_wire
@@ -27,17 +28,25 @@ class _Servicer(worker_pb2_grpc.DecodeWorkerServicer):
         self, request_iterator: AsyncIterator[worker_pb2.DecodeCommand], context: Context
     ) -> None:
         def on_submit(stream: Outbox[Report], submit: worker_pb2.DecodeSubmit) -> None:
-            request = codec.request_from_wire(submit.request)
-            self._desk.submit(stream, request, TransferId(submit.transfer_id), submit.lease_s)
+            expected = None if submit.generate else Expected(TransferId(submit.transfer_id), submit.lease_s)
+            self._desk.submit(stream, codec.request_from_wire(submit.request), expected, terms_from_wire(submit))
 
         await self._calls.connect(
-            request_iterator, context, worker_pb2.DecodeReport, on_submit=on_submit, encode=report_to_wire
+            request_iterator, context, worker_pb2.DecodeReport, handlers={"submit": on_submit}, encode=report_to_wire
         )
 
     async def ListCachedBlocks(  # noqa: N802
         self, request: worker_pb2.ListCachedBlocksRequest, context: Context
     ) -> worker_pb2.ListCachedBlocksResponse:
         return await self._calls.list_cached_blocks(context)
+
+
+def terms_from_wire(submit: worker_pb2.DecodeSubmit) -> Terms:
+    """Pure."""
+    return Terms(
+        submit.max_queued_tokens if submit.HasField("max_queued_tokens") else None,
+        submit.max_requests_held if submit.HasField("max_requests_held") else None,
+    )
 
 
 def report_to_wire(report: Report) -> worker_pb2.DecodeReport:

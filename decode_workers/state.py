@@ -1,5 +1,7 @@
 """One request on a decode worker, from the reservation of its blocks until nothing of it is left here.
 
+With the KV from a prefill worker:
+
 1. RESERVING: the policy took it; the engine was asked for blocks for the whole prompt.
 2. RESERVED: accepted, and the gateway was told what prefix is here already. KV may be written into the blocks.
 3. RUNNING: every frame has landed and was verified; the request is in the decode batch and produces tokens.
@@ -9,27 +11,28 @@
    comes before its answer, so a later request of the same id never meets an output of this one.
 6. CLOSED: the blocks are free, and only now the gateway learns of a failure: whoever hears it may send the id again.
 
-The good way is RESERVING, RESERVED, RUNNING, CLOSED: the engine frees a finished request itself. The shell owns no
-decision: it feeds events, performs the effects in their order, and arms one timer.
+The good way is RESERVING, RESERVED, RUNNING, CLOSED: the engine frees a finished request itself. A request that is
+computed here from its prompt on takes the way QUEUEING (the engine was asked to take it), GENERATING, CLOSED. The shell
+owns no decision: it feeds events, performs the effects in their order, and arms one timer.
 """
 
 from collections.abc import Mapping
 from enum import StrEnum
 
-from core.errors import InvalidTransition, RejectedError, TransferError
+from core.errors import InvalidTransition, RejectedError, TransferError, WorkerLost
 from core.ids import RequestId, TransferId
 from core.request import GenerateRequest
 from decode_workers.messages import (
     ActivateInEngine,
     BlocksReserved,
     Effect,
+    EngineRefused,
     Event,
+    Expected,
     ExpectTransfer,
     KvLanded,
-    ReservationRefused,
+    PromptQueued,
     SendLanded,
-    StreamFinished,
-    TokensProduced,
     TransferCancelled,
 )
 from workers.messages import (
@@ -38,19 +41,27 @@ from workers.messages import (
     BlocksFreed,
     DeadlinePassed,
     EngineFailed,
+    FirstTokenComputed,
     GatewayLost,
+    LastTokenComputed,
+    Scheduled,
     SendAccepted,
     SendFailed,
     SendOutput,
     SendRejected,
     StopTransfer,
+    StreamFinished,
+    TokensProduced,
     TransferFailed,
     TransferStopped,
     WorkerClosed,
 )
+from workers.prompt_times import PromptTimes
 
 
 class DecodeState(StrEnum):
+    QUEUEING = "queueing"
+    GENERATING = "generating"
     RESERVING = "reserving"
     RESERVED = "reserved"
     RUNNING = "running"
@@ -59,58 +70,83 @@ class DecodeState(StrEnum):
     CLOSED = "closed"
 
 
+_S = DecodeState
+LIVING = frozenset({_S.QUEUEING, _S.GENERATING, _S.RESERVING, _S.RESERVED, _S.RUNNING})
 EDGES: Mapping[DecodeState, Mapping[type[Event], DecodeState]] = {
-    DecodeState.RESERVING: {
-        BlocksReserved: DecodeState.RESERVED,
-        ReservationRefused: DecodeState.CLOSED,  # no blocks, or a request that this engine cannot serve
-        AbortRequested: DecodeState.FREEING,  # the engine is told after it was asked, so it frees what it may reserve
-        GatewayLost: DecodeState.FREEING,
-        WorkerClosed: DecodeState.FREEING,
+    _S.QUEUEING: {
+        PromptQueued: _S.GENERATING,
+        EngineRefused: _S.CLOSED,  # its queue is full, or a request that this engine cannot serve
+        AbortRequested: _S.FREEING,  # the engine is told after it was asked, so it drops what it may take
+        GatewayLost: _S.FREEING,
+        WorkerClosed: _S.FREEING,
     },
-    DecodeState.RESERVED: {
-        KvLanded: DecodeState.RUNNING,  # the receiver verified the last frame
-        TransferFailed: DecodeState.FREEING,  # the prefill worker died, a frame was bad, no offer came
-        TransferCancelled: DecodeState.FREEING,  # the prefill worker gave up, or its first token was the last
-        AbortRequested: DecodeState.STOPPING,  # as well when the first token was the last: the first word counts
-        GatewayLost: DecodeState.STOPPING,
-        DeadlinePassed: DecodeState.STOPPING,  # the backstop behind the transfer's own leases
-        EngineFailed: DecodeState.STOPPING,  # the engine lost its pool
-        WorkerClosed: DecodeState.STOPPING,
+    _S.GENERATING: {
+        Scheduled: _S.GENERATING,  # a step began that computes some of the prompt
+        FirstTokenComputed: _S.GENERATING,
+        TokensProduced: _S.GENERATING,
+        LastTokenComputed: _S.CLOSED,
+        StreamFinished: _S.CLOSED,
+        EngineFailed: _S.FREEING,  # late refusal, or a failed step
+        AbortRequested: _S.FREEING,
+        GatewayLost: _S.FREEING,
+        DeadlinePassed: _S.FREEING,  # before the first token: the engine is hopelessly behind
+        WorkerClosed: _S.FREEING,
     },
-    DecodeState.RUNNING: {
-        TokensProduced: DecodeState.RUNNING,
-        StreamFinished: DecodeState.CLOSED,
-        EngineFailed: DecodeState.FREEING,
-        AbortRequested: DecodeState.FREEING,
-        GatewayLost: DecodeState.FREEING,
-        WorkerClosed: DecodeState.FREEING,
+    _S.RESERVING: {
+        BlocksReserved: _S.RESERVED,
+        EngineRefused: _S.CLOSED,  # no blocks, or a request that this engine cannot serve
+        AbortRequested: _S.FREEING,  # as in QUEUEING
+        GatewayLost: _S.FREEING,
+        WorkerClosed: _S.FREEING,
     },
-    DecodeState.STOPPING: {
-        TransferStopped: DecodeState.FREEING,
-        KvLanded: DecodeState.STOPPING,  # crossed with our stop, whose own answer is on its way
-        TransferFailed: DecodeState.STOPPING,
-        TransferCancelled: DecodeState.STOPPING,
-        EngineFailed: DecodeState.STOPPING,
-        AbortRequested: DecodeState.STOPPING,  # its fate is sealed already
-        GatewayLost: DecodeState.STOPPING,
-        WorkerClosed: DecodeState.STOPPING,
+    _S.RESERVED: {
+        KvLanded: _S.RUNNING,  # the receiver verified the last frame
+        TransferFailed: _S.FREEING,  # the prefill worker died, a frame was bad, no offer came
+        TransferCancelled: _S.FREEING,  # the prefill worker gave up, or its first token was the last
+        AbortRequested: _S.STOPPING,  # as well when the first token was the last: the first word counts
+        GatewayLost: _S.STOPPING,
+        DeadlinePassed: _S.STOPPING,  # the backstop behind the transfer's own leases
+        EngineFailed: _S.STOPPING,  # the engine lost its pool
+        WorkerClosed: _S.STOPPING,
     },
-    DecodeState.FREEING: {
-        BlocksFreed: DecodeState.CLOSED,
-        BlocksReserved: DecodeState.FREEING,  # we gave up while the engine was asked
-        ReservationRefused: DecodeState.FREEING,
-        KvLanded: DecodeState.FREEING,
-        TransferFailed: DecodeState.FREEING,
-        TransferCancelled: DecodeState.FREEING,
-        TransferStopped: DecodeState.FREEING,
-        TokensProduced: DecodeState.FREEING,  # the step that was running when we gave up
-        StreamFinished: DecodeState.FREEING,
-        EngineFailed: DecodeState.FREEING,
-        AbortRequested: DecodeState.FREEING,
-        GatewayLost: DecodeState.FREEING,
-        WorkerClosed: DecodeState.FREEING,
+    _S.RUNNING: {
+        TokensProduced: _S.RUNNING,
+        StreamFinished: _S.CLOSED,
+        EngineFailed: _S.FREEING,
+        AbortRequested: _S.FREEING,
+        GatewayLost: _S.FREEING,
+        WorkerClosed: _S.FREEING,
     },
-    DecodeState.CLOSED: {},
+    _S.STOPPING: {
+        TransferStopped: _S.FREEING,
+        KvLanded: _S.STOPPING,  # crossed with our stop, whose own answer is on its way
+        TransferFailed: _S.STOPPING,
+        TransferCancelled: _S.STOPPING,
+        EngineFailed: _S.STOPPING,
+        AbortRequested: _S.STOPPING,  # its fate is sealed already
+        GatewayLost: _S.STOPPING,
+        WorkerClosed: _S.STOPPING,
+    },
+    _S.FREEING: {
+        BlocksFreed: _S.CLOSED,
+        BlocksReserved: _S.FREEING,  # we gave up while the engine was asked
+        PromptQueued: _S.FREEING,
+        EngineRefused: _S.FREEING,
+        KvLanded: _S.FREEING,
+        TransferFailed: _S.FREEING,
+        TransferCancelled: _S.FREEING,
+        TransferStopped: _S.FREEING,
+        Scheduled: _S.FREEING,  # all of these: the step that was running when we gave up
+        FirstTokenComputed: _S.FREEING,
+        LastTokenComputed: _S.FREEING,
+        TokensProduced: _S.FREEING,
+        StreamFinished: _S.FREEING,
+        EngineFailed: _S.FREEING,
+        AbortRequested: _S.FREEING,
+        GatewayLost: _S.FREEING,
+        WorkerClosed: _S.FREEING,
+    },
+    _S.CLOSED: {},
 }
 
 
@@ -118,24 +154,27 @@ class DecodeRequest:
     """The machine of one request.
 
     Args:
-        lease_s: the transfer lapses when nothing is heard of it for so long.
-        landing_timeout_s: from acceptance to the last frame.
+        expected: the transfer of its KV; None: the prompt is computed here.
+        compute_timeout_s: from acceptance to the first token, of a prompt that is computed here.
+        landing_timeout_s: from acceptance to the last frame, of one that is not.
     """
 
     def __init__(
         self,
         request: GenerateRequest,
-        transfer_id: TransferId,
+        expected: Expected | None,
         *,
-        lease_s: float,
+        now: float,
+        compute_timeout_s: float,
         landing_timeout_s: float,
     ) -> None:
         self.request = request
-        self.transfer_id = transfer_id
+        self.expected = expected
         self.held_tokens = 0
-        self.state = DecodeState.RESERVING
+        self.state = DecodeState.QUEUEING if expected is None else DecodeState.RESERVING
         self.ended_by = ""  # the event that sealed its fate
-        self._lease_s = lease_s
+        self._times = PromptTimes(now)
+        self._compute_timeout_s = compute_timeout_s
         self._landing_timeout_s = landing_timeout_s
         self._deadline: float | None = None
         self._landed: KvLanded | None = None  # until the gateway was told
@@ -147,14 +186,19 @@ class DecodeRequest:
         return self.request.request_id
 
     @property
+    def transfer_id(self) -> TransferId | None:
+        return self.expected.transfer_id if self.expected else None
+
+    @property
     def is_closed(self) -> bool:
         return self.state is DecodeState.CLOSED
 
     def next_deadline(self) -> float | None:
         """When `DeadlinePassed` is due.
 
-        Only a reservation can be forgotten by everybody else: asking the engine and freeing are bounded by a step,
-        stopping a transfer by the transfer service, running by max_tokens.
+        Only a reservation can be forgotten by everybody else, and only a prompt can wait for ever to be computed:
+        asking the engine and freeing are bounded by a step, stopping a transfer by the transfer service, producing
+        tokens by max_tokens.
         """
         return self._deadline
 
@@ -168,58 +212,87 @@ class DecodeRequest:
         after = EDGES[before].get(type(event))
         if after is None:
             raise InvalidTransition("decode request", before, event)
-        if after is before and after is not DecodeState.RUNNING:
-            return []
         self.state = after
-        self._deadline = now + self._landing_timeout_s if after is DecodeState.RESERVED else None
+        if after is before and before not in LIVING:
+            return []
         cause = type(event).__name__
-        if after in (DecodeState.STOPPING, DecodeState.FREEING, DecodeState.CLOSED):
-            self.ended_by = self.ended_by or cause
-        effects: list[Effect] = []
+        if before in LIVING and after not in LIVING:
+            self.ended_by = cause
+        effects = self._take(event, now)
+        if after is not before:
+            effects += self._enter(after, cause, now)
+        elif self._times.is_computed:
+            self._deadline = None
+        return effects
+
+    def check(self) -> None:
+        """Assert what must hold between events."""
+        is_waiting = self.state is _S.GENERATING and not self._times.is_computed
+        assert (self._deadline is not None) == (self.state is _S.RESERVED or is_waiting)
+        assert not (self.state in (_S.RESERVING, _S.RESERVED) and self._landed is not None)
+        assert not (self.state in LIVING and self._end is not None)
+        is_expected = self.expected is not None
+        assert not (self.state in (_S.QUEUEING, _S.GENERATING) and is_expected)
+        assert not (self.state in (_S.RESERVING, _S.RESERVED, _S.RUNNING, _S.STOPPING) and not is_expected)
+
+    # Inside
+
+    def _take(self, event: Event, now: float) -> list[Effect]:
+        """Return what the event itself is worth."""
+        cause = type(event).__name__
         match event:
             case BlocksReserved(held_tokens):
+                assert self.expected is not None
                 self.held_tokens = held_tokens
-                num_tokens = self.request.num_prompt_tokens
-                ids = (self.request_id, self.transfer_id)
-                effects.append(ExpectTransfer(*ids, held_tokens, num_tokens, self._lease_s, cause))
-                effects.append(SendAccepted(self.request_id, held_tokens, cause))
-            case ReservationRefused(RejectedError() as error):
-                effects.append(SendRejected(self.request_id, error, cause))
-            case ReservationRefused(error):
-                effects.append(SendFailed(self.request_id, error, cause))
+                expected, num_tokens = self.expected, self.request.num_prompt_tokens
+                ids = (self.request_id, expected.transfer_id)
+                return [
+                    ExpectTransfer(*ids, held_tokens, num_tokens, expected.lease_s, cause),
+                    SendAccepted(self.request_id, held_tokens, cause),
+                ]
+            case PromptQueued(cached_tokens):
+                return [SendAccepted(self.request_id, cached_tokens, cause)]
+            case EngineRefused(RejectedError() as error):
+                return [SendRejected(self.request_id, error, cause)]
+            case EngineRefused(error):
+                return [SendFailed(self.request_id, error, cause)]
+            case Scheduled(cached_tokens) if not self._times.is_computed:
+                self._times.scheduled(now, cached_tokens)
+            case FirstTokenComputed(output) | LastTokenComputed(output):
+                return [SendOutput(output, cause), self._times.computed(self.request_id, now, cause)]
             case KvLanded():
                 self._landed, self._landed_at = event, now
-                activate = ActivateInEngine(
-                    self.request_id, event.first_token_id, event.is_lossless, event.dropped_tokens, cause
-                )
-                effects.append(activate)
+                exactness = event.is_lossless, event.dropped_tokens
+                return [ActivateInEngine(self.request_id, event.first_token_id, *exactness, cause)]
             case TokensProduced(output) | StreamFinished(output):
-                effects.extend(self._tell_landed(now, cause))
-                effects.append(SendOutput(output, cause))
+                return [*self._tell_landed(now, cause), SendOutput(output, cause)]
             case TransferFailed(reason, detail) | TransferCancelled(reason, detail):
                 self._end = SendFailed(self.request_id, TransferError(reason, detail), cause)
             case EngineFailed(error) | WorkerClosed(error):
                 self._end = SendFailed(self.request_id, error, cause)
             case DeadlinePassed():
                 late = TransferError("lease_expired", "the KV did not land in time")
-                self._end = SendFailed(self.request_id, late, cause)
-            case AbortRequested() | GatewayLost() | TransferStopped() | BlocksFreed():
+                error = late if self.expected else WorkerLost("not computed in time")
+                self._end = SendFailed(self.request_id, error, cause)
+            case _:
                 pass  # nobody to tell, or told at the end
-        match after:
-            case DecodeState.STOPPING:
-                effects.append(StopTransfer(self.request_id, self.transfer_id, cause, cause))
-            case DecodeState.FREEING:
-                effects.append(AbortInEngine(self.request_id, cause))
-            case DecodeState.CLOSED if self._end is not None:
-                effects.append(self._end)
-        return effects
+        return []
 
-    def check(self) -> None:
-        """Assert what must hold between events."""
-        assert (self._deadline is not None) == (self.state is DecodeState.RESERVED)
-        living = (DecodeState.RESERVING, DecodeState.RESERVED, DecodeState.RUNNING)
-        assert not (self.state in living[:2] and self._landed is not None)
-        assert not (self.state in living and self._end is not None)
+    def _enter(self, after: DecodeState, cause: str, now: float) -> list[Effect]:
+        """Return what every way into a state has in common."""
+        self._deadline = None
+        match after:
+            case DecodeState.RESERVED:
+                self._deadline = now + self._landing_timeout_s
+            case DecodeState.GENERATING:
+                self._deadline = now + self._compute_timeout_s
+            case DecodeState.STOPPING:
+                return [StopTransfer(self.request_id, self.transfer_id, cause, cause)]
+            case DecodeState.FREEING:
+                return [AbortInEngine(self.request_id, cause)]
+            case DecodeState.CLOSED if self._end is not None:
+                return [self._end]
+        return []
 
     def _tell_landed(self, now: float, cause: str) -> list[Effect]:
         landed, self._landed = self._landed, None

@@ -10,4 +10,9 @@ class PrefillWorkerConfig(WorkerConfig):
 
     max_queued_tokens: int = Field(32768, ge=1, description="prompt tokens accepted and not computed; more is refused")
     compute_timeout_s: float = Field(300.0, gt=0, description="acceptance to first token, else the request fails")
-    send_timeout_s: float = Field(60.0, gt=0, description="first token to the decode worker's ACK: the blocks' lease")
+    bind_timeout_s: float = Field(
+        30.0, gt=0, description="first token to the gateway's word where it goes on, of a request that is bound late"
+    )
+    send_timeout_s: float = Field(
+        60.0, gt=0, description="first token, or the bind, to the decode worker's ACK: the blocks' lease"
+    )

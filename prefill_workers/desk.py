@@ -10,13 +10,13 @@ Concurrency: the event loop's thread only, but for `_Pusher`.
 
 import asyncio
 from concurrent.futures import Future
+from weakref import WeakKeyDictionary
 
-from core.errors import InvalidRequest, RejectedError, ServingError
+from core.errors import RejectedError, ServingError
 from core.ids import RequestId, TransferId
 from core.kv_quality import quality_floor
 from core.membership import LoadReport, Role, kv_controller_key
 from core.request import GenerateRequest
-from engine.contract import PrefillObserver
 from engine.engine import Engine
 from engine.loop import StepResult
 from kv_transfer.choice import TransferTerms
@@ -28,10 +28,11 @@ from kv_transfer.sender.sender import KvSender
 from prefill_workers import messages as m
 from prefill_workers import policy
 from prefill_workers.config import PrefillWorkerConfig
+from prefill_workers.kv_feed import KvFeed
 from prefill_workers.metrics import PrefillMetrics
 from prefill_workers.state import PrefillRequest, PrefillState
 from workers.desk import RequestDesk, Stream
-from workers.messages import EngineFailed, SendAccepted, SendFailed, TransferFailed
+from workers.messages import EngineFailed, Scheduled, TransferFailed, news_of
 from workers.profiles import get_ready, profiles_for, without_scores
 from workers.service import Opening
 
@@ -46,6 +47,7 @@ class PrefillDesk:
         self._metrics = metrics
         self._engine_load = engine.load_report()
         self._unqueued: set[PrefillRequest] = set()  # accepted here, not yet in the engine's own count
+        self._feeds = WeakKeyDictionary[PrefillRequest, KvFeed]()  # of those to be handed over, as long as they live
         self._limits = policy.PrefillLimits(
             config.max_queued_tokens,
             min(config.max_requests, config.engine.max_num_waiting),
@@ -83,7 +85,7 @@ class PrefillDesk:
             tokens=engine,
         )
         self.requests = RequestDesk[PrefillRequest, m.OwnEvent, m.OwnEffect](
-            around, self._perform, self.transfers.abort
+            around, self._perform, self.transfers.abort, lambda: self.load
         )
 
     @property
@@ -111,35 +113,48 @@ class PrefillDesk:
         """Return the last decisions on compression profiles, newest first, as plain values."""
         return self._chooser.decisions(last)
 
-    def submit(self, stream: Stream, request: GenerateRequest, hand_off: m.HandOff | None) -> None:
-        """Accept or reject at once, by a report."""
-        refusal = self._refusal(request, hand_off)
+    def submit(
+        self,
+        stream: Stream,
+        request: GenerateRequest,
+        hand_off: m.HandOff | None,
+        *,
+        max_queued_tokens: int | None = None,
+    ) -> None:
+        """Accept or reject at once, by a report. Without a hand-off all of it is generated here."""
+        refusal = self._refusal(request, hand_off, max_queued_tokens)
         if refusal is not None:
             self.requests.reject(stream, request.request_id, refusal)
-        elif hand_off is None and request.sampling.max_tokens > 1:
-            error = InvalidRequest("transfer_id", "is needed when more than one token is wanted")
-            self._around.streams.follow(stream, SendFailed(request.request_id, error, "submitted"))
-            self._around.metrics.note_refusal("invalid")
         else:
             machine = PrefillRequest(
                 request,
                 hand_off,
                 now=self._around.clock.now(),
                 compute_timeout_s=self._config.compute_timeout_s,
+                bind_timeout_s=self._config.bind_timeout_s,
                 send_timeout_s=self._config.send_timeout_s,
             )
             self.requests.add(machine, stream)
             self._unqueued.add(machine)
-            self._around.streams.follow(stream, SendAccepted(request.request_id, 0, "submitted"))
-            self.requests.spawn(self._begin(machine), f"begin {request.request_id}")
+            self.requests.accept(stream, request.request_id)
+            if hand_off is not None:
+                self._feeds[machine] = KvFeed(self.transfers, hand_off.transfer_id)
+            if hand_off is not None and hand_off.to is not None:
+                self.requests.spawn(self._offer_and_queue(machine, hand_off.to), f"begin {request.request_id}")
+            else:
+                self._queue(machine)  # now: the word where it goes on may come next
         self.requests.end_turn()
+
+    def bind(self, stream: Stream, request_id: RequestId, to: m.Destination | None) -> None:
+        """Name the decode worker of a request that was submitted without one; None: generate it here."""
+        self.requests.tell(stream, request_id, m.KeptHere() if to is None else m.Bound(to))
 
     # The sender's outcomes
 
     def on_acked(self, transfer_id: TransferId) -> None:
         machine = self.requests.of_transfer(transfer_id)
         if machine is not None:
-            self.requests.take(machine, m.TransferAcked())
+            self.requests.take(machine, m.TransferAcked(self._link_of(machine)))
 
     def on_failed(self, transfer_id: TransferId, reason: str, detail: str) -> None:
         machine = self.requests.of_transfer(transfer_id)
@@ -153,51 +168,57 @@ class PrefillDesk:
         for admission in result.stats.admitted:
             machine = requests.get(admission.request_id)
             if machine is not None:
-                requests.feed(machine, m.Scheduled(admission.cached_tokens), now - result.step_s)
+                requests.feed(machine, Scheduled(admission.cached_tokens), now - result.step_s)
         for output in result.outputs:
             machine = requests.get(output.request_id)
             if machine is not None:
-                computed = m.LastTokenComputed if output.finish else m.FirstTokenComputed
-                requests.feed(machine, computed(output), now)
+                requests.feed(machine, news_of(output), now)
         self._engine_load = result.load
         self._metrics.note_step(result)
         requests.end_turn()
 
     # Inside
 
-    def _refusal(self, request: GenerateRequest, hand_off: m.HandOff | None) -> RejectedError | None:
+    def _refusal(
+        self, request: GenerateRequest, hand_off: m.HandOff | None, max_queued_tokens: int | None
+    ) -> RejectedError | None:
         is_known = self.requests.is_known(request.request_id, hand_off.transfer_id if hand_off else None)
         load = self.load
         accounts = policy.PrefillAccounts(
             self._around.life.state, len(self.requests), load.queued_prefill_tokens, load.prefill_tokens_per_s
         )
-        return policy.refusal(policy.PrefillDemand(request.num_prompt_tokens, is_known), accounts, self._limits)
+        demand = policy.PrefillDemand(request.num_prompt_tokens, is_known, max_queued_tokens)
+        return policy.refusal(demand, accounts, self._limits)
 
-    async def _begin(self, machine: PrefillRequest) -> None:
-        """Offer the KV, then queue the prompt: nothing is computed before the sender knows what to do with it."""
-        hand_off, request = machine.hand_off, machine.request
-        observer: PrefillObserver = _Silent()
-        if hand_off is not None:
-            peer = Peer(hand_off.worker_id, hand_off.epoch, hand_off.address)
-            observer = _Pusher(self.transfers, hand_off.transfer_id)
-            try:
-                await self.transfers.offer(
-                    hand_off.transfer_id,
-                    request.request_id,
-                    request.num_prompt_tokens,
-                    peer,
-                    self._terms(machine, hand_off),
-                )
-            except ServingError as error:
-                self._unqueued.discard(machine)
-                self.requests.take(machine, TransferFailed("not_offered", str(error)))
-                return
-        if machine.state is not PrefillState.COMPUTING:
+    async def _offer_and_queue(self, machine: PrefillRequest, to: m.Destination) -> None:
+        """Offer the KV, then queue the prompt: nothing is computed for a peer that cannot be offered it."""
+        await self._offer(machine, to)
+        if machine.state is PrefillState.COMPUTING:
+            self._queue(machine)
+        else:
             self._unqueued.discard(machine)
-            return
+
+    async def _offer(self, machine: PrefillRequest, to: m.Destination) -> None:
+        """Offer the KV, and let go what is ready of it."""
+        hand_off, request = machine.hand_off, machine.request
+        if hand_off is None or machine.state not in (PrefillState.COMPUTING, PrefillState.SENDING):
+            return  # given up meanwhile
+        peer, terms = Peer(to.worker_id, to.epoch, to.address), self._terms(machine, hand_off)
+        try:
+            await self.transfers.offer(hand_off.transfer_id, request.request_id, request.num_prompt_tokens, peer, terms)
+        except ServingError as error:
+            self.requests.take(machine, TransferFailed("not_offered", str(error)))
+        else:
+            self._feeds[machine].open()
+
+    def _queue(self, machine: PrefillRequest) -> None:
+        request, feed = machine.request, self._feeds.get(machine)
 
         def queue(engine: Engine) -> LoadReport:
-            engine.add_prefill(request, observer)
+            if feed is None:
+                engine.add(request)
+            else:
+                engine.add_prefill(request, feed)
             return engine.load_report()  # now, not after the step that follows: until then it would be counted nowhere
 
         def queued(done: Future[LoadReport]) -> None:
@@ -216,7 +237,7 @@ class PrefillDesk:
 
     def _terms(self, machine: PrefillRequest, hand_off: m.HandOff) -> TransferTerms:
         load, floor = self.load, hand_off.quality_floor
-        rate = load.prefill_tokens_per_s
+        rate = load.prefill_tokens_per_s if machine.state is PrefillState.COMPUTING else 0.0
         num_tokens = max(1, load.queued_prefill_tokens - hand_off.cached_tokens)  # its own are among the queued
         return TransferTerms(
             quality_floor(self._config.transfer.quality) if floor is None else floor,
@@ -225,32 +246,32 @@ class PrefillDesk:
             compute_s=num_tokens / rate if rate > 0 else 0.0,
         )
 
+    def _keep(self, machine: PrefillRequest) -> None:
+        def kept(done: Future[None]) -> None:
+            match done.exception():
+                case None:
+                    pass
+                case ServingError() as error:
+                    self.requests.take(machine, EngineFailed(error))
+                case error:
+                    self.requests.on_defect(error)
+
+        self.requests.ask_engine(lambda engine: engine.keep(machine.request_id), kept)
+
+    def _link_of(self, machine: PrefillRequest) -> m.LinkFacts | None:
+        to = machine.hand_off.to if machine.hand_off else None
+        link = self.transfers.link_view(to.worker_id) if to else None
+        return None if link is None else m.LinkFacts(link.goodput_bytes_per_s, link.rtt_s, link.queued_bytes)
+
     def _perform(self, machine: PrefillRequest, stream: Stream, effect: m.OwnEffect) -> None:
         match effect:
-            case m.SendComputed():
-                self._around.streams.follow(stream, effect)
-                self._metrics.note_computed(effect, machine.request.num_prompt_tokens)
+            case m.OfferTransfer(to):
+                self.requests.spawn(self._offer(machine, to), f"offer {machine.transfer_id}")
+            case m.KeepInEngine():
+                self._keep(machine)
             case m.SendHandedOver():
                 self._around.streams.follow(stream, effect)
-            case m.CommitTransfer(transfer_id, first_token_id):
-                self.transfers.commit(transfer_id, first_token_id)
+            case m.CommitTransfer(first_token_id):
+                self._feeds[machine].commit(first_token_id)
             case m.ReleaseBlocks(request_id):
                 self.requests.free(machine, lambda engine: engine.release(request_id))
-
-
-class _Pusher:
-    """Tells the sender what is ready. On the engine's thread."""
-
-    def __init__(self, sender: KvSender, transfer_id: TransferId) -> None:
-        self._sender = sender
-        self._transfer_id = transfer_id
-
-    def on_kv_ready(self, request_id: RequestId, layers: range, tokens: range) -> None:
-        self._sender.push(self._transfer_id, layers, tokens)
-
-
-class _Silent:
-    """Of a request without hand-off."""
-
-    def on_kv_ready(self, request_id: RequestId, layers: range, tokens: range) -> None:
-        pass

@@ -3,8 +3,16 @@
 from dataclasses import dataclass
 
 from core.ids import Epoch, RequestId, TransferId, WorkerId
-from core.request import RequestOutput
 from workers.messages import SharedEffect, SharedEvent, SharedReport
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The decode worker that goes on with a request: which incarnation, and where its KvTransfer service listens."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,63 +20,69 @@ class HandOff:
     """Where the KV goes, and what is asked of its transfer.
 
     Attributes:
+        to: None: to be named later.
         quality_floor: of the compression profile (`core.kv_quality`); None: the worker's default.
         budget_s: the KV may arrive so long after the first token; None: as soon as it can.
         cached_tokens: of the prompt, that the gateway believes to be in our prefix cache.
     """
 
     transfer_id: TransferId
-    worker_id: WorkerId
-    epoch: Epoch
-    address: str
+    to: Destination | None
     quality_floor: float | None = None
     budget_s: float | None = None
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFacts:
+    """The link to a decode worker, as it was measured; None: not yet. `queued_bytes` wait for it now."""
+
+    goodput_bytes_per_s: float | None
+    rtt_s: float | None
+    queued_bytes: int
 
 
 # Events: what happened.
 
 
 @dataclass(frozen=True, slots=True)
-class Scheduled:
-    """The request got into the engine's batch; `cached_tokens` of its prompt need no computing."""
+class Bound:
+    """The gateway has named the decode worker, which has accepted."""
 
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class FirstTokenComputed:
-    """The engine sampled the first token and the stream goes on."""
-
-    output: RequestOutput
+    to: Destination
 
 
 @dataclass(frozen=True, slots=True)
-class LastTokenComputed:
-    """The first token is also the last: end of sequence, a stop, or max_tokens = 1."""
-
-    output: RequestOutput
+class KeptHere:
+    """The gateway wants no decode worker: this worker is to generate all of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransferAcked:
     """The decode worker has every frame. Nothing of the transfer reads our blocks any more."""
 
+    link: LinkFacts | None = None
 
-OwnEvent = Scheduled | FirstTokenComputed | LastTokenComputed | TransferAcked
+
+OwnEvent = Bound | KeptHere | TransferAcked
 Event = OwnEvent | SharedEvent
 
 # Effects: what the shell is to do. `cause` names the event that led to it.
 
 
 @dataclass(frozen=True, slots=True)
-class SendComputed:
-    """To the gateway: how the prefill went."""
+class OfferTransfer:
+    """Offer the KV to this decode worker, and send what is ready of it."""
+
+    to: Destination
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeepInEngine:
+    """Let the prefill go on here, whatever its state in the engine."""
 
     request_id: RequestId
-    queue_s: float
-    compute_s: float
-    cached_tokens: int
     cause: str
 
 
@@ -77,14 +91,14 @@ class SendHandedOver:
     """To the gateway: the decode worker has it."""
 
     request_id: RequestId
+    link: LinkFacts | None
     cause: str
 
 
 @dataclass(frozen=True, slots=True)
 class CommitTransfer:
-    """All KV of the prompt was pushed; the decode worker goes on after this token."""
+    """All KV of the prompt is ready; the decode worker goes on after this token."""
 
-    transfer_id: TransferId
     first_token_id: int
     cause: str
 
@@ -97,6 +111,6 @@ class ReleaseBlocks:
     cause: str
 
 
-OwnEffect = SendComputed | SendHandedOver | CommitTransfer | ReleaseBlocks
+OwnEffect = OfferTransfer | KeepInEngine | SendHandedOver | CommitTransfer | ReleaseBlocks
 Effect = OwnEffect | SharedEffect
-Report = SharedReport | SendComputed | SendHandedOver
+Report = SharedReport | SendHandedOver

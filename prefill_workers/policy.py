@@ -33,10 +33,16 @@ class PrefillAccounts:
 
 @dataclass(frozen=True, slots=True)
 class PrefillDemand:
-    """What a request asks for. `is_known`: its request id or transfer id is in use here."""
+    """What a request asks for.
+
+    Attributes:
+        is_known: its request id or transfer id is in use here.
+        max_queued_tokens: it wants to go elsewhere when more tokens than this are queued before it; None: to stay.
+    """
 
     num_prompt_tokens: int
     is_known: bool = False
+    max_queued_tokens: int | None = None
 
 
 def refusal(demand: PrefillDemand, accounts: PrefillAccounts, limits: PrefillLimits) -> RejectedError | None:
@@ -60,6 +66,9 @@ def refusal(demand: PrefillDemand, accounts: PrefillAccounts, limits: PrefillLim
     if accounts.queued_tokens > 0 and accounts.queued_tokens + prompt > limits.max_queued_tokens:
         detail = f"{accounts.queued_tokens} prompt tokens queued, {limits.max_queued_tokens} allowed"
         return RejectedError(RejectReason.QUEUE_FULL, detail, _wait_s(prompt, accounts))
+    if demand.max_queued_tokens is not None and accounts.queued_tokens > demand.max_queued_tokens:
+        detail = f"{accounts.queued_tokens} prompt tokens queued, {demand.max_queued_tokens} expected at most"
+        return RejectedError(RejectReason.BUSIER, detail)
     return None
 
 

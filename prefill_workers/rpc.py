@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from core.errors import ProtocolError
-from core.ids import Epoch, TransferId, WorkerId
+from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.streams import Outbox
 from prefill_workers.desk import PrefillDesk
-from prefill_workers.messages import HandOff, Report, SendComputed, SendHandedOver
+from prefill_workers.messages import Destination, HandOff, LinkFacts, Report, SendHandedOver
 from protos import codec, worker_pb2, worker_pb2_grpc
-from workers.rpc import Context, GatewayCalls, WorkerServer, shared_report_to_wire
+from workers.rpc import Context, GatewayCalls, Handler, WorkerServer, shared_report_to_wire
 
 M = TypeVar("M", bound=Message)
 _LAST_DECISIONS = 100
@@ -32,10 +32,17 @@ class _Servicer(worker_pb2_grpc.PrefillWorkerServicer):
         self, request_iterator: AsyncIterator[worker_pb2.PrefillCommand], context: Context
     ) -> None:
         def on_submit(stream: Outbox[Report], submit: worker_pb2.PrefillSubmit) -> None:
-            self._desk.submit(stream, codec.request_from_wire(submit.request), hand_off_from_wire(submit))
+            max_queued_tokens = submit.max_queued_tokens if submit.HasField("max_queued_tokens") else None
+            request, hand_off = codec.request_from_wire(submit.request), hand_off_from_wire(submit)
+            self._desk.submit(stream, request, hand_off, max_queued_tokens=max_queued_tokens)
+
+        def on_bind(stream: Outbox[Report], bind: worker_pb2.PrefillBind) -> None:
+            self._desk.bind(stream, RequestId(bind.request_id), _destination(bind) if bind.decode_worker_id else None)
+
+        handlers: Mapping[str, Handler] = {"submit": on_submit, "bind": on_bind}
 
         await self._calls.connect(
-            request_iterator, context, worker_pb2.PrefillReport, on_submit=on_submit, encode=report_to_wire
+            request_iterator, context, worker_pb2.PrefillReport, handlers=handlers, encode=report_to_wire
         )
 
     async def ListCachedBlocks(  # noqa: N802
@@ -59,9 +66,11 @@ def hand_off_from_wire(submit: worker_pb2.PrefillSubmit) -> HandOff | None:
     """Return where the KV goes; None for no hand-off. Pure.
 
     Raises:
-        ProtocolError: a floor or a budget that no gateway lets through.
+        ProtocolError: a floor or a budget that no gateway lets through, or a late binding of nothing.
     """
     if not submit.transfer_id:
+        if submit.bind_later:
+            raise ProtocolError("a transfer that is to be bound later, without its id")
         return None
     floor = submit.kv_quality_floor if submit.HasField("kv_quality_floor") else None
     budget_s = submit.handoff_budget_s if submit.HasField("handoff_budget_s") else None
@@ -69,13 +78,15 @@ def hand_off_from_wire(submit: worker_pb2.PrefillSubmit) -> HandOff | None:
         raise ProtocolError(f"a transfer with floor {floor} and budget {budget_s}")
     return HandOff(
         TransferId(submit.transfer_id),
-        WorkerId(submit.decode_worker_id),
-        Epoch(submit.decode_epoch),
-        submit.decode_address,
+        None if submit.bind_later else _destination(submit),
         floor,
         budget_s,
         submit.cached_tokens,
     )
+
+
+def _destination(message: worker_pb2.PrefillSubmit | worker_pb2.PrefillBind) -> Destination:
+    return Destination(WorkerId(message.decode_worker_id), Epoch(message.decode_epoch), message.decode_address)
 
 
 def decision_to_wire(decision: Mapping[str, Any]) -> worker_pb2.KvDecision:
@@ -98,12 +109,18 @@ def _typed(kind: type[M], values: Mapping[str, Any]) -> M:
 def report_to_wire(report: Report) -> worker_pb2.PrefillReport:
     """Pure."""
     match report:
-        case SendComputed(request_id, queue_s, compute_s, cached_tokens):
-            computed = worker_pb2.PrefillComputed(
-                request_id=request_id, queue_s=queue_s, compute_s=compute_s, cached_tokens=cached_tokens
-            )
-            return worker_pb2.PrefillReport(computed=computed)
-        case SendHandedOver(request_id):
-            return worker_pb2.PrefillReport(handed_over=worker_pb2.HandedOver(request_id=request_id))
+        case SendHandedOver(request_id, link):
+            return worker_pb2.PrefillReport(handed_over=_handed_over_to_wire(request_id, link))
         case _:
             return worker_pb2.PrefillReport(**shared_report_to_wire(report))
+
+
+def _handed_over_to_wire(request_id: RequestId, link: LinkFacts | None) -> worker_pb2.HandedOver:
+    if link is None:
+        return worker_pb2.HandedOver(request_id=request_id)
+    return worker_pb2.HandedOver(
+        request_id=request_id,
+        link_goodput_bytes_per_s=link.goodput_bytes_per_s,
+        link_rtt_s=link.rtt_s,
+        link_queued_bytes=link.queued_bytes,
+    )

@@ -168,9 +168,13 @@ def load_from_wire(message: worker_pb2.WorkerLoad) -> LoadReport:
     return LoadReport(**{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields})
 
 
-def rejection_to_wire(request_id: RequestId, error: RejectedError) -> worker_pb2.Rejected:
+def rejection_to_wire(request_id: RequestId, error: RejectedError, load: LoadReport) -> worker_pb2.Rejected:
     return worker_pb2.Rejected(
-        request_id=request_id, reason=error.reason, detail=error.detail, retry_after_s=error.retry_after_s
+        request_id=request_id,
+        reason=error.reason,
+        detail=error.detail,
+        retry_after_s=error.retry_after_s,
+        load=load_to_wire(load),
     )
 
 

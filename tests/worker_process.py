@@ -19,7 +19,8 @@ from engine.config import ModelConfig
 from kv_transfer.config import KvTransferConfig
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.service import prefill_worker
-from tests.worker_pair import EPOCH, PATIENCE_S, Side
+from tests.worker_side import PATIENCE_S, Side
+from tests.worker_stream import EPOCH
 from workers.service import Worker
 
 RoleName = Literal["prefill", "decode"]

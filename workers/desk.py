@@ -18,6 +18,8 @@ from core.clock import Clock
 from core.errors import InvalidTransition, RejectedError, ServingError, WorkerLost
 from core.gateway_streams import GatewayStreams
 from core.ids import RequestId, TransferId
+from core.membership import LoadReport
+from core.request import GenerateRequest
 from core.request_table import RequestMachine, RequestTable
 from core.streams import Outbox
 from core.task_set import TaskSet
@@ -34,6 +36,9 @@ class Machine(RequestMachine, Protocol):
     """What the desk needs of a request's state machine. It takes every shared event and its role's own."""
 
     ended_by: str
+
+    @property
+    def request(self) -> GenerateRequest: ...
 
     @property
     def is_closed(self) -> bool: ...
@@ -53,6 +58,7 @@ class Surroundings:
 
     Attributes:
         streams: reports go there.
+        number_load: makes of a load a report that may be sent.
         on_turn: called at the end of each turn; the load may have changed.
     """
 
@@ -61,6 +67,7 @@ class Surroundings:
     streams: GatewayStreams[Any]
     metrics: WorkerMetrics
     clock: Clock
+    number_load: Callable[[LoadReport], LoadReport]
     on_turn: Callable[[], None]
 
 
@@ -70,6 +77,7 @@ class RequestDesk(Generic[M, E, F]):
     Args:
         perform: does a role's own effect.
         stop_transfer: returns when nothing of a transfer touches our blocks any more.
+        load: the worker's load now; it goes with every answer.
     """
 
     def __init__(
@@ -77,10 +85,12 @@ class RequestDesk(Generic[M, E, F]):
         around: Surroundings,
         perform: Callable[[M, Stream, F], None],
         stop_transfer: Callable[[TransferId, str], Awaitable[None]],
+        load: Callable[[], LoadReport],
     ) -> None:
         self._around = around
         self._perform_own = perform
         self._stop_transfer = stop_transfer
+        self._load = load
         self._table = RequestTable[M, Stream]()
         self._alarm = Alarm(around.clock, self._on_deadline)
         self._tasks = TaskSet(self.on_defect)
@@ -115,15 +125,23 @@ class RequestDesk(Generic[M, E, F]):
         """Take a machine in. Not a turn of its own: who adds begins it, and ends the turn."""
         self._table.add(machine, stream)
 
+    def accept(self, stream: Stream, request_id: RequestId) -> None:
+        """Say that the request is ours; it was added, so that the load has it. Not a turn of its own."""
+        self._answer(stream, m.SendAccepted(request_id, 0, "submitted"))
+
     def reject(self, stream: Stream, request_id: RequestId, error: RejectedError) -> None:
         """Say that nothing was kept. Not a turn of its own."""
-        self._around.streams.follow(stream, m.SendRejected(request_id, error, "submitted"))
+        self._answer(stream, m.SendRejected(request_id, error, "submitted"))
         self._around.metrics.note_refusal(error.reason)
 
     def abort(self, stream: Stream, request_id: RequestId, reason: str) -> None:
+        self.tell(stream, request_id, m.AbortRequested(reason))
+
+    def tell(self, stream: Stream, request_id: RequestId, event: E | m.SharedEvent) -> None:
+        """Take what a gateway says of a request; ignored unless this stream brought it and it is here still."""
         machine = self._table.get(request_id)
         if machine is not None and self._table.stream_of(machine) is stream:
-            self.take(machine, m.AbortRequested(reason))
+            self.take(machine, event)
 
     def disconnect(self, stream: Stream) -> None:
         """Give up what came over a stream that has ended."""
@@ -201,7 +219,12 @@ class RequestDesk(Generic[M, E, F]):
         match effect:
             case m.SendOutput(output):
                 self._around.streams.output(stream, output)
-            case m.SendAccepted() | m.SendRejected() | m.SendFailed():
+            case m.SendAccepted() | m.SendRejected():
+                self._answer(stream, effect)
+            case m.SendComputed():
+                self._around.streams.follow(stream, effect)
+                self._around.metrics.note_computed(effect, machine.request.num_prompt_tokens)
+            case m.SendFailed():
                 self._around.streams.follow(stream, effect)
             case m.StopTransfer(reason=reason):
                 self.spawn(self._stop(machine, reason), f"stop {machine.request_id}")
@@ -209,6 +232,9 @@ class RequestDesk(Generic[M, E, F]):
                 self.free(machine, lambda engine: engine.abort(request_id))
             case _:
                 self._perform_own(machine, stream, effect)
+
+    def _answer(self, stream: Stream, answer: m.SendAccepted | m.SendRejected) -> None:
+        self._around.streams.follow(stream, m.SendAnswer(answer, self._around.number_load(self._load())))
 
     async def _stop(self, machine: M, reason: str) -> None:
         if machine.transfer_id is not None:

@@ -15,6 +15,41 @@ from core.request import RequestOutput
 
 
 @dataclass(frozen=True, slots=True)
+class Scheduled:
+    """The request got into the engine's batch; `cached_tokens` of its prompt need no computing."""
+
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokenComputed:
+    """The engine computed the prompt and sampled the first token, and the stream goes on."""
+
+    output: RequestOutput
+
+
+@dataclass(frozen=True, slots=True)
+class LastTokenComputed:
+    """The first token is also the last: end of sequence, a stop, or max_tokens = 1."""
+
+    output: RequestOutput
+
+
+@dataclass(frozen=True, slots=True)
+class TokensProduced:
+    """A step produced tokens after the first one, and the stream goes on."""
+
+    output: RequestOutput
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFinished:
+    """A step ended the stream well, after the first token; the engine has freed the request."""
+
+    output: RequestOutput
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFailed:
     """The engine refused the request after we had accepted it, or lost it in a failed step."""
 
@@ -64,7 +99,12 @@ class WorkerClosed:
 
 
 SharedEvent = (
-    EngineFailed
+    Scheduled
+    | FirstTokenComputed
+    | LastTokenComputed
+    | TokensProduced
+    | StreamFinished
+    | EngineFailed
     | TransferFailed
     | TransferStopped
     | BlocksFreed
@@ -73,6 +113,15 @@ SharedEvent = (
     | DeadlinePassed
     | WorkerClosed
 )
+
+
+def news_of(output: RequestOutput) -> FirstTokenComputed | LastTokenComputed | TokensProduced | StreamFinished:
+    """Return the event that an output of the engine is. Pure."""
+    is_first = bool(output.tokens) and output.tokens[0].index == 0
+    if output.finish is not None:
+        return LastTokenComputed(output) if is_first else StreamFinished(output)
+    return FirstTokenComputed(output) if is_first else TokensProduced(output)
+
 
 # Effects: what the desk is to do.
 
@@ -104,6 +153,17 @@ class SendOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class SendComputed:
+    """To the gateway, after the first token: how computing the prompt went."""
+
+    request_id: RequestId
+    queue_s: float
+    compute_s: float
+    cached_tokens: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class SendFailed:
     """To the gateway: lost here."""
 
@@ -130,10 +190,18 @@ class AbortInEngine:
     cause: str
 
 
-SharedEffect = SendAccepted | SendRejected | SendOutput | SendFailed | StopTransfer | AbortInEngine
+SharedEffect = SendAccepted | SendRejected | SendOutput | SendComputed | SendFailed | StopTransfer | AbortInEngine
 
 
 # Beside the machine: what the shell itself tells a gateway.
+
+
+@dataclass(frozen=True, slots=True)
+class SendAnswer:
+    """The answer to a submission, with the load that it was given under."""
+
+    answer: SendAccepted | SendRejected
+    load: LoadReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,4 +216,4 @@ class SendLoad:
     load: LoadReport
 
 
-SharedReport = SendAccepted | SendRejected | SendOutputs | SendLoad | SendFailed
+SharedReport = SendAnswer | SendOutputs | SendComputed | SendLoad | SendFailed

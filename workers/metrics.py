@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core.membership import LoadReport, Role
 from core.telemetry import LATENCY_BUCKETS_S
+from workers.messages import SendComputed
 
 
 class WorkerMetrics:
@@ -24,6 +25,21 @@ class WorkerMetrics:
         self.step_seconds = Histogram(
             f"{name}_step_seconds", "One engine step.", buckets=LATENCY_BUCKETS_S, registry=registry
         )
+        self.prompt_tokens = Counter(
+            f"{name}_prompt_tokens", "Prompt tokens of prompts computed here.", registry=registry
+        )
+        self.cached_tokens = Counter(
+            f"{name}_cached_tokens", "Prompt tokens of those that the prefix cache had.", registry=registry
+        )
+        self.queue_seconds = Histogram(
+            f"{name}_queue_seconds", "Accepted to first scheduled.", buckets=LATENCY_BUCKETS_S, registry=registry
+        )
+        self.compute_seconds = Histogram(
+            f"{name}_compute_seconds",
+            "First scheduled to first token.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
         self.blocks = Gauge(
             f"{name}_blocks", "KV blocks; cached ones may be available too.", ["kind"], registry=registry
         )
@@ -37,6 +53,13 @@ class WorkerMetrics:
 
     def note_refusal(self, reason: str) -> None:
         self.requests.labels("rejected", reason).inc()
+
+    def note_computed(self, computed: SendComputed, num_prompt_tokens: int) -> None:
+        """Count a prompt that was computed here."""
+        self.prompt_tokens.inc(num_prompt_tokens)
+        self.cached_tokens.inc(computed.cached_tokens)
+        self.queue_seconds.observe(computed.queue_s)
+        self.compute_seconds.observe(computed.compute_s)
 
     def note_load(self, load: LoadReport) -> None:
         self.blocks.labels("cache").set(load.cached_blocks)

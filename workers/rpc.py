@@ -4,7 +4,7 @@ The roles' own `rpc` modules add the service that they are, how a submission rea
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Protocol
 
 import grpc
@@ -12,12 +12,14 @@ import grpc
 from core import rpc
 from core.errors import ProtocolError
 from core.ids import RequestId
-from core.membership import WorkerIdentity
+from core.kv_events import BlocksStored
+from core.membership import LoadReport, WorkerIdentity
 from core.streams import Outbox, serve_stream
 from protos import codec, worker_pb2
 from workers import messages as m
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Callable[[Outbox[Any], Any], None]  # of one kind of command
 
 
 class Gateways(Protocol):
@@ -36,8 +38,8 @@ class Gateways(Protocol):
         """The stream ended: give up all that came over it."""
         ...
 
-    async def list_cached_blocks(self) -> tuple[int, list[tuple[bytes, tuple[bytes, ...]]]]:
-        """Return the number of the last event that the snapshot includes, and its chains (parent, hashes)."""
+    async def list_cached_blocks(self) -> tuple[int, list[BlocksStored]]:
+        """Return the number of the last event that the snapshot includes, and its chains."""
         ...
 
 
@@ -74,10 +76,13 @@ class GatewayCalls:
         context: Context,
         report_type: type[Any],
         *,
-        on_submit: Callable[[Outbox[Any], Any], None],
+        handlers: Mapping[str, Handler],
         encode: Callable[[Any], Any],
     ) -> None:
         """Serve one gateway's stream: hello, welcome, then commands and reports until either side ends it.
+
+        Args:
+            handlers: what the role does with each command that it has beside hello and abort, by its name.
 
         A coroutine that calls `context.write`, not a generator: the `finally` of a generator would run only when the
         collector finds it after a cancelled call.
@@ -98,13 +103,13 @@ class GatewayCalls:
         stream = worker.connect()
 
         def on_command(command: Any) -> None:
-            match command.WhichOneof("command"):
-                case "submit":
-                    on_submit(stream, command.submit)
-                case "abort":
-                    worker.abort(stream, RequestId(command.abort.request_id), command.abort.reason)
-                case other:
-                    raise ProtocolError(f"unexpected command {other!r}")
+            kind = command.WhichOneof("command")
+            if kind == "abort":
+                worker.abort(stream, RequestId(command.abort.request_id), command.abort.reason)
+            elif kind in handlers:
+                handlers[kind](stream, getattr(command, kind))
+            else:
+                raise ProtocolError(f"unexpected command {kind!r}")
 
         try:
             async with rpc.reply_errors(context):
@@ -119,20 +124,33 @@ class GatewayCalls:
             worker_id=self._worker.identity.worker_id,
             epoch=self._worker.identity.epoch,
             sequence=sequence,
-            chains=[worker_pb2.CachedChain(parent=parent, hashes=hashes) for parent, hashes in chains],
+            chains=[codec.chain_to_wire(chain) for chain in chains],
         )
 
 
 def shared_report_to_wire(report: m.SharedReport) -> dict[str, Any]:
     """Return the field of either service's report, and its value. Pure."""
     match report:
-        case m.SendAccepted(request_id, held_tokens):
-            return {"accepted": worker_pb2.Accepted(request_id=request_id, cached_tokens=held_tokens)}
-        case m.SendRejected(request_id, error):
-            return {"rejected": codec.rejection_to_wire(request_id, error)}
+        case m.SendAnswer(answer, load):
+            return _answer_to_wire(answer, load)
         case m.SendOutputs(outputs):
             return {"outputs": codec.outputs_to_wire(outputs)}
+        case m.SendComputed(request_id, queue_s, compute_s, cached_tokens):
+            computed = worker_pb2.PrefillComputed(
+                request_id=request_id, queue_s=queue_s, compute_s=compute_s, cached_tokens=cached_tokens
+            )
+            return {"computed": computed}
         case m.SendLoad(load):
             return {"load": codec.load_to_wire(load)}
         case m.SendFailed(request_id, error):
             return {"failed": codec.failure_to_wire(request_id, error)}
+
+
+def _answer_to_wire(answer: m.SendAccepted | m.SendRejected, load: LoadReport) -> dict[str, Any]:
+    match answer:
+        case m.SendAccepted(request_id, held_tokens):
+            wire_load = codec.load_to_wire(load)
+            accepted = worker_pb2.Accepted(request_id=request_id, cached_tokens=held_tokens, load=wire_load)
+            return {"accepted": accepted}
+        case m.SendRejected(request_id, error):
+            return {"rejected": codec.rejection_to_wire(request_id, error, load)}

@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.alarm import Pacer
 from core.clock import Clock, MonotonicClock
 from core.errors import ServingError, WorkerLost
 from core.gateway_streams import GatewayStreams
@@ -30,6 +29,7 @@ from engine.loop import EngineLoop, Failure, StepResult
 from protos import codec
 from workers.config import WorkerConfig
 from workers.desk import RequestDesk, Surroundings
+from workers.load_reports import LoadReports
 from workers.messages import SendLoad, SendOutputs
 from workers.metrics import WorkerMetrics
 from workers.rpc import GatewayCalls, WorkerServer
@@ -131,8 +131,13 @@ class Worker:
             on_failed=self._give_up,
         )
         self._streams = GatewayStreams[Any](config.max_unread_reports, SendOutputs)
-        self._pacer = Pacer(self._clock, config.load_interval_s, self._tell_load)
-        self._load = LoadReport()
+        self._loads = LoadReports(
+            self._clock,
+            self._measure_load,
+            self._say_load,
+            interval_s=config.load_interval_s,
+            heartbeat_s=config.load_heartbeat_s,
+        )
         self._parts: _Parts | None = None
         self._metrics_server: MetricsServer | None = None
 
@@ -144,7 +149,8 @@ class Worker:
             ServingError: fenced meanwhile; nothing is left.
         """
         self._life.registration.start()
-        self._life.move(WorkerState.LOADING, self._config.model.name)
+        config = self._config
+        self._life.move(WorkerState.LOADING, config.model.name, rack=config.topology.rack, zone=config.topology.zone)
         try:
             return await self._start()
         except BaseException:
@@ -185,7 +191,7 @@ class Worker:
             await parts.desk.requests.close(_CLOSE_S)
             if not await asyncio.to_thread(parts.engine.stop, max(deadline_s, _CLOSE_S)):
                 _log.error("%s: the engine's step does not end; its thread is left behind", self.identity.worker_id)
-        self._pacer.close()
+        self._loads.close()
         await self._life.registration.stop(_CLOSE_S)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
@@ -211,7 +217,15 @@ class Worker:
         server = WorkerServer(config.host, config.port)
         name = f"engine {self.identity.worker_id}"
         engine_loop = EngineLoop(engine, post_step, post_failure, clock=self._clock, name=name)
-        around = Surroundings(self._life, engine_loop, self._streams, self.metrics, self._clock, self._pacer.ask)
+        around = Surroundings(
+            self._life,
+            engine_loop,
+            self._streams,
+            self.metrics,
+            self._clock,
+            number_load=self._loads.number,
+            on_turn=self._loads.ask,
+        )
         calls = GatewayCalls(self, config.hello_timeout_s)
         try:
             desk = self._open_desk(Opening(self.identity, self._store, engine, around, server, calls))
@@ -226,7 +240,7 @@ class Worker:
         self._life.describe(f"{config.model.name}: getting ready to serve")
         await desk.begin()
         await server.start()
-        self._tell_load()
+        self._loads.tell()
         facts = layout_facts(engine.layout, engine.model_info.max_model_len)
         self._life.move(WorkerState.READY, "", address=server.address, **facts)
         return server.address
@@ -236,7 +250,9 @@ class Worker:
     def connect(self) -> Outbox[Any]:
         stream = self._streams.connect()
         self.metrics.gateways.set(len(self._streams))
-        stream.put(SendLoad(self._load))
+        load = self._measure_load()
+        if load is not None:
+            stream.put(SendLoad(self._loads.number(load)))
         return stream
 
     def abort(self, stream: Outbox[Any], request_id: RequestId, reason: str) -> None:
@@ -249,7 +265,7 @@ class Worker:
         if self._parts is not None:
             self._parts.desk.requests.disconnect(stream)
 
-    async def list_cached_blocks(self) -> tuple[int, list[tuple[bytes, tuple[bytes, ...]]]]:
+    async def list_cached_blocks(self) -> tuple[int, list[BlocksStored]]:
         """Return the number of the last event that the snapshot includes, and its chains.
 
         Events are taken right before the snapshot on the engine's thread, and published in the order of that thread:
@@ -258,7 +274,7 @@ class Worker:
         Raises:
             ServingError: the engine has stopped, or its step does not end.
         """
-        answer: asyncio.Future[tuple[int, list[tuple[bytes, tuple[bytes, ...]]]]] = asyncio.Future()
+        answer: asyncio.Future[tuple[int, list[BlocksStored]]] = asyncio.Future()
 
         def publish(done: Future[tuple[list[KvEvent], list[BlocksStored]]]) -> None:
             error = done.exception()
@@ -266,7 +282,7 @@ class Worker:
                 events, chains = done.result()
                 sequence = self._life.registration.publish(events)
                 if not answer.done():
-                    answer.set_result((sequence, [(chain.parent, chain.hashes) for chain in chains]))
+                    answer.set_result((sequence, chains))
             elif not answer.done():
                 answer.set_exception(error)
 
@@ -296,15 +312,12 @@ class Worker:
 
     # Inside
 
-    def _tell_load(self) -> None:
-        if self._parts is None:
-            return
-        load = self._parts.desk.load.model_copy(update={"sequence": self._load.sequence})
-        if load == self._load and load.sequence > 0:
-            return
-        self._load = load.model_copy(update={"sequence": load.sequence + 1})
-        self._streams.broadcast(SendLoad(self._load))
-        self._life.registration.update(load=self._load)
+    def _measure_load(self) -> LoadReport | None:
+        return None if self._parts is None else self._parts.desk.load
+
+    def _say_load(self, load: LoadReport) -> None:
+        self._streams.broadcast(SendLoad(load))
+        self._life.registration.update(load=load)
         self.metrics.store_lost.set(self._life.registration.is_store_lost)
 
     def _give_up(self, error: ServingError) -> None:

@@ -26,7 +26,7 @@ from core.layout import KvLayout
 from core.membership import WorkerIdentity
 from kv_transfer.box import Box
 from kv_transfer.carriers.links import open_links
-from kv_transfer.choice import NO_TERMS, AlwaysRaw, ProfileChooser, TransferQuestion, TransferTerms
+from kv_transfer.choice import NO_TERMS, AlwaysRaw, LinkView, ProfileChooser, TransferQuestion, TransferTerms
 from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import Dialer
@@ -165,6 +165,11 @@ class KvSender:
             )
         )
         self._timer.arm_by(machine.next_deadline())
+
+    def link_view(self, worker_id: WorkerId) -> LinkView | None:
+        """Return the link to a decode worker as it is measured, and what waits for it; None: there is none now."""
+        pair = self._pairs.get(worker_id)
+        return None if pair is None else self._view(pair)
 
     def push(self, transfer_id: TransferId, layers: range, tokens: range) -> None:
         """Queue a part that is in the pool. Any thread; never blocks; ignored when the transfer has ended."""
@@ -332,11 +337,6 @@ class KvSender:
         raw_bytes = max(0, outgoing.num_tokens - held_tokens) * token_bytes
         if not raw_bytes:
             return
-        unsent = sum(
-            max(0, other.outgoing.expected_bytes - other.outgoing.payload_bytes)
-            for other in self._transfers.values()
-            if other.pair is transfer.pair
-        )
         question = TransferQuestion(
             transfer_id=outgoing.transfer_id,
             request_id=outgoing.request_id,
@@ -344,7 +344,7 @@ class KvSender:
             raw_bytes=raw_bytes,
             num_tokens=outgoing.num_tokens,
             terms=transfer.terms,
-            link=transfer.pair.pump.link.gauge.view(unsent),
+            link=self._view(transfer.pair),
         )
         choice = self._profiles.choose(question)
         transfer.profile = choice.profile
@@ -352,6 +352,14 @@ class KvSender:
         outgoing.expected_bytes = self._profiles.expected_bytes(choice.profile, raw_bytes)
         even = -(-raw_bytes // config.frames_per_transfer)
         outgoing.frame_raw_bytes = min(max(even, config.min_frame_raw_bytes), config.max_frame_raw_bytes)
+
+    def _view(self, pair: SenderPair) -> LinkView:
+        unsent = sum(
+            max(0, transfer.outgoing.expected_bytes - transfer.outgoing.payload_bytes)
+            for transfer in self._transfers.values()
+            if transfer.pair is pair
+        )
+        return pair.pump.link.gauge.view(unsent)
 
     def _observe(self, transfer: _Transfer, failure: str) -> None:
         outgoing = transfer.outgoing

@@ -9,7 +9,8 @@ import pytest
 
 from protos import codec, worker_pb2
 from tests.fake_model import greedy, reference_tokens
-from tests.worker_pair import Pair, prefill_stream, request, worker_pair
+from tests.worker_pair import Pair, request, worker_pair
+from tests.worker_stream import prefill_stream
 
 LONG = request("long", 30, greedy(30))
 

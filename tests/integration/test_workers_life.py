@@ -1,7 +1,6 @@
 """A worker's life: answers at once, epochs, draining, fencing, the store's outage, load reports, cache snapshots."""
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 from core.errors import ConfigError, RejectReason, WorkerLost
 from core.ids import Epoch
-from core.kv_events import BlocksRemoved, BlocksStored
 from core.membership import (
     Role,
     WorkerIdentity,
@@ -21,7 +19,7 @@ from core.membership import (
     worker_key,
 )
 from core.rpc import connect
-from core.store import STREAM_START, Store
+from core.store import STREAM_START
 from core.store_memory import MemoryStore
 from decode_workers.config import DecodeWorkerConfig
 from decode_workers.service import decode_worker
@@ -29,30 +27,12 @@ from engine.config import ModelConfig
 from engine.engine import Engine
 from prefill_workers.config import PrefillWorkerConfig
 from prefill_workers.service import prefill_worker
-from protos import codec, worker_pb2, worker_pb2_grpc
+from protos import worker_pb2, worker_pb2_grpc
 from tests.fake_model import greedy, reference_tokens
-from tests.worker_pair import (
-    EPOCH,
-    D,
-    Gate,
-    P,
-    Pair,
-    Side,
-    decode_stream,
-    prefill_stream,
-    reason_of,
-    request,
-    worker_pair,
-)
+from tests.worker_pair import D, P, reason_of, record_of, request, worker_pair
+from tests.worker_side import PATIENCE_S, Gate, Side
+from tests.worker_stream import EPOCH, decode_stream, prefill_stream
 from workers import service
-
-PATIENCE_S = 20.0
-
-
-async def record_of(store: Store, worker_id: str) -> WorkerRecord:
-    value = await store.get(worker_key("test", worker_id))  # type: ignore[arg-type]
-    assert value is not None
-    return WorkerRecord.model_validate_json(value)
 
 
 async def test_a_stream_of_another_epoch_is_refused() -> None:
@@ -96,76 +76,6 @@ async def test_the_record_says_what_a_gateway_must_know() -> None:
             assert (record.role, record.state, record.address) == (role, WorkerState.READY, address)
             assert (record.block_size, record.weights_version, record.max_model_len) == (4, "fake", 64)
     assert (await record_of(pair.store, P)).state is WorkerState.STOPPED
-
-
-async def test_a_full_prefill_queue_is_refused_while_a_step_runs() -> None:
-    async with worker_pair(max_queued_tokens=50) as pair:
-        pair.prefill_side.computing.close()
-        for name in ("a", "b"):
-            await pair.submit(request(name, 20))
-        await pair.prefill_side.computing.until_reached()
-        await pair.submit_prefill(request("c", 20))  # answered although the engine's thread is held
-        assert reason_of(await pair.to_prefill.answer("rejected", "c")) is RejectReason.QUEUE_FULL
-        pair.prefill_side.computing.open()
-        for name in ("a", "b"):
-            await pair.to_prefill.answer("computed", name)
-        await pair.submit_decode(request("c", 20))
-        await pair.submit_prefill(request("c", 20), attempt=1)
-        await pair.to_prefill.answer("accepted", "c")
-
-
-async def test_an_accept_does_not_wait_for_the_running_step() -> None:
-    async with worker_pair() as pair:
-        pair.prefill_side.computing.close()
-        await pair.submit(request("a", 20))
-        await pair.prefill_side.computing.until_reached()
-        await pair.submit(request("b", 20))  # both accepted, the first step not done
-        assert not pair.to_prefill.outputs("a")
-        pair.prefill_side.computing.open()
-        await pair.to_decode.until_finished("b")
-
-
-async def test_a_load_report_counts_what_was_accepted_in_the_running_step() -> None:
-    async with worker_pair() as pair:
-        pair.prefill_side.computing.close()
-        await pair.submit(request("a", 20))
-        await pair.prefill_side.computing.until_reached()
-        await pair.submit(request("b", 17))
-        await pair.to_prefill.until(lambda report: report.load.queued_prefill_tokens >= 37)
-        pair.prefill_side.computing.open()
-
-
-async def test_a_decode_worker_without_blocks_refuses_and_accepts_when_some_came_back() -> None:
-    async with worker_pair(num_blocks=10) as pair:
-        await pair.submit_decode(request("a", 25))
-        await pair.to_decode.answer("accepted", "a")
-        await pair.submit_decode(request("b", 20))
-        assert reason_of(await pair.to_decode.answer("rejected", "b")) is RejectReason.NO_BLOCKS
-        await pair.abort_decode("a")
-        await pair.until_idle()
-        await pair.submit_decode(request("b", 20), attempt=1)
-        await pair.to_decode.answer("accepted", "b")
-
-
-async def test_a_decode_worker_takes_so_many_requests_and_no_more() -> None:
-    async with worker_pair(max_decode_requests=1) as pair:
-        await pair.submit_decode(request("a"))
-        await pair.to_decode.answer("accepted", "a")
-        await pair.submit_decode(request("b"))
-        assert reason_of(await pair.to_decode.answer("rejected", "b")) is RejectReason.QUEUE_FULL
-
-
-async def test_a_request_that_is_held_is_a_duplicate_and_one_too_long_is_too_long() -> None:
-    async with worker_pair() as pair:
-        pair.prefill_side.computing.close()
-        await pair.submit(request("a"))
-        await pair.submit_prefill(request("a"), attempt=1)
-        assert reason_of(await pair.to_prefill.answer("rejected", "a")) is RejectReason.DUPLICATE
-        await pair.submit_prefill(request("b", 64))
-        assert reason_of(await pair.to_prefill.answer("rejected", "b")) is RejectReason.TOO_LONG
-        await pair.submit_decode(request("b", 64))
-        assert reason_of(await pair.to_decode.answer("rejected", "b")) is RejectReason.TOO_LONG
-        pair.prefill_side.computing.open()
 
 
 async def test_draining_finishes_what_is_there_and_accepts_nothing() -> None:
@@ -225,60 +135,6 @@ async def test_both_serve_on_without_the_store_and_are_seen_again_when_it_is_bac
         async with asyncio.timeout(PATIENCE_S):
             streams = {kv_event_stream("test", P): STREAM_START}
             assert await store.read(streams, max_entries=10, wait_s=PATIENCE_S)
-
-
-async def held_by_events(pair: Pair, worker_id: str, sequence: int) -> set[bytes]:
-    """Return what a reader of the event stream believes after batch `sequence`."""
-    held: set[bytes] = set()
-    last, key = STREAM_START, kv_event_stream("test", worker_id)  # type: ignore[arg-type]
-    seen = 0
-    async with asyncio.timeout(PATIENCE_S):
-        while seen < sequence:
-            found = await pair.store.read({key: last}, max_entries=100, wait_s=PATIENCE_S)
-            for entry in found.get(key, []):
-                last = entry.entry_id
-                batch = codec.kv_events_from_wire(worker_pb2.KvEventBatch.FromString(entry.value))
-                if batch.sequence > sequence:
-                    break
-                assert batch.sequence == seen + 1
-                seen = batch.sequence
-                for event in batch.events:
-                    if isinstance(event, BlocksStored):
-                        held.update(event.hashes)
-                    elif isinstance(event, BlocksRemoved):
-                        held.difference_update(event.hashes)
-                    else:
-                        held.clear()
-    return held
-
-
-async def test_a_snapshot_of_the_cache_says_what_the_events_up_to_its_number_say() -> None:
-    async with worker_pair(num_blocks=24) as pair:
-        for n in range(8):  # more than the pool holds, so that blocks are evicted too
-            await pair.generate(request(f"r{'x' * n}", 20))
-        for stream, worker_id in ((pair.to_prefill, P), (pair.to_decode, D)):
-            snapshot = await stream.list_cached_blocks()
-            assert (snapshot.worker_id, snapshot.epoch) == (worker_id, 3)
-            held = {digest for chain in snapshot.chains for digest in chain.hashes}
-            assert held
-            assert held == await held_by_events(pair, worker_id, snapshot.sequence)
-
-
-async def test_a_snapshot_includes_what_happened_right_before_it_and_so_does_its_number() -> None:
-    async with worker_pair() as pair:
-        await pair.generate(request("a", 20))
-        pair.prefill_side.computing.close()
-        await pair.submit(request("bb", 20))
-        await pair.prefill_side.computing.until_reached()
-        parts = pair.prefill._parts
-        assert parts is not None
-        evicted = parts.engine.call(lambda engine: engine._ledger.cache.evict(1))  # both wait for the step, in order
-        listing = asyncio.create_task(pair.prefill.list_cached_blocks())
-        await asyncio.sleep(0)
-        pair.prefill_side.computing.open()
-        sequence, chains = await listing
-        assert evicted.result() == 1
-        assert {digest for _, hashes in chains for digest in hashes} == await held_by_events(pair, P, sequence)
 
 
 class _AttentiveStore(MemoryStore):
@@ -368,45 +224,3 @@ async def test_a_kv_service_that_does_not_close_does_not_hold_up_the_end(
                 await worker.stop(PATIENCE_S)
                 await worker.run()
         assert caplog.text.count("does not close") == 2
-
-
-async def test_the_record_says_where_metrics_are_served() -> None:
-    async with worker_pair(metrics_port=0) as pair:
-        await pair.generate(request("a"))
-        pages = {}
-        for worker_id in (P, D):
-            record = await record_of(pair.store, worker_id)
-            reader, writer = await asyncio.open_connection("127.0.0.1", record.metrics_port)
-            writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-            async with asyncio.timeout(PATIENCE_S):
-                pages[worker_id] = (await reader.read()).decode()
-            writer.close()
-            await writer.wait_closed()
-        for line, worker_id in (
-            ('tandem_prefill_requests_total{outcome="handed_over",reason="TransferAcked"} 1.0', P),
-            ('tandem_decode_requests_total{outcome="finished",reason="StreamFinished"} 1.0', D),
-        ):
-            assert line in pages[worker_id]
-            assert "tandem_kv_transfer_" in pages[worker_id]
-
-
-async def test_metrics_that_nobody_asked_for_are_not_served() -> None:
-    async with worker_pair() as pair:
-        for worker_id in (P, D):
-            assert (await record_of(pair.store, worker_id)).metrics_port == 0
-
-
-async def test_metrics_count_what_happened() -> None:
-    async with worker_pair() as pair:
-        await pair.generate(request("a", 20))
-        await pair.submit_decode(request("b", 64))
-        await pair.to_decode.answer("rejected", "b")
-        await pair.until_idle()
-        prefill, decode = pair.prefill.metrics.registry, pair.decode.metrics.registry
-        handed = {"outcome": "handed_over", "reason": "TransferAcked"}
-        assert prefill.get_sample_value("tandem_prefill_requests_total", handed) == 1
-        assert prefill.get_sample_value("tandem_prefill_prompt_tokens_total") == 20
-        assert decode.get_sample_value("tandem_decode_tokens_total") == 5
-        refused = {"outcome": "rejected", "reason": "too_long"}
-        assert decode.get_sample_value("tandem_decode_requests_total", refused) == 1
-        json.dumps({sample.name: sample.value for metric in decode.collect() for sample in metric.samples})

@@ -30,7 +30,9 @@ from router.config import RouterConfig, TenantConfig
 from router.service import Gateway
 from tandem_client import Client
 from tests.fake_model import greedy, run_to_end, token_ids
-from tests.worker_pair import EPOCH, D, P, Pair, Side, request, worker_pair
+from tests.worker_pair import D, P, Pair, request, worker_pair
+from tests.worker_side import Side
+from tests.worker_stream import EPOCH
 
 TINY = ModelConfig(path=Path(__file__).parents[2] / "models" / "tiny", dtype="float32")
 ENGINE = EngineConfig(num_blocks=64, max_batch_tokens=64, num_threads=1, layer_group_size=2)

@@ -25,7 +25,8 @@ from prefill_workers.service import prefill_worker
 from protos import codec, worker_pb2
 from tests.fake_model import run_to_end, token_ids
 from tests.redis_process import RedisProcess
-from tests.worker_pair import decode_stream, prefill_stream, request
+from tests.worker_pair import request
+from tests.worker_stream import decode_stream, prefill_stream
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
 PATIENCE_S = 60.0

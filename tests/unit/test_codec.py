@@ -77,9 +77,10 @@ def test_kv_events_survive(events: tuple[BlocksStored | BlocksRemoved | CacheCle
 
 @pytest.mark.parametrize("reason", RejectReason)
 def test_rejections_survive(reason: RejectReason) -> None:
-    wire = codec.rejection_to_wire(RequestId("r"), RejectedError(reason, "detail", 0.5))
+    wire = codec.rejection_to_wire(RequestId("r"), RejectedError(reason, "detail", 0.5), LoadReport(num_running=3))
     back = codec.rejection_from_wire(wire)
     assert (back.reason, back.detail, back.retry_after_s) == (reason, "detail", 0.5)
+    assert codec.load_from_wire(wire.load).num_running == 3
 
 
 def test_load_survives() -> None:

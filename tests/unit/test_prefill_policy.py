@@ -14,6 +14,9 @@ LIMITS = PrefillLimits(max_queued_tokens=1000, max_requests=4, max_model_len=204
 IDLE = PrefillAccounts(WorkerState.READY, num_requests=0, queued_tokens=0, tokens_per_s=0.0)
 
 
+BOUND = st.none() | st.integers(0, 2000)
+
+
 @pytest.mark.parametrize(
     ("demand", "changes", "reason"),
     [
@@ -23,6 +26,17 @@ IDLE = PrefillAccounts(WorkerState.READY, num_requests=0, queued_tokens=0, token
         pytest.param(PrefillDemand(10), {"queued_tokens": 990}, None, id="just fits the queue"),
         pytest.param(PrefillDemand(11), {"queued_tokens": 990}, RejectReason.QUEUE_FULL, id="queue full"),
         pytest.param(PrefillDemand(10), {"num_requests": 4}, RejectReason.QUEUE_FULL, id="too many requests"),
+        pytest.param(PrefillDemand(10, max_queued_tokens=90), {"queued_tokens": 90}, None, id="as busy as thought"),
+        pytest.param(PrefillDemand(10, max_queued_tokens=0), {}, None, id="idle as thought"),
+        pytest.param(
+            PrefillDemand(10, max_queued_tokens=89),
+            {"queued_tokens": 90},
+            RejectReason.BUSIER,
+            id="busier than thought",
+        ),
+        pytest.param(
+            PrefillDemand(11, max_queued_tokens=0), {"queued_tokens": 990}, RejectReason.QUEUE_FULL, id="full first"
+        ),
         pytest.param(PrefillDemand(10, is_known=True), {}, RejectReason.DUPLICATE, id="known"),
         pytest.param(PrefillDemand(10), {"state": WorkerState.DRAINING}, RejectReason.DRAINING, id="draining"),
         pytest.param(PrefillDemand(10), {"state": WorkerState.STOPPED}, RejectReason.DRAINING, id="stopped"),
@@ -49,9 +63,12 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     assert error.retry_after_s == pytest.approx(0.2)
 
 
-@given(st.integers(1, 3000), st.integers(0, 8), st.integers(0, 2000), st.sampled_from(WorkerState))
-def test_more_load_never_opens_a_closed_door(prompt: int, num: int, queued: int, state: WorkerState) -> None:
+@given(st.integers(1, 3000), st.integers(0, 8), st.integers(0, 2000), st.sampled_from(WorkerState), BOUND)
+def test_more_load_never_opens_a_closed_door(
+    prompt: int, num: int, queued: int, state: WorkerState, bound: int | None
+) -> None:
     before = PrefillAccounts(state, num, queued, 1.0)
     after = PrefillAccounts(state, num + 1, queued + 16, 1.0)
-    if refusal(PrefillDemand(prompt), before, LIMITS) is not None:
-        assert refusal(PrefillDemand(prompt), after, LIMITS) is not None
+    demand = PrefillDemand(prompt, max_queued_tokens=bound)
+    if refusal(demand, before, LIMITS) is not None:
+        assert refusal(demand, after, LIMITS) is not None
