@@ -8,6 +8,8 @@ from core.config import ConfigModel
 from core.kv_quality import KvQuality
 from core.service_class import ServiceClass
 from router.admission.config import AdmissionConfig
+from router.quotas.config import QuotasConfig
+from router.replicas.config import SharingConfig
 
 
 class RoutingConfig(ConfigModel):
@@ -116,6 +118,8 @@ class RouterConfig(ConfigModel):
     routing: RoutingConfig = RoutingConfig()
     mirror: MirrorConfig = MirrorConfig()
     workers: WorkerStreamConfig = WorkerStreamConfig()
+    sharing: SharingConfig = SharingConfig()
+    quotas: QuotasConfig = QuotasConfig()
 
     @property
     def model_name(self) -> str:

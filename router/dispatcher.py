@@ -239,8 +239,12 @@ class Dispatcher:
         if gone_deadline is not None and self._clock.now() >= gone_deadline:
             raise NoWorkers(self._missing_roles())
 
+    def expected_output_tokens(self, request: GenerateRequest, service: ServiceTerms) -> int:
+        """Return how long the answer will probably be."""
+        return self.output_lengths.quantile(_length_key(request, service), 0.5)
+
     def _claim(self, request: GenerateRequest, service: ServiceTerms, arrived_at: float) -> Claim:
-        expected = self.output_lengths.quantile(_length_key(request, service), 0.5)
+        expected = self.expected_output_tokens(request, service)
         return Claim(
             request.request_id,
             request.tenant,

@@ -14,6 +14,7 @@ from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.intake import GenerateCall, Intake, Prepared, Prompt
 from router.metrics import GatewayMetrics
+from router.quotas.service import Quotas
 from router.stream import RequestStream
 from router.tokenizer import GatewayTokenizer, ModelFacts
 
@@ -42,6 +43,7 @@ class Front:
         intake: Intake,
         link: ClusterLink,
         dispatcher: Dispatcher,
+        quotas: Quotas,
         metrics: GatewayMetrics,
         clock: Clock,
     ) -> None:
@@ -54,6 +56,7 @@ class Front:
         self.fleet = link.fleet
         self.dispatcher = dispatcher
         self._intake = intake
+        self._quotas = quotas
         self._metrics = metrics
         self._clock = clock
         self._preparing: dict[str, _Preparation] = {}
@@ -70,18 +73,27 @@ class Front:
             self.dispatcher.check_admissible(call.request_id, call.tenant, service_class)
             with self._preparation(call.request_id) as preparation:
                 prepared = await self._intake.prepare(call)
+                request, service = prepared.request, prepared.service
+                expected_tokens = self.dispatcher.expected_output_tokens(request, service)
+                charge = await self._quotas.charge(request.tenant, request.num_prompt_tokens + expected_tokens)
                 if preparation.aborted is not None:
+                    self._quotas.refund(charge)
                     raise preparation.aborted
         except ServingError as error:
             self._metrics.rejected(error)
             raise
-        stream = self.dispatcher.submit(
-            prepared.request,
-            prepared.hashes,
-            arrived_at=arrived_at,
-            timeout_s=self.config.request_timeout_s if timeout_s is None else timeout_s,
-            service=prepared.service,
-        )
+        try:
+            stream = self.dispatcher.submit(
+                request,
+                prepared.hashes,
+                arrived_at=arrived_at,
+                timeout_s=self.config.request_timeout_s if timeout_s is None else timeout_s,
+                service=service,
+                on_concluded=lambda num_tokens: self._quotas.settle(charge, request.num_prompt_tokens + num_tokens),
+            )
+        except ServingError:
+            self._quotas.refund(charge)
+            raise
         return prepared, stream
 
     def abort(self, request_id: RequestId, reason: str) -> bool:

@@ -21,6 +21,7 @@ from router.fleet import Fleet
 from router.front import Front, longest_request
 from router.intake import Intake
 from router.metrics import GatewayMetrics
+from router.quotas.service import Quotas
 from router.rpc import GatewayServer
 from router.tokenizer import GatewayTokenizer, read_model_facts
 
@@ -47,6 +48,15 @@ class Gateway:
         self._link = ClusterLink(config, cluster, self._gateway_id, store, clock, self._rng)
         self._fleet = self._link.fleet
         self._dispatcher = Dispatcher(config, self._fleet, clock, self._rng, self._metrics)
+        self._quotas = Quotas(
+            store,
+            cluster,
+            self._gateway_id,
+            clock,
+            config.quotas,
+            tenant_config=config.tenant,
+            num_replicas=lambda: 1,
+        )
         self._intake: Intake | None = None
         self._front: Front | None = None
         self._server: GatewayServer | None = None
@@ -113,6 +123,7 @@ class Gateway:
             intake=self._intake,
             link=self._link,
             dispatcher=self._dispatcher,
+            quotas=self._quotas,
             metrics=self._metrics,
             clock=self._clock,
         )
@@ -121,6 +132,7 @@ class Gateway:
         await server.start(front)
         self._tasks = [
             asyncio.create_task(self._link.run(self._dispatcher), name="cluster link"),
+            asyncio.create_task(self._quotas.run(), name="quotas"),
             asyncio.create_task(self._observe(front, server), name="gateway observer"),
         ]
         address = f"{config.host}:{port}"
@@ -155,6 +167,7 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._quotas.close()
         if self._intake is not None:
             self._intake.close()
         if self._metrics_server is not None:
