@@ -1,0 +1,1 @@
+"""Why requests were placed where they were, and what came of it."""

@@ -1,0 +1,52 @@
+"""What came of a decision, against what it expected and against what the next best was expected to cost. Pure."""
+
+from dataclasses import dataclass
+
+from router.routing.decision import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """As observed; seconds.
+
+    Attributes:
+        ttft_s: arrival to first token.
+        tpot_s: mean gap between tokens after the first; 0: there were none.
+        transfer_s: exposed part of the KV hand-off; 0: there was none.
+        failure: empty when the request ended well.
+    """
+
+    ttft_s: float
+    tpot_s: float = 0.0
+    transfer_s: float = 0.0
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Seconds; of a decision whose request ended well.
+
+    Attributes:
+        ttft_error_s: observed less predicted time to first token.
+        cost_error_s: what the placement turned out to cost, less what it was predicted to.
+        regret_s: what it turned out to cost, less what the best other candidate was predicted to: negative when even in
+            hindsight the choice was right by the knowledge of the time. 0 without another candidate.
+    """
+
+    ttft_error_s: float
+    cost_error_s: float
+    regret_s: float
+
+
+def judge(decision: Decision, outcome: Outcome, expected_output_tokens: int) -> Verdict:
+    """Compare. The parts of the cost that cannot be observed (targets, handicaps) count as predicted. Pure."""
+    winner = decision.winner
+    ttft_error_s = outcome.ttft_s - winner.ttft_s
+    transfer_error_s = outcome.transfer_s - winner.terms.transfer_s
+    has_decoded = outcome.tpot_s > 0.0 and winner.tpot_s > 0.0
+    decode_error_s = expected_output_tokens * (outcome.tpot_s - winner.tpot_s) if has_decoded else 0.0
+    cost_error_s = ttft_error_s + transfer_error_s + decode_error_s
+    mine = (winner.mode, winner.prefill, winner.decode)
+    others = [one.terms.total_s for one in decision.candidates() if (one.mode, one.prefill, one.decode) != mine]
+    regret_s = winner.terms.total_s + cost_error_s - min(others) if others else 0.0
+    return Verdict(ttft_error_s, cost_error_s, regret_s)

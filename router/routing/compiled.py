@@ -1,0 +1,17 @@
+"""Compiles the loops of the policy. The first call takes seconds where no cache can be kept: see `CostPolicy.warm`."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
+
+from numba import njit
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function when it is called first, and keep the outcome on disk if there is a place for it."""
+    try:
+        return cast("Callable[P, R]", njit(nogil=True, cache=True, error_model="numpy")(function))
+    except RuntimeError:  # none of the places can be written to: a read-only image; every process compiles for itself
+        return cast("Callable[P, R]", njit(nogil=True, error_model="numpy")(function))

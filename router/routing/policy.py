@@ -1,0 +1,292 @@
+"""The routing policy: one cost in seconds over (prefill worker, decode worker, mode). Reads the table, changes nothing.
+
+1. Price: every worker that can be asked gets its side of the cost (`router.routing.prices`).
+2. Search: the cheapest placements over all pairs and modes (`router.routing.search`).
+3. Pick: the cheapest, or a softmax draw at temperature > 0. Ties are broken by the generator, never by order.
+4. Bind: the decode worker of a remote prefill is asked first, so that KV is sent while the prompt computes; when none
+   has room now but will, the prefill begins at once and the decode worker is chosen meanwhile (`Binding.LATE`).
+
+The estimate only orders the candidates; the worker's own accept or reject is the truth. So that it can be, a decision
+says how much busier its workers may be than thought before the next best would have won.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from core.ids import WorkerId
+from core.membership import Role
+from router.routing.columns import CANDIDATE, FOUND, QUERY, SIDE, WORKER
+from router.routing.config import RoutingConfig
+from router.routing.decision import CandidateList, Decision, NoCandidate, Obstacle, PickReason
+from router.routing.links import LinkModel
+from router.routing.modes import Binding, Mode, ModeReason
+from router.routing.prices import NOT_LIVE_BIT, REFUSED_BIT, TOO_LONG_BIT, price_workers
+from router.routing.query import RouteQuery
+from router.routing.search import TIE_S, search
+from router.routing.settings import settings_of
+from router.routing.table import WorkerTable
+from router.routing.topology import floor_class
+
+_INF = math.inf
+# REFUSED before TOO_LONG: a worker that is busy now can take it later, so the request is worth keeping.
+_OBSTACLES = (
+    (REFUSED_BIT, Obstacle.REFUSED),
+    (TOO_LONG_BIT, Obstacle.TOO_LONG),
+    (NOT_LIVE_BIT, Obstacle.NOT_LIVE),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """Slots that can be asked, and what each would cost (`columns.SIDE`, by slot)."""
+
+    prefills: np.ndarray
+    decodes: np.ndarray
+    sides: np.ndarray
+
+
+class RoutingPolicy(Protocol):
+    """Chooses workers for one request. Pure but for the draw: same table, query and generator, same answer."""
+
+    def choose(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Decision | NoCandidate: ...
+
+
+class CostPolicy:
+    """The policy of a cluster.
+
+    Concurrency: one thread; the buffers are reused from call to call.
+    """
+
+    def __init__(self, config: RoutingConfig, links: LinkModel) -> None:
+        self._config = config
+        self._links = links
+        self._settings = settings_of(config)
+        self._query = np.zeros(1, QUERY)
+        self._found = np.zeros(1, FOUND)
+        self._top = np.zeros(config.candidates_kept, CANDIDATE)
+        self._sides = np.zeros(0, SIDE)
+        self._prefills = self._decodes = np.zeros(0, np.int64)
+        self._refused = np.zeros(0, np.bool_)
+
+    def warm(self) -> None:
+        """Compile, or read what was compiled before: seconds once, which no request should wait for."""
+        slots = np.zeros(1, np.int64)
+        nothing, found = np.zeros(1, WORKER), np.zeros(1, FOUND)
+        held, refused = np.zeros(1), np.zeros(1, np.bool_)
+        sides = np.zeros(1, SIDE)
+        price_workers(
+            nothing,
+            np.zeros((1, 1, 2)),
+            held,
+            held,
+            refused,
+            0,
+            self._query,
+            self._settings,
+            sides,
+            slots,
+            slots,
+            found,
+        )
+        pairs, classes = self._links.pairs, self._links.classes
+        search(nothing, pairs, classes, self._query, self._settings, sides, slots, slots, found, self._top)
+
+    def choose(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Decision | NoCandidate:
+        self.price(table, query, rng)
+        self.weigh(table)
+        ranked = self.ranked(table)
+        if ranked is None:
+            return self.nobody(query)
+        position = self._draw(ranked.array["total_s"], rng)
+        decision = self.decision(ranked, position, _pick_reason(ranked.array, position), query)
+        if position:
+            return decision  # drawn against the cost: nobody may call it wrong by it
+        return self._bounded(decision, table.rows, query)
+
+    def price(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Priced:
+        """Price every worker that can be asked. The arrays are the policy's: valid until the next call."""
+        rows, held = table.rows, query.held
+        table.forecast.advance(rows, query.now)
+        self._fit_buffers(len(rows))
+        self._ask(table, query, rng)
+        refused = [slot for name in query.refused if (slot := table.find(name)) is not None]
+        self._refused[refused] = True
+        price_workers(
+            rows, table.forecast.joins, held.device, held.host, self._refused, len(rows), self._query, self._settings,
+            self._sides, self._prefills, self._decodes, self._found,
+        )  # fmt: skip
+        self._refused[refused] = False
+        found = self._found[0]
+        return Priced(self._prefills[: found["num_prefill"]], self._decodes[: found["num_decode"]], self._sides)
+
+    def weigh(self, table: WorkerTable) -> None:
+        """Search the cheapest placements over what was priced."""
+        links = self._links
+        search(
+            table.rows, links.pairs, links.classes, self._query, self._settings, self._sides, self._prefills,
+            self._decodes, self._found, self._top,
+        )  # fmt: skip
+
+    def weigh_pair(self, table: WorkerTable, prefill: int | None, decode: int | None) -> None:
+        """As `weigh`, over these two workers only."""
+        for slots, slot, count in ((self._prefills, prefill, "num_prefill"), (self._decodes, decode, "num_decode")):
+            self._found[0][count] = slot is not None
+            if slot is not None:
+                slots[0] = slot
+        self.weigh(table)
+
+    def ranked(self, table: WorkerTable) -> CandidateList | None:
+        """Return what the search found, cheapest first; None: nothing."""
+        top = self._top[: self._found[0]["num_candidates"]].copy()
+        return CandidateList(top, _names(table, top)) if len(top) else None
+
+    def decision(self, ranked: CandidateList, position: int, reason: PickReason, query: RouteQuery) -> Decision:
+        """Return the decision for one of the candidates, without bounds."""
+        found = self._found[0]
+        winner = ranked.at(position)
+        is_late = bool(found["is_late"]) and winner.mode is Mode.REMOTE_PREFILL
+        return Decision(
+            winner,
+            self._mode_reason(winner.mode, query),
+            reason,
+            Binding.LATE if is_late else Binding.EARLY,
+            ranked,
+            num_eligible=int(found["num_prefill"] + found["num_decode"]),
+            staleness_s=query.staleness_s,
+        )
+
+    def _fit_buffers(self, num_slots: int) -> None:
+        if len(self._sides) < num_slots:
+            self._sides = np.zeros(num_slots, SIDE)
+            self._prefills, self._decodes = np.zeros(num_slots, np.int64), np.zeros(num_slots, np.int64)
+            self._refused = np.zeros(num_slots, np.bool_)
+
+    def _ask(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> None:
+        steps = min(query.expected_output_tokens, query.max_total_tokens - query.num_prompt_tokens)
+        slo, session = query.slo, query.session
+        self._query[0] = (
+            query.now,
+            query.num_prompt_tokens,
+            query.max_total_tokens,
+            query.needs_decode,
+            max(1, steps) if query.needs_decode else 0,
+            query.waited_s,
+            _INF if slo.ttft_s is None else slo.ttft_s,
+            _INF if slo.tpot_s is None else slo.tpot_s,
+            _INF if slo.deadline_s is None else slo.deadline_s,
+            query.held.hot_tokens,
+            query.held.hot_reuses,
+            floor_class(query.quality_floor),
+            _slot(table, query.bound_prefill),
+            _slot(table, query.reserved_decode),
+            _slot(table, session.prefill),
+            _slot(table, session.decode),
+            query.remaining_prefill_s,
+            rng.getrandbits(63),
+        )
+        settings = self._settings[0]
+        settings["best_bytes_per_s"], settings["least_rtt_s"], settings["least_residual"] = self._links.bounds()
+
+    def nobody(self, query: RouteQuery) -> NoCandidate:
+        """Return who is missing, when nothing was found."""
+        found = self._found[0]
+        has_prefill, has_decode = bool(found["num_prefill"]), bool(found["num_decode"])
+        if has_prefill and (has_decode or not query.needs_decode):
+            is_paired = Mode.REMOTE_PREFILL in self._config.modes
+            role = Role.PREFILL if query.reserved_decode else Role.DECODE
+            return NoCandidate(role, Obstacle.LAYOUT if is_paired else Obstacle.MODE)
+        role, bits = (
+            (Role.DECODE, int(found["decode_obstacles"]))
+            if has_prefill
+            else (Role.PREFILL, int(found["prefill_obstacles"]))
+        )
+        for bit, obstacle in _OBSTACLES:
+            if bits & bit:
+                return NoCandidate(role, obstacle)
+        return NoCandidate(role, Obstacle.ABSENT)
+
+    def _draw(self, totals: np.ndarray, rng: random.Random) -> int:
+        if self._config.temperature <= 0 or len(totals) == 1:
+            return 0
+        return rng.choices(range(len(totals)), weights=softmax(totals.tolist(), self._config.temperature))[0]
+
+    def _mode_reason(self, mode: Mode, query: RouteQuery) -> ModeReason:
+        found = self._found[0]
+        if not query.needs_decode:
+            return ModeReason.FIRST_TOKEN_IS_LAST
+        if mode is Mode.LOCAL_PREFILL:
+            return ModeReason.PREFIX_AT_DECODE
+        if mode is Mode.COLOCATED and not found["has_prefill_pool"]:
+            return ModeReason.NO_PREFILL_POOL
+        if mode is Mode.COLOCATED and not found["has_decode_pool"]:
+            return ModeReason.NO_DECODE_POOL
+        return ModeReason.ONLY_POSSIBLE if len(self._config.modes) == 1 else ModeReason.CHEAPEST
+
+    def _bounded(self, decision: Decision, rows: np.ndarray, query: RouteQuery) -> Decision:
+        """Add how much busier the workers may be than thought."""
+        found = self._found[0]
+        best, lead_s = self._top[0], self._config.submit_slack_s
+        prompt_slot = int(best["prefill"]) if best["prefill"] >= 0 else int(best["decode"])
+        decode_slot = int(best["decode"]) if best["decode"] >= 0 else int(best["prefill"])
+        total_s = float(best["total_s"])
+        prefill_slack_s = max(0.0, float(found["next_prefill_s"]) - total_s) + lead_s
+        decode_slack_s = max(0.0, float(found["next_decode_s"]) - total_s) + lead_s
+        max_queued_tokens = max_requests_held = None
+        if prefill_slack_s < _INF and query.bound_prefill is None:
+            row = rows[prompt_slot]
+            drained = max(0.0, query.now - float(row["reported_at"])) / float(row["s_per_token"])
+            believed = float(row["credit_prefill_tokens"] + row["peer_prefill_tokens"])
+            believed += max(0.0, float(row["queued_tokens"]) - drained)
+            max_queued_tokens = int(believed + prefill_slack_s / float(row["s_per_token"]))
+        if decode_slack_s < _INF and query.needs_decode and query.reserved_decode is None:
+            row = rows[decode_slot]
+            held = float(row["requests"] + row["credit_requests"] + row["peer_requests"])
+            steps = float(self._query[0]["steps"])
+            each_s = steps * float(row["decode_c1"] + row["decode_c2"] * query.num_prompt_tokens)
+            max_requests_held = int(min(held + decode_slack_s / max(each_s, TIE_S), 2**31 - 1))
+        return replace(
+            decision,
+            prefill_slack_s=prefill_slack_s,
+            decode_slack_s=decode_slack_s,
+            max_queued_tokens=max_queued_tokens,
+            max_requests_held=max_requests_held,
+        )
+
+
+def softmax(costs: Sequence[float], temperature: float) -> list[float]:
+    """Weights of a draw: cost differences in units of the whole range, so that temperature has no unit. Pure."""
+    low, high = min(costs), max(costs)
+    if high - low <= TIE_S:
+        return [1.0] * len(costs)
+    return [math.exp((low - cost) / ((high - low) * temperature)) for cost in costs]
+
+
+def _pick_reason(ranked: np.ndarray, position: int) -> PickReason:
+    if len(ranked) == 1:
+        return PickReason.ONLY
+    if position:
+        return PickReason.SAMPLED
+    winner = ranked[0]
+    elsewhere = ranked[1:][ranked["prefill"][1:] != winner["prefill"]]
+    if len(elsewhere) and winner["held_tokens"] > elsewhere["held_tokens"].max():
+        return PickReason.PREFIX
+    return PickReason.TIE if ranked["total_s"][1] - winner["total_s"] <= 2 * TIE_S else PickReason.CHEAPEST
+
+
+def _slot(table: WorkerTable, worker_id: WorkerId | None) -> int:
+    slot = None if worker_id is None else table.find(worker_id)
+    return -1 if slot is None else slot
+
+
+def _names(table: WorkerTable, ranked: np.ndarray) -> dict[int, WorkerId]:
+    names = {}
+    for slot in {*ranked["prefill"].tolist(), *ranked["decode"].tolist()}:
+        name = table.slots.worker(slot)
+        if name is not None:
+            names[slot] = name
+    return names

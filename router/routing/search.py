@@ -1,0 +1,327 @@
+"""The search for the cheapest placements over (prefill worker, decode worker, mode). Compiled. Pure.
+
+Joins the sides that `router.routing.prices` priced, and adds what only a pair has:
+
+    transfer  of the bytes that the decode worker does not hold, compressed as lately seen: what the prefill cannot hide
+    handicap  of one worker doing it all while both pools are there
+
+The search is exact to two nanoseconds over the cheapest `candidates_per_role` of each role. The prefill side and a
+lower bound of the decode side are sorted; a pair whose sum of these cannot enter the list of the best is never priced.
+Equal costs are told apart by a random part of a nanosecond, so that which worker sits in which slot decides nothing.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from router.routing.columns import CANDIDATE, ModeCode, RoleCode
+from router.routing.compiled import compiled
+
+TIE_S = 1e-9
+LINK_STRIDE = 1 << 20  # more slots than a cluster has: the key of a pair does not depend on the size of the table
+LINK_PROBES = 8
+
+_PREFILL, _DECODE = int(RoleCode.PREFILL), int(RoleCode.DECODE)
+_REMOTE, _LOCAL, _COLOCATED = int(ModeCode.REMOTE_PREFILL), int(ModeCode.LOCAL_PREFILL), int(ModeCode.COLOCATED)
+_MAX_LAYOUTS = 16
+
+
+@compiled
+def jitter_s(seed: int, slot: int) -> float:
+    """Return a random part of TIE_S, the same for the same seed and slot."""
+    mixed = np.uint64(seed) + np.uint64(slot + 1) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    return np.float64(mixed >> np.uint64(11)) * (TIE_S / 9007199254740992.0)
+
+
+@compiled
+def cheapest(keys: Any, members: Any, limit: int) -> Any:
+    """Return the `limit` members with the smallest keys, smallest first: a heap, popped so often."""
+    heap = members.copy()
+    count = heap.shape[0]
+    for root in range(count // 2 - 1, -1, -1):
+        _sift(heap, keys, root, count)
+    taken = min(limit, count)
+    order = np.empty(taken, np.int64)
+    for rank in range(taken):
+        order[rank] = heap[0]
+        count -= 1
+        heap[0] = heap[count]
+        _sift(heap, keys, 0, count)
+    return order
+
+
+@compiled
+def _sift(heap: Any, keys: Any, root: int, count: int) -> None:
+    item = heap[root]
+    while True:
+        child = 2 * root + 1
+        if child >= count:
+            break
+        if child + 1 < count and keys[heap[child + 1]] < keys[heap[child]]:
+            child += 1
+        if keys[heap[child]] >= keys[item]:
+            break
+        heap[root] = heap[child]
+        root = child
+    heap[root] = item
+
+
+@compiled
+def class_of(one: Any, other: Any) -> Any:
+    """Return the `LinkClass` of two workers; places that nobody told are far apart."""
+    if one.host != 0 and one.host == other.host:
+        return 0
+    if one.rack != 0 and one.rack == other.rack:
+        return 1
+    if one.zone != 0 and one.zone == other.zone:
+        return 2
+    return 3
+
+
+@compiled
+def link_at(links: Any, prefill: int, decode: int) -> Any:
+    """Return where the pair's own link is in the open-addressed table, or -1."""
+    key = prefill * LINK_STRIDE + decode + 1
+    size = links.shape[0]
+    at = (key * 0x9E3779B1) % size
+    for _ in range(LINK_PROBES):
+        if links[at].key == key:
+            return at
+        at = (at + 1) % size
+    return -1
+
+
+@compiled
+def transfer_seconds(
+    rows: Any, links: Any, classes: Any, p: int, d: int, raw_bytes: float, hidden_s: float, q: Any, s: Any
+) -> tuple[float, float]:
+    """Return the (exposed, whole) seconds of sending KV from p to d, of which `hidden_s` can pass meanwhile."""
+    floor = q.floor
+    near = classes[class_of(rows[p], rows[d])]
+    goodput, rtt_s, queued = near.goodput, near.rtt_s, 0.0
+    at = link_at(links, p, d)
+    if at >= 0:
+        link = links[at]
+        age_s = max(0.0, q.now - link.seen_at)
+        own = np.exp(-age_s / s.link_forget_s)
+        goodput += own * (link.goodput - goodput)
+        rtt_s += own * (link.rtt_s - rtt_s)
+        queued = max(0.0, link.queued_bytes - age_s * goodput)
+    wire = raw_bytes / near.ratio[floor]
+    whole_s = rtt_s + (queued + wire) / goodput
+    tail_s = rtt_s + s.tail_ratio * wire / goodput
+    return max(tail_s, whole_s - hidden_s) * near.residual[floor], whole_s
+
+
+@compiled
+def _insert(top: Any, count: int, total_s: float) -> Any:
+    """Make a place in the list of the cheapest; return where, or -1."""
+    limit = top.shape[0]
+    if count == limit and total_s >= top[limit - 1].total_s:
+        return -1
+    at = min(count, limit - 1)
+    while at > 0 and top[at - 1].total_s > total_s:
+        top[at] = top[at - 1]
+        at -= 1
+    top[at].total_s = total_s
+    return at
+
+
+@compiled
+def _fill_prompt(candidate: Any, side: Any, waited_s: float, s: Any) -> None:
+    candidate.queue_s = s.weigh_queue * side.queue_s
+    candidate.prefill_s = s.weigh_prefill * side.charged_s
+    candidate.host_tier_s = side.load_s
+    candidate.ready_in_s = side.ready_s
+    candidate.compute_s = side.compute_s + side.load_s
+    candidate.ttft_s = waited_s + side.ready_s
+    candidate.uncached_tokens = side.uncached_tokens
+    candidate.held_tokens = side.held_tokens
+
+
+@compiled
+def offer_pairs(
+    rows: Any, links: Any, classes: Any, q: Any, s: Any, sides: Any, p_keys: Any, d_keys: Any, p_order: Any,
+    d_order: Any, hide: bool, not_prefill: int, not_decode: int, top: Any, count: int,
+) -> Any:  # fmt: skip
+    """Price pairs, most promising first, until no other can enter the list; return how many candidates it holds."""
+    last = top.shape[0] - 1
+    for p in p_order:
+        if count > last and p_keys[p] + d_keys[d_order[0]] >= top[last].total_s:
+            break
+        if p == not_prefill:
+            continue
+        prompt = sides[p]
+        for d in d_order:
+            if count > last and p_keys[p] + d_keys[d] >= top[last].total_s:
+                break
+            if d == not_decode:
+                continue
+            decode = sides[d]
+            hidden_s = prompt.compute_s if hide else 0.0
+            exposed_s, whole_s = transfer_seconds(rows, links, classes, p, d, decode.raw_bytes, hidden_s, q, s)
+            ends_s = q.waited_s + prompt.ready_s + exposed_s + decode.room_s + decode.steps_s
+            late_s = s.slo_weight * max(0.0, ends_s - q.slo_deadline_s)
+            moved_s = s.weigh_transfer * exposed_s
+            at = _insert(top, count, p_keys[p] + decode.decode_cost_s + moved_s + late_s + jitter_s(q.seed, d))
+            if at < 0:
+                continue
+            count = min(count + 1, last + 1)
+            one = top[at]
+            _fill_prompt(one, prompt, q.waited_s, s)
+            one.transfer_s = moved_s
+            one.decode_s = s.weigh_decode * (decode.steps_s + decode.room_s)
+            one.slo_s = prompt.ttft_slo_s + decode.tpot_slo_s + late_s
+            one.affinity_s = prompt.affinity_s + decode.affinity_s
+            one.handicap_s = 0.0
+            one.tpot_s = decode.tpot_s
+            one.transfer_total_s = whole_s
+            one.decode_held_tokens = decode.decode_held_tokens
+            one.mode, one.prefill, one.decode = _REMOTE, p, d
+    return count
+
+
+@compiled
+def offer_single(
+    worker: Any, slot: int, mode: int, side: Any, handicap_ratio: float, q: Any, s: Any, top: Any, count: int
+) -> Any:
+    """Price one worker that does it all; return how many candidates the list holds."""
+    is_prefill = worker.role == _PREFILL
+    slower = s.colocated_slowdown if is_prefill else 1.0
+    stall_s = 0.0 if is_prefill else s.stall_weight * worker.running * side.compute_s
+    steps_s, tpot_s = slower * side.steps_s, slower * side.tpot_s
+    decode_s = s.weigh_decode * (steps_s + side.room_s + stall_s)
+    ends_s = q.waited_s + side.ready_s + side.room_s + steps_s
+    slo_s = side.ttft_slo_s + s.slo_weight * (
+        q.steps * max(0.0, tpot_s - q.slo_tpot_s) + max(0.0, ends_s - q.slo_deadline_s)
+    )
+    terms_s = s.weigh_queue * side.queue_s + s.weigh_prefill * side.charged_s + side.load_s + decode_s + slo_s
+    handicap_s = handicap_ratio * terms_s
+    at = _insert(top, count, terms_s + side.affinity_s + handicap_s + jitter_s(q.seed, slot))
+    if at < 0:
+        return count
+    one = top[at]
+    _fill_prompt(one, side, q.waited_s, s)
+    one.transfer_s, one.transfer_total_s = 0.0, 0.0
+    one.decode_s, one.slo_s, one.affinity_s, one.handicap_s = decode_s, slo_s, side.affinity_s, handicap_s
+    one.tpot_s = tpot_s
+    one.decode_held_tokens = side.held_tokens
+    one.mode = mode
+    one.prefill, one.decode = (slot, -1) if is_prefill else (-1, slot)
+    return min(count + 1, top.shape[0])
+
+
+@compiled
+def offer_all(
+    rows: Any, links: Any, classes: Any, q: Any, s: Any, sides: Any, prefills: Any, decodes: Any, p_keys: Any,
+    d_keys: Any, found: Any, not_prompt: int, not_decode: int, top: Any,
+) -> Any:  # fmt: skip
+    """Fill `top` with the cheapest placements that spare one slot the prompt, and one the decoding; return how many."""
+    count = 0
+    is_fixed = q.fixed_prefill >= 0 or q.fixed_decode >= 0
+    can_pair = q.needs_decode and (s.allow_remote or is_fixed) and prefills.shape[0] > 0 and decodes.shape[0] > 0
+    if can_pair:
+        count = offer_layouts(
+            rows, links, classes, q, s, sides, prefills, decodes, p_keys, d_keys, not found.is_late, not_prompt,
+            not_decode, top,
+        )  # fmt: skip
+    if is_fixed:
+        return count
+    lone_prefill = not found.has_decode_pool or not q.needs_decode
+    if (s.allow_colocated and (can_pair or lone_prefill)) or not q.needs_decode:
+        for p in prefills:
+            if p != not_prompt and p != not_decode:
+                ratio = 0.0 if lone_prefill else s.handicap_ratio
+                count = offer_single(rows[p], p, _COLOCATED, sides[p], ratio, q, s, top, count)
+    if found.is_late:
+        return count  # nobody decodes now
+    for d in decodes:
+        if d in (not_prompt, not_decode):
+            continue
+        side = sides[d]
+        is_short = side.uncached_tokens <= s.local_max_tokens
+        if s.allow_local and is_short and side.held_tokens >= max(1.0, s.local_min_held_ratio * q.prompt_tokens):
+            count = offer_single(rows[d], d, _LOCAL, side, 0.0, q, s, top, count)
+        elif (s.allow_colocated and can_pair) or (
+            (s.allow_colocated or not q.needs_decode) and not found.has_prefill_pool
+        ):
+            ratio = s.handicap_ratio if found.has_prefill_pool else 0.0
+            count = offer_single(rows[d], d, _COLOCATED, side, ratio, q, s, top, count)
+    return count
+
+
+@compiled
+def offer_layouts(
+    rows: Any, links: Any, classes: Any, q: Any, s: Any, sides: Any, prefills: Any, decodes: Any, p_keys: Any,
+    d_keys: Any, hide: bool, not_prefill: int, not_decode: int, top: Any,
+) -> Any:  # fmt: skip
+    """Offer the pairs of every KV layout that both roles have."""
+    layouts = np.empty(_MAX_LAYOUTS, np.int64)
+    num_layouts, count = 0, 0
+    for p in prefills:
+        is_new = num_layouts < _MAX_LAYOUTS
+        for known in layouts[:num_layouts]:
+            is_new &= known != rows[p].layout
+        if is_new:
+            layouts[num_layouts] = rows[p].layout
+            num_layouts += 1
+    for layout in layouts[:num_layouts]:
+        own_p = _of_layout(rows, prefills, layout)
+        own_d = _of_layout(rows, decodes, layout)
+        if own_d.shape[0]:
+            p_order = cheapest(p_keys, own_p, s.candidates_per_role)
+            d_order = cheapest(d_keys, own_d, s.candidates_per_role)
+            count = offer_pairs(
+                rows, links, classes, q, s, sides, p_keys, d_keys, p_order, d_order, hide, not_prefill, not_decode, top,
+                count,
+            )  # fmt: skip
+    return count
+
+
+@compiled
+def _of_layout(rows: Any, members: Any, layout: int) -> Any:
+    kept = np.empty(members.shape[0], np.int64)
+    count = 0
+    for slot in members:
+        if rows[slot].layout == layout:
+            kept[count] = slot
+            count += 1
+    return kept[:count]
+
+
+@compiled
+def search(
+    rows: Any, links: Any, classes: Any, query: Any, settings: Any, sides: Any, prefills: Any, decodes: Any, out: Any,
+    top: Any,
+) -> None:  # fmt: skip
+    """Fill `top` with the cheapest placements, cheapest first, and `out` with their number and the next best ones."""
+    q, s, found = query[0], settings[0], out[0]
+    prefills = prefills[: found.num_prefill]
+    decodes = decodes[: found.num_decode]
+    p_keys = np.empty(rows.shape[0])
+    d_keys = np.empty(rows.shape[0])
+    hidden_s = 0.0
+    for p in prefills:
+        p_keys[p] = sides[p].prompt_cost_s + jitter_s(q.seed, p)
+        hidden_s = max(hidden_s, sides[p].compute_s)
+    for d in decodes:  # no link can be better than this
+        wire_s = sides[d].raw_bytes / s.best_bytes_per_s
+        moved_s = s.least_residual * (s.least_rtt_s + max(s.tail_ratio * wire_s, wire_s - hidden_s))
+        d_keys[d] = sides[d].decode_cost_s + s.weigh_transfer * moved_s + jitter_s(q.seed, d)
+    found.num_candidates = offer_all(
+        rows, links, classes, q, s, sides, prefills, decodes, p_keys, d_keys, found, -1, -1, top
+    )
+    found.next_prefill_s = found.next_decode_s = np.inf
+    if found.num_candidates == 0:
+        return
+    best = top[0]
+    one = np.empty(1, CANDIDATE)
+    prompt_at = best.prefill if best.prefill >= 0 else best.decode
+    decode_at = best.decode if best.decode >= 0 else best.prefill
+    if offer_all(rows, links, classes, q, s, sides, prefills, decodes, p_keys, d_keys, found, prompt_at, -1, one):
+        found.next_prefill_s = one[0].total_s
+    if offer_all(rows, links, classes, q, s, sides, prefills, decodes, p_keys, d_keys, found, -1, decode_at, one):
+        found.next_decode_s = one[0].total_s
