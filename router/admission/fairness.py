@@ -3,8 +3,8 @@
 Each tenant has a counter of what it was served, in weighted tokens over its share; the least counter goes first.
 1. A tenant that comes back after a pause is lifted to the counters of those who waited meanwhile: who asked for nothing
    has saved nothing.
-2. A request is charged when it is released, by its expected length, and corrected at its end. A tenant that was lifted
-   in between gets back no more than would leave it at the floor: the rest was forgiven already.
+2. A request is charged when it is released, by its expected length, and corrected at its end. When its tenant was
+   lifted in between, or nobody waited at some time, what came before is settled: neither side owes anything.
 3. All counters lie between the floor (that of the tenant served last, when it was chosen) and the floor plus the
    largest charge. So two tenants that both wait throughout any time are served amounts that differ by at most twice
    the largest charge, corrections aside.
@@ -109,16 +109,12 @@ class FairShares:
 
     def correct(self, tenant: str, cost: float, lift: int) -> None:
         """A request that was charged turned out to cost so much more (or less, negative)."""
-        if not self._since:
-            return  # nobody waits: all are even
         account = self._accounts.get(tenant)
-        if account is None:
-            account = self._accounts[tenant] = _Account(self._floor, self._next_number)
-        corrected = account.counter + cost / self._share_of(tenant)
-        if tenant in self._since and account.lift == lift:
-            self._floor = min(self._floor, corrected)
-        self._set(account, max(self._floor, corrected))
+        if account is None or account.lift != lift:
+            return
+        self._set(account, account.counter + cost / self._share_of(tenant))
         if tenant in self._since:
+            self._floor = min(self._floor, account.counter)
             self._push(tenant)
 
     def check(self) -> None:
