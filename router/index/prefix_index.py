@@ -304,5 +304,5 @@ class PrefixIndex:
         self._sets.reclaim(self._table.head)
         while self._sets.num_bytes > self._max_set_bytes and len(self):
             spare = self.max_blocks - len(self)
-            table.evict(*self._table, self._sets.cells, spare + 1 + len(self) // 64)
+            table.evict(*self._table, self._sets.cells, spare + 1 + len(self) // 64, NONE)
             self._sets.reclaim(self._table.head)

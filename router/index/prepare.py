@@ -28,4 +28,4 @@ def prepare() -> None:
     op = sets.new_op()
     sets.note(held, op, without(1), bit=1)
     rewrites.cut(*made, sets.cells, op, node, node, True)
-    table.evict(*made, sets.cells, 2)
+    table.evict(*made, sets.cells, 2, table.NONE)

@@ -69,7 +69,7 @@ def cut(nodes: Any, buckets: Any, head: Any, sets: Any, op: int, top: int, n: in
                 n = nodes[n].parent
             n = NONE if n == top else nodes[n].next
         if nodes[done].holders == NOBODY and nodes[done].child == NONE:
-            release(nodes, buckets, head, sets, done)
+            release(nodes, buckets, head, sets, done, NONE)
     return NONE
 
 
@@ -92,7 +92,7 @@ def rewrite(nodes: Any, buckets: Any, head: Any, sets: Any, op: int, listed: Any
             continue
         set_holders(nodes, head, sets, n, new)
         if new == NOBODY and nodes[n].child == NONE:
-            release(nodes, buckets, head, sets, n)
+            release(nodes, buckets, head, sets, n, NONE)
     return listed.shape[0]
 
 

@@ -177,8 +177,8 @@ def _part(nodes: Any, n: int) -> None:
 
 
 @compiled
-def release(nodes: Any, buckets: Any, head: Any, sets: Any, n: int) -> None:
-    """Free a node without children, and those above it that nobody holds and that have no others."""
+def release(nodes: Any, buckets: Any, head: Any, sets: Any, n: int, kept: int) -> None:
+    """Free a node without children, and those above it that nobody holds and that have no others, but not `kept`."""
     while True:
         parent = nodes[n].parent
         _part(nodes, n)
@@ -201,20 +201,23 @@ def release(nodes: Any, buckets: Any, head: Any, sets: Any, n: int) -> None:
         nodes[n].chain = head[FREE]
         head[FREE] = n
         head[COUNT] -= 1
-        if not is_bare or nodes[parent].holders != NOBODY:
+        if not is_bare or nodes[parent].holders != NOBODY or parent == kept:
             return
         n = parent
 
 
 @compiled
-def evict(nodes: Any, buckets: Any, head: Any, sets: Any, count: int) -> None:
-    """Let the least recently used blocks go until `count` nodes are free, or none is in use."""
+def evict(nodes: Any, buckets: Any, head: Any, sets: Any, count: int, kept: int) -> None:
+    """Let the least recently used blocks go until `count` nodes are free, or none is in use.
+
+    `kept` stays although nobody may hold it: a chain is about to be put below it, and it was used last.
+    """
     while nodes.shape[0] - head[COUNT] < count and head[OLDEST] != NONE:
         n = head[OLDEST]
         if nodes[n].child != NONE:
             _unlist(nodes, head, n)
         else:
-            release(nodes, buckets, head, sets, n)
+            release(nodes, buckets, head, sets, n, kept)
 
 
 @compiled
@@ -300,7 +303,7 @@ def thread(nodes: Any, buckets: Any, head: Any, sets: Any, keys: Any, parent: in
         touch(nodes, head, n)
         above = nodes[n].depth + 1
     stop = min(keys.shape[0], known + nodes.shape[0] - above)
-    evict(nodes, buckets, head, sets, stop - known)
+    evict(nodes, buckets, head, sets, stop - known, n)
     for i in range(known, stop):
         found = find(nodes, buckets, keys[i, 0], keys[i, 1])
         if found == NONE:
