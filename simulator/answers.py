@@ -50,19 +50,16 @@ def decode_refusal(
 ) -> RejectedError | None:
     """Return why a decode worker does not take a request now, or None."""
     limits = decode_policy.DecodeLimits(terms.max_requests, record.max_model_len, pool.total_blocks, record.block_size)
-    accounts = decode_policy.DecodeAccounts(WorkerState.READY, num_held, pool.free_blocks, engine.last_step_s)
-    demand = decode_policy.DecodeDemand(order.request.num_prompt_tokens)
-    refusal = decode_policy.refusal(demand, accounts, limits)
-    if refusal is not None or not terms.honours_bounds:
-        return refusal
-    queued_tokens = engine.queued_tokens
-    if order.max_queued_tokens is not None and queued_tokens > order.max_queued_tokens:
-        detail = f"{queued_tokens} prompt tokens queued, {order.max_queued_tokens} expected at most"
-        return RejectedError(RejectReason.BUSIER, detail)
-    if order.max_requests_held is not None and num_held > order.max_requests_held:
-        detail = f"{num_held} requests held, {order.max_requests_held} expected at most"
-        return RejectedError(RejectReason.BUSIER, detail)
-    return None
+    accounts = decode_policy.DecodeAccounts(
+        WorkerState.READY,
+        num_held,
+        free_blocks=pool.free_blocks,
+        queued_tokens=engine.queued_tokens,
+        step_s=engine.last_step_s,
+    )
+    bounds = (order.max_queued_tokens, order.max_requests_held) if terms.honours_bounds else (None, None)
+    demand = decode_policy.DecodeDemand(order.request.num_prompt_tokens, terms=decode_policy.Terms(*bounds))
+    return decode_policy.refusal(demand, accounts, limits)
 
 
 def no_blocks(engine: Engine) -> RejectedError:

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from core.membership import Role, WorkerRecord, WorkerState
 from core.request import GenerateRequest, SamplingParams
 from router.config import RouterConfig, RoutingConfig
 from router.prompt_hashes import HashKey, PromptHashes
+from router.service_terms import ServiceWish, service_terms
 from router.stream import Completion
 from simulator.answers import WorkerTerms
 from simulator.engine import Gaps
@@ -123,6 +124,7 @@ class _Cluster:
                     state=WorkerState.READY,
                     address=f"{role}-{number}.simulated:1",
                     host=f"{role}-{number}.simulated",
+                    zone="simulated",
                     layout_fingerprint=_WEIGHTS,
                     weights_version=_WEIGHTS,
                     kv_bytes_per_token=scenario.machine.kv_bytes_per_token,
@@ -158,9 +160,15 @@ class _Cluster:
             RequestId(request.request_id), self._prompt[: request.prompt_tokens], sampling, tenant=request.tenant
         )
         hashes = PromptHashes.known({HashKey(_WEIGHTS, self._scenario.block_tokens): request.hashes})
+        config = self._scenario.config
+        wish = ServiceWish(request.service_class, slo=request.slo, session_id=request.session_id)
         try:
             stream = gateway.dispatcher.submit(
-                generate, hashes, arrived_at=started_at, timeout_s=self._scenario.config.request_timeout_s
+                generate,
+                hashes,
+                arrived_at=started_at,
+                timeout_s=config.request_timeout_s,
+                service=service_terms(wish, request.tenant, config),
             )
             while completion is None:
                 tokens, completion = await stream.take()
@@ -200,9 +208,3 @@ class _Cluster:
                 )
             )
             await asyncio.sleep(self._scenario.sample_interval_s)
-
-
-def workers_by_role(run: Run) -> Mapping[Role, float]:
-    """Return the mean busy share of each pool."""
-    shares = {role: [busy for worker, busy in run.busy_ratios.items() if worker.startswith(role)] for role in Role}
-    return {role: sum(found) / len(found) if found else 0.0 for role, found in shares.items()}

@@ -25,6 +25,7 @@ class SimulatedRequest:
     tenant: str = ""
     service_class: ServiceClass = ServiceClass.INTERACTIVE
     slo: Slo = NO_SLO
+    session_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

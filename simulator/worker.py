@@ -1,8 +1,8 @@
 """A simulated worker of either role: takes orders as the real ones do, and answers with the router's own events.
 
 What is real: the answers (`simulator.answers`), the order of reports, and what load and KV events tell. What is a
-model: time (`simulator.engine`), the link, and memory. A request's blocks are reserved for its prompt and its whole output at
-once: nothing is preempted, and a worker without room says so before it begins.
+model: time (`simulator.engine`), the link, and memory. A request's blocks are reserved for its prompt and its whole
+output at once: nothing is preempted, and a worker without room says so before it begins.
 
 1. A prefill worker accepts, computes in chunks, tells the first token, and sends the KV where it was told, before or
    after that; or, told so, generates the rest itself.

@@ -1,0 +1,112 @@
+"""What `benchmarks.router_simulation` compares: for each question the traffic, the arms, and what would answer it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from router.routing.config import LinkPriors, PolicyName, RoutingConfig, Term
+from simulator.answers import WorkerTerms
+from simulator.cluster import Scenario, router_config
+from simulator.comparison import Arm, serving_values
+from simulator.goodput import Targets
+from simulator.machines import MACHINES, Machine
+from simulator.outcomes import Run
+from simulator.traffic import Workload
+
+PUBLISHED_ORDER: tuple[PolicyName, ...] = ("random", "round_robin", "least_loaded", "cache_aware_local", "cost")
+STALE_LOADS = (0.7, 0.8, 0.9, 1.0, 1.1)
+
+_SEVENTY = MACHINES["llama70b-a800x8"]
+_THIRTEEN = MACHINES["opt13b-a100-tp2"]
+_CODE_TARGETS = Targets(ttft_s=1.0, tpot_s=0.1, tbt_s=0.1, max_gap_s=1.0)
+_STALE_WORKERS = WorkerTerms(max_queued_tokens=10**9, heartbeat_s=1.0, reports_changes=False, honours_bounds=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One table."""
+
+    name: str
+    title: str
+    workload: Workload
+    arms: tuple[Arm, ...]
+
+
+def routing(machine: Machine, policy: PolicyName = "cost", **changes: object) -> RoutingConfig:
+    """A routing configuration as an operator of such machines has it: the links are known, the speeds are learned."""
+    links = LinkPriors(same_zone_bytes_per_s=machine.link.bytes_per_s, same_zone_rtt_s=machine.link.message_s)
+    return RoutingConfig(policy=policy, links=links, **changes)  # type: ignore[arg-type]
+
+
+def scenario(machine: Machine, policy: PolicyName = "cost", **changes: object) -> Scenario:
+    """Eight prefill and eight decode workers."""
+    return Scenario(config=router_config(routing(machine, policy, **changes)), machine=machine)
+
+
+def policies(conversation: Path, max_requests: int | None, speed: float) -> Question:
+    """Mean TTFT of the published policies and of the one cost (Mooncake, FAST'25, figure of its scheduling ablation)."""
+    arms = tuple(Arm("ours" if name == "cost" else name, scenario(_SEVENTY, name)) for name in PUBLISHED_ORDER)
+    title = f"8+8 workers {_SEVENTY.name}, conversation trace at {speed:g}x"
+    return Question("policies", title, Workload(conversation, max_requests, speed=speed), arms)
+
+
+def ablations(conversation: Path, max_requests: int | None, speed: float) -> Question:
+    """Each term of the cost left out alone."""
+    arms = [Arm("ours", scenario(_SEVENTY))]
+    arms += [Arm(f"without {term}", scenario(_SEVENTY, ignored_terms=frozenset({term}))) for term in Term]
+    title = f"each term of the cost left out, conversation trace at {speed:g}x"
+    return Question("ablations", title, Workload(conversation, max_requests, speed=speed), tuple(arms))
+
+
+def stale_reports(code: Path, max_requests: int | None) -> list[Question]:
+    """Periodic reports against asking the worker itself, from 70 to 110 % load (P/D-Serve, section 3)."""
+    rate_at_full_load = _capacity_per_s(code, max_requests, _THIRTEEN, num_workers=8)
+    asks = replace(scenario(_THIRTEEN, "least_loaded"), terms=WorkerTerms(max_queued_tokens=4096))
+    arms = (
+        Arm("random", replace(scenario(_THIRTEEN, "random"), terms=_STALE_WORKERS)),
+        Arm(
+            "reports every 1 s",
+            replace(scenario(_THIRTEEN, "least_loaded", ignored_terms=frozenset({Term.CREDIT})), terms=_STALE_WORKERS),
+        ),
+        Arm("accept or reject", asks),
+        Arm("ours", scenario(_THIRTEEN)),
+        Arm(
+            "oracle: no delay",
+            replace(
+                scenario(_THIRTEEN, "least_loaded"),
+                terms=WorkerTerms(max_queued_tokens=10**9, report_interval_s=1e-6),
+                wire_delay_s=1e-6,
+            ),
+        ),
+    )
+    return [
+        Question(
+            f"stale_{load:.0%}",
+            f"8+8 workers {_THIRTEEN.name}, code trace, Poisson at {load:.0%} of the prefill pool",
+            Workload(code, max_requests, rate_per_s=load * rate_at_full_load),
+            arms,
+        )
+        for load in STALE_LOADS
+    ]
+
+
+def replicas(conversation: Path, max_requests: int | None, speed: float) -> Question:
+    """Three gateways that share the traffic, and one that has it all."""
+    arms = tuple(
+        Arm(f"{count} gateway{'s' if count > 1 else ''}", replace(scenario(_SEVENTY), num_gateways=count))
+        for count in (1, 3)
+    )
+    title = f"gateways, conversation trace at {speed:g}x"
+    return Question("replicas", title, Workload(conversation, max_requests, speed=speed), arms)
+
+
+def stale_values(run: Run) -> Mapping[str, float]:
+    """As for every run, with a target for short prompts."""
+    return serving_values(run, _CODE_TARGETS)
+
+
+def _capacity_per_s(code: Path, max_requests: int | None, machine: Machine, num_workers: int) -> float:
+    """Requests per second that keep `num_workers` busy with prompts of this recording, each computed alone."""
+    requests = Workload(code, max_requests).requests(0)
+    busy_s = sum(machine.prefill.prompt_s(one.prompt_tokens, 0, machine.chunk_tokens) for one in requests)
+    return num_workers * len(requests) / busy_s
