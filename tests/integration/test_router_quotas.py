@@ -1,0 +1,62 @@
+"""Tenants' quotas at two real gateways with one real Redis, which dies and comes back."""
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.fakes.checkpoint import write_checkpoint
+from tests.fakes.cluster import text_request
+from tests.fakes.gateways import several_gateways
+
+TENANTS = {
+    "slow": {"requests_per_minute": 4},
+    "brief": {"tokens_per_minute": 60},
+    "narrow": {"max_concurrent_requests": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+async def test_a_rate_holds_over_both_gateways(tmp_path: Path, checkpoint: Path) -> None:
+    async with several_gateways(tmp_path, checkpoint, 2, tenants=TENANTS) as cluster:
+        for n in range(4):
+            await cluster.seats[n % 2].generate(text_request(tenant="slow")).read_all()
+        for seat in cluster.seats:
+            error = await seat.generate(text_request(tenant="slow")).fails(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            assert "4 requests per minute" in (error.details() or "")
+        await cluster.seats[0].generate(text_request(tenant="free")).read_all()
+
+
+async def test_tokens_count_as_used_not_as_asked_for(tmp_path: Path, checkpoint: Path) -> None:
+    async with several_gateways(tmp_path, checkpoint, 2, tenants=TENANTS) as cluster:
+        first, second = cluster.seats
+        request = text_request("hello", max_tokens=20, tenant="brief")  # 25 in all, and 20 at least expected
+        await first.generate(request).read_all()
+        await second.generate(request).read_all()
+        error = await first.generate(request).fails(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert "60 tokens per minute" in (error.details() or "")
+        await second.generate(text_request("hi", max_tokens=1, tenant="brief")).read_all()
+
+
+async def test_requests_at_once_hold_over_both_gateways_and_come_back(tmp_path: Path, checkpoint: Path) -> None:
+    async with several_gateways(tmp_path, checkpoint, 2, tenants=TENANTS) as cluster:
+        second = cluster.seats[1]
+        for worker in cluster.prefills:
+            worker.script.go.clear()
+        held = [
+            seat.generate(text_request(tenant="narrow", request_id=f"r{n}")) for n, seat in enumerate(cluster.seats)
+        ]
+        for n in range(2):
+            await cluster.wait_prefilling(f"r{n}")
+        error = await second.generate(text_request(tenant="narrow")).fails(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert "as many as it may" in (error.details() or "")
+        held[0].cancel()
+        await cluster.wait_aborted("r0")
+        for worker in cluster.prefills:
+            worker.script.go.set()
+        await held[1].read_all()
+        await second.generate(text_request(tenant="narrow")).read_all()
