@@ -39,7 +39,11 @@ class KvFeed:
         self.is_lost = False
 
     def apply(self, batch: KvEventBatch) -> FeedResult:
-        """Take the next batch of the stream."""
+        """Take the next batch of the stream.
+
+        Raises:
+            ProtocolError: it holds what is no hash; events before that one are applied, the batch is not counted.
+        """
         if batch.epoch < self.epoch:
             return FeedResult.SKIPPED
         if batch.epoch > self.epoch:
@@ -61,11 +65,17 @@ class KvFeed:
         return FeedResult.APPLIED
 
     def resynchronise(self, epoch: Epoch, sequence: int, chains: Sequence[BlocksStored]) -> bool:
-        """Replace everything by a snapshot. Returns False, changing nothing, if it is of an older epoch or state."""
+        """Replace everything by a snapshot. Returns False, changing nothing, if it is of an older epoch or state.
+
+        Raises:
+            ProtocolError: it holds what is no hash; the feed is lost.
+        """
         if (epoch, sequence) < (self.epoch, self.sequence):
             return False
         self.restart(epoch)
+        self.is_lost = True  # until all of it is stored
         for chain in chains:
             self._index.store(self._worker_id, chain.hashes, chain.tier, parent=chain.parent)
         self.sequence = sequence
+        self.is_lost = False
         return True

@@ -228,3 +228,19 @@ async def test_an_unreadable_record_is_told_once_per_content(caplog: pytest.LogC
             await it.scans(4)
         told = [record for record in caplog.records if "holds no worker record" in record.getMessage()]
         assert len(told) == 2
+
+
+async def test_what_is_no_hash_loses_the_feed_and_a_snapshot_without_it_mends_that() -> None:
+    async with bench() as it:
+        await it.register()
+        await it.publish(1, block(1))
+        await it.until(lambda: it.holds(block(1)))
+        it.snapshots = [
+            CacheSnapshot(Epoch(1), 2, (BlocksStored(b"", (b"no hash",)),)),
+            CacheSnapshot(Epoch(1), 2, (BlocksStored(b"", (block(2),)),)),
+        ]
+        await it.publish(2, b"no hash")
+        await it.until(lambda: it.holds(block(2)))
+        assert it.num_asked == 2
+        await it.publish(3, block(3))
+        await it.until(lambda: it.holds(block(3)))
