@@ -1,6 +1,7 @@
 """A worker's life: answers at once, epochs, draining, fencing, the store's outage, load reports, cache snapshots."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -67,7 +68,7 @@ async def test_the_first_report_names_the_incarnation_and_the_second_tells_the_l
 
 
 async def test_the_record_says_what_a_gateway_must_know() -> None:
-    async with worker_pair() as pair:
+    async with worker_pair(topology={"rack": "r7", "zone": "east"}) as pair:
         for worker_id, role, address in (
             (P, Role.PREFILL, pair.prefill_address),
             (D, Role.DECODE, pair.decode_address),
@@ -75,6 +76,7 @@ async def test_the_record_says_what_a_gateway_must_know() -> None:
             record = await record_of(pair.store, worker_id)
             assert (record.role, record.state, record.address) == (role, WorkerState.READY, address)
             assert (record.block_size, record.weights_version, record.max_model_len) == (4, "fake", 64)
+            assert (record.host, record.rack, record.zone) == (socket.gethostname(), "r7", "east")
     assert (await record_of(pair.store, P)).state is WorkerState.STOPPED
 
 

@@ -44,6 +44,16 @@ async def test_metrics_count_what_happened() -> None:
         assert prefill.get_sample_value("tandem_prefill_requests_total", handed) == 1
         assert prefill.get_sample_value("tandem_prefill_prompt_tokens_total") == 20
         assert decode.get_sample_value("tandem_decode_tokens_total") == 5
+        assert prefill.get_sample_value("tandem_prefill_tokens_total") == 1
+        await pair.submit_decode(request("c", 9), generate=True)
+        await pair.to_decode.until_finished("c")
+        await pair.submit_prefill(request("c", 8), hand_off=False)
+        await pair.to_prefill.until_finished("c")
+        assert decode.get_sample_value("tandem_decode_prompt_tokens_total") == 9
+        assert prefill.get_sample_value("tandem_prefill_prompt_tokens_total") == 28
+        assert prefill.get_sample_value("tandem_prefill_tokens_total") == 7
+        finished = {"outcome": "finished", "reason": "StreamFinished"}
+        assert prefill.get_sample_value("tandem_prefill_requests_total", finished) == 1
         refused = {"outcome": "rejected", "reason": "too_long"}
         assert decode.get_sample_value("tandem_decode_requests_total", refused) == 1
         json.dumps({sample.name: sample.value for metric in decode.collect() for sample in metric.samples})
