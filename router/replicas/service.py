@@ -35,7 +35,7 @@ def news_stream(cluster: str) -> str:
 
 
 class Replicas:
-    """One gateway's part.
+    """One gateway's part. Implements `router.replicas.shared_state.ChangeNotes`.
 
     Concurrency: the event loop's thread; `run` is one task.
     """
@@ -76,17 +76,14 @@ class Replicas:
         return frozenset(self._peers.gateways)
 
     def note_credit(self, worker_id: WorkerId) -> None:
-        """This gateway's own credit with a worker changed."""
         self._draft.note_credit(worker_id)
         self._changed.set()
 
     def note_session(self, session_id: str) -> None:
-        """This gateway bound a session."""
         self._draft.note_session(session_id)
         self._changed.set()
 
     def note_breaker(self, worker_id: WorkerId) -> None:
-        """This gateway thinks otherwise of a worker than before."""
         self._draft.note_breaker(worker_id)
         self._changed.set()
 

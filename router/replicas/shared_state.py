@@ -49,3 +49,19 @@ class SharedState(Protocol):
         ...
 
     def adopt_breaker(self, breaker: BreakerNews) -> None: ...
+
+
+class ChangeNotes(Protocol):
+    """Who is told that there is something new to tell the others."""
+
+    def note_credit(self, worker_id: WorkerId) -> None:
+        """This gateway's own credit with a worker changed, or the load it knows of it."""
+        ...
+
+    def note_session(self, session_id: str) -> None:
+        """This gateway bound a session."""
+        ...
+
+    def note_breaker(self, worker_id: WorkerId) -> None:
+        """This gateway thinks otherwise of a worker than before."""
+        ...
