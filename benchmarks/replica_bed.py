@@ -3,11 +3,12 @@ paced workers of this process."""
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,7 @@ class Bed:
     server: RedisProcess | None = None
     workers: list[PacedWorker] = field(default_factory=list)
     gateways: list[GatewayProcess] = field(default_factory=list)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
     async def start_redis(self) -> None:
         self.server = await self.redis.spawn(Epoch(1))
@@ -82,13 +84,14 @@ class Bed:
 
     async def start_gateway(self) -> GatewayProcess:
         """Start one more, and wait until it listens."""
-        config = self.folder / f"gateway-{len(self.gateways)}.yaml"
+        config = self.folder / f"gateway-{next(self.numbers)}.yaml"
         settings = {"cluster": CLUSTER, "redis_url": self.redis.url, "log_level": "WARNING", "router": self.router}
         config.write_text(yaml.safe_dump(settings))
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "router", "--config", str(config), cwd=ROOT, stdout=asyncio.subprocess.PIPE,
-            stderr=(self.folder / f"{config.stem}.log").open("wb"),
-        )  # fmt: skip
+        with (self.folder / f"{config.stem}.log").open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "router", "--config", str(config), cwd=ROOT, stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+            )  # fmt: skip
         assert process.stdout is not None
         async with asyncio.timeout(_START_S):
             line = (await process.stdout.readline()).decode()
@@ -126,8 +129,7 @@ async def bed(num_gateways: int, num_prefills: int, num_decodes: int, pace: Pace
                 worker = kind(worker_name, one.floor, store, CLUSTER, pace)
                 one.workers.append(worker)
                 await worker.start()
-            for _ in range(num_gateways):
-                await one.start_gateway()
+            await asyncio.gather(*(one.start_gateway() for _ in range(num_gateways)))
             for gateway in one.gateways:
                 await gateway.wait_connected(len(one.workers))
             yield one
