@@ -56,6 +56,7 @@ class HolderSets:
     def __init__(self) -> None:
         self.cells = _cells(_FIRST_CAPACITY)
         self._sets: list[HolderSet | None] = [HolderSet()]
+        self._reaches: list[tuple[int, int]] = [(0, 0)]
         self._ids: dict[HolderSet, int] = {HolderSet(): NOBODY}
         self._free: list[int] = []
         self._fresh: list[int] = []  # made and perhaps never taken
@@ -69,6 +70,10 @@ class HolderSets:
         found = self._sets[set_id]
         assert found is not None, f"set {set_id} was dropped"
         return found
+
+    def reach(self, set_id: int) -> tuple[int, int]:
+        """Return the masks of those that have the block on the device, or will; and of those that have it at all."""
+        return self._reaches[set_id]
 
     @property
     def num_bytes(self) -> int:
@@ -103,6 +108,7 @@ class HolderSets:
             if held is not None and set_id != NOBODY and self.cells[set_id, REFS] == 0:
                 del self._ids[held]
                 self._sets[set_id] = None
+                self._reaches[set_id] = (0, 0)
                 self._free.append(set_id)
                 self._num_bytes -= _size(held)
         self._fresh.clear()
@@ -134,11 +140,14 @@ class HolderSets:
         else:
             set_id = len(self._sets)
             self._sets.append(None)
+            self._reaches.append((0, 0))
             if set_id == len(self.cells):
                 grown = _cells(2 * set_id)
                 grown[:set_id] = self.cells
                 self.cells = grown
         self._sets[set_id] = wanted
+        ready = wanted.ready
+        self._reaches[set_id] = (ready, ready | wanted.host)
         self._ids[wanted] = set_id
         self.cells[set_id, [REFS, LISTED, OP]] = 0  # not DEAD: that column is a list of its own
         self._num_bytes += _size(wanted)
@@ -168,11 +177,25 @@ def promised(bit: int, tick: int) -> SetEdit:
     """The block will be on the device unless the promise lapses at `tick`. A later promise stands."""
 
     def edit(old: HolderSet) -> HolderSet:
-        if old.device & bit or any(mask & bit for known, mask in old.coming if known >= tick):
+        if old.device & bit:
             return old
-        ticks = dict(_less(old.coming, bit))
-        ticks[tick] = ticks.get(tick, 0) | bit
-        return old._replace(coming=tuple(sorted(ticks.items())))
+        mask = bit
+        sooner, later = [], []
+        for entry in old.coming:
+            known, others = entry
+            if known == tick:
+                if others & bit:
+                    return old
+                mask |= others
+            elif known > tick:
+                if others & bit:
+                    return old
+                later.append(entry)
+            elif others & bit == 0:
+                sooner.append(entry)
+            elif others != bit:
+                sooner.append((known, others ^ bit))
+        return HolderSet(old.device, old.host, (*sooner, (tick, mask), *later))
 
     return edit
 
@@ -203,7 +226,13 @@ def removed_from_device(bit: int) -> SetEdit:
 
 def removed_from_host(bit: int) -> SetEdit:
     """Without a copy on the device nothing can come of a promise either: it counted on this one."""
-    return lambda old: old._replace(host=old.host & ~bit) if old.device & bit else old.without(bit)
+
+    def edit(old: HolderSet) -> HolderSet:
+        if not old.host & bit:
+            return old
+        return old._replace(host=old.host & ~bit) if old.device & bit else old.without(bit)
+
+    return edit
 
 
 def without(mask: int) -> SetEdit:
@@ -219,5 +248,5 @@ def _cells(capacity: int) -> NDArray[np.int32]:
 
 
 def _size(held: HolderSet) -> int:
-    masks = sys.getsizeof(held.device) + sys.getsizeof(held.host)
+    masks = 2 * sys.getsizeof(held.device) + 2 * sys.getsizeof(held.host)  # two are of the reach
     return _ENTRY_BYTES + masks + sum(sys.getsizeof(mask) + 88 for _, mask in held.coming)

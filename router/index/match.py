@@ -19,6 +19,9 @@ class Run(NamedTuple):
     device: int  # bitset of those that have them on the device, or will once what is under way has been computed
     anywhere: int  # and of those that have them in any tier
 
+    def of(self, tier: Tier) -> int:
+        return self.device if tier is Tier.DEVICE else self.anywhere
+
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
@@ -47,10 +50,16 @@ class PrefixMatch:
             num_slots: length of the result; at least `slots.capacity`.
         """
         found = np.zeros(num_slots, dtype=np.int32)
-        for run in self.runs:
-            holders = run.device if tier is Tier.DEVICE else run.anywhere
-            if holders:
-                found[self.slot_of_bit[_bits(holders)]] = run.depth
+        runs = [run for run in self.runs if run.of(tier)]
+        if runs:
+            # The sets are nested, so a worker's depth follows from the number of runs that it is in.
+            width = (runs[0].of(tier).bit_length() + 7) // 8
+            packed = b"".join(run.of(tier).to_bytes(width, "little") for run in runs)
+            bits = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(-1, width), axis=1, bitorder="little")
+            counts = bits.sum(axis=0, dtype=np.uint16)
+            holders = np.flatnonzero(counts)
+            depths = np.array([0, *(run.depth for run in runs)], dtype=np.int32)
+            found[self.slot_of_bit[holders]] = depths[counts[holders]]
         return found
 
     def holders(self, tier: Tier = Tier.DEVICE) -> Mapping[WorkerId, int]:
@@ -62,8 +71,3 @@ class PrefixMatch:
             if worker_id is not None:
                 found[worker_id] = int(blocks[slot])
         return found
-
-
-def _bits(mask: int) -> NDArray[np.int64]:
-    packed = np.frombuffer(mask.to_bytes((mask.bit_length() + 7) // 8, "little"), dtype=np.uint8)
-    return np.flatnonzero(np.unpackbits(packed, bitorder="little"))

@@ -184,9 +184,9 @@ class PrefixIndex:
             count = table.match(*self._table, self._pack(hashes), out)
             live = self._bits.live
             for depth, set_id in out[:count].tolist():
-                held = self._sets[set_id]
-                ready = held.ready & live
-                anywhere = ready | (held.host & live)
+                ready, anywhere = self._sets.reach(set_id)
+                ready &= live
+                anywhere &= live
                 if not anywhere:
                     break
                 if runs and runs[-1].anywhere == anywhere and runs[-1].device == ready:
