@@ -1,9 +1,9 @@
 """Configuration of the routing policy: weights, priors of the models, bounds."""
 
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from core.config import ConfigModel
 from router.routing.modes import Mode
@@ -87,9 +87,3 @@ class RoutingConfig(ConfigModel):
     ignored_terms: frozenset[Term] = Field(frozenset(), description="left out of the cost: for measurements")
     explained_bytes: int = Field(8 * 2**20, ge=4096, description="of decisions kept with their candidates")
     prefix_index_bytes: int = Field(256 * 2**20, ge=2**20, description="cap of the whole prefix index of this process")
-
-    @model_validator(mode="after")
-    def _can_place(self) -> Self:
-        if self.candidates_kept > self.candidates_per_role * self.candidates_per_role:
-            raise ValueError("candidates_kept must be at most the square of candidates_per_role")
-        return self
