@@ -112,9 +112,9 @@ async def to_computing(pair: Pair, side: str) -> None:
 
 
 async def to_generating(pair: Pair, side: str) -> None:
+    side_of(pair, side).computing.close(after=6)  # four steps for the prompt
     await submit(pair, side, LONG)
     await stream_of(pair, side).answer("computed", "long")
-    side_of(pair, side).computing.close()
     await side_of(pair, side).computing.until_reached()
 
 
