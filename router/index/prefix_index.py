@@ -6,8 +6,8 @@ For every worker the blocks it holds are closed towards the root: storing a bloc
 and removing one takes what is below it, since that could not be used. So holders only get fewer along a prompt, and
 a prompt is matched against all workers by bisection: a few look-ups for each different depth, none per worker.
 
-1. The mirror of the KV events calls `store`, `remove` and `forget`; the dispatcher `observe` for every prompt that
-   arrives, `match` for every decision and `predict` for every prompt it sends.
+1. The mirror of the KV events calls `store`, `remove`, `forget` and `sweep`; the dispatcher `observe` for every prompt
+   that arrives, `match` for every decision and `predict` for every prompt it sends.
 2. A worker that is forgotten (it restarted, cleared its cache, or left) is out of every match at once. `sweep` takes
    its bits out of the entries a bounded piece at a time; until then they stay with a bit of the index that is no
    worker's, so the worker may come back before.
@@ -17,7 +17,10 @@ a prompt is matched against all workers by bisection: a few look-ups for each di
 Knows nothing of epochs and sequence numbers; `router.index.kv_feed` does.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +55,7 @@ TICK_S = 1.0
 """A prediction lapses at the first tick after its time."""
 MIN_BYTES = 2**16
 """The least cap: so much is set aside for what is not blocks, and 4 sixteenths of the rest."""
+_LEAST_LAPSES = 4096  # blocks per prompt that arrives: some 0.1 ms
 _SIXTEENTHS_OF_BLOCKS = 12  # the others are for sets of holders (2), the wheel (1) and hot prefixes (1)
 
 
@@ -161,15 +165,24 @@ class PrefixIndex:
                 self._wheel.add(tick, changed.copy())
             self._settle()
 
-    def expire(self, now: float) -> None:
-        """Let the predictions lapse whose time is over."""
-        for tick, nodes in self._wheel.due(now):
-            self._rewrite(nodes, lapsed(tick))
+    def expire(self, now: float, max_blocks: int = sys.maxsize) -> None:
+        """Let the predictions lapse whose time is over, at least `max_blocks` blocks of them if there are so many.
+
+        `observe` does this in pieces; call it only to have all of it done.
+        """
+        due = self._wheel.due(now, max_blocks)
+        if due:
+            for tick, predictions in groupby(due, key=itemgetter(0)):
+                self._rewrite(np.concatenate([nodes for _, nodes in predictions]), lapsed(tick))
             self._settle()
 
     def observe(self, hashes: Sequence[bytes], now: float) -> None:
-        """Note that a prompt with these blocks has arrived, once for every request: what is hot follows from it."""
+        """Note that a prompt with these blocks has arrived, once for every request: what is hot follows from it.
+
+        Lets predictions lapse, more of them than the prompt can add.
+        """
         self._hot.observe(hashes, now)
+        self.expire(now, max(_LEAST_LAPSES, 2 * len(hashes)))
 
     def forget(self, worker_id: WorkerId) -> None:
         """Drop all that `worker_id` holds: it cleared its cache, restarted or left. Constant time; see `sweep`."""

@@ -31,15 +31,25 @@ class PredictionWheel:
         self._spokes.setdefault(tick, []).append(nodes)
         self._num_bytes += _size(nodes)
 
-    def due(self, now: float) -> list[tuple[int, NDArray[np.int32]]]:
-        """Take out what lapses by `now`: (tick, nodes in the order in which they came)."""
+    def due(self, now: float, max_nodes: int) -> list[tuple[int, NDArray[np.int32]]]:
+        """Take out what lapses by `now`, soonest first, a prediction at a time until there are `max_nodes` or more.
+
+        Returns:
+            Tick and nodes of each prediction; what is left comes the next time.
+        """
         found = []
-        for tick in sorted(self._spokes):
+        while self._spokes and max_nodes > 0:
+            tick = min(self._spokes)
             if tick * self._tick_s > now:
                 break
-            arrays = self._spokes.pop(tick)
-            self._num_bytes -= sum(map(_size, arrays))
-            found.append((tick, np.concatenate(arrays)))
+            spoke = self._spokes[tick]
+            while spoke and max_nodes > 0:
+                nodes = spoke.pop()
+                found.append((tick, nodes))
+                max_nodes -= len(nodes)
+                self._num_bytes -= _size(nodes)
+            if not spoke:
+                del self._spokes[tick]
         return found
 
 

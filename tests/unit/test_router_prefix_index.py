@@ -144,6 +144,20 @@ def test_a_prediction_counts_at_once_and_lapses_or_comes_true() -> None:
     index.check()
 
 
+def test_predictions_lapse_in_pieces_as_prompts_arrive() -> None:
+    index = big()
+    bursts = [chain(number, *range(1000)) for number in range(8)]
+    for hashes in bursts:
+        index.predict(A, hashes, 0.0, 1.0)
+    index.observe(chain(77), 0.5)
+    assert len(index) == 8 * 1001
+    index.observe(chain(77), 5.0)
+    assert 1001 <= len(index) < 8 * 1001
+    index.check()
+    index.observe(chain(77), 5.0)
+    assert len(index) == 0
+
+
 def test_a_forgotten_worker_matches_nothing_at_once_and_is_swept_in_pieces() -> None:
     slots = WorkerSlots()
     index = PrefixIndex(2**20, slots)
