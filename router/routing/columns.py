@@ -114,6 +114,7 @@ QUERY = np.dtype(
         ("prompt_tokens", np.float64),
         ("max_total_tokens", np.float64),
         ("needs_decode", np.bool_),
+        ("allow_late", np.bool_),
         ("steps", np.float64),
         ("waited_s", np.float64),
         ("slo_ttft_s", np.float64),  # inf: no target

@@ -1,8 +1,9 @@
 """Least squares of three non-negative coefficients, updated observation by observation. Compiled. Pure.
 
-Relative errors are minimised, since a model of seconds should be as right for short prompts as for long ones. Old
-observations fade by a constant factor, and so does the prior, down to a thousandth of its weight: what is left of it
-decides only what no observation says.
+Relative errors are minimised, since a model of seconds should be as right for short prompts as for long ones. The prior
+is a shape: how fast a machine is as a whole is taken from the first observations, and only the proportions of the
+coefficients from the prior. Old observations fade by a constant factor, and so does the prior, down to a thousandth of
+its weight: what is left of it decides only what no observation says.
 """
 
 from typing import Any
@@ -12,26 +13,37 @@ import numpy as np
 from router.routing.compiled import compiled
 
 _LEAST_PRIOR = 1e-3
+_LEAST_SCALE_WEIGHT = 0.02
 
 
 @compiled
 def observe(
-    gram: Any, moment: Any, strength: Any, prior: Any, x: Any, y: float, weight: float, decay: float, out: Any
+    gram: Any, moment: Any, state: Any, prior: Any, x: Any, y: float, weight: float, decay: float, out: Any
 ) -> None:
-    """Fold in seconds y = x . beta, and solve. In place: gram [3, 3], moment [3], strength [1] and out [3]."""
-    expected = max(1e-9, x[0] * out[0] + x[1] * out[1] + x[2] * out[2])
-    scale = 1.0 / (max(expected, 0.1 * y) ** 2)  # by what is expected: weights by what was seen would favour the small
+    """Fold in seconds y = x . beta, and solve.
+
+    Changed in place: gram [3, 3], moment [3], out [3], and state [3] = (how much is left of the prior, logarithm of the
+    speed against it, number of observations).
+    """
+    by_prior = x[0] * prior[0] + x[1] * prior[1] + x[2] * prior[2]
+    state[2] += 1.0
+    state[1] += max(1.0 / state[2], _LEAST_SCALE_WEIGHT) * (np.log(y / by_prior) - state[1])
+    state[0] = max(_LEAST_PRIOR, state[0] * decay)
+    speed = np.exp(state[1])
+    expected = speed * by_prior if state[2] < 2.0 else x[0] * out[0] + x[1] * out[1] + x[2] * out[2]
+    scale = 1.0 / max(expected, 0.1 * y) ** 2  # by what is expected: weights by what was seen would favour the small
+    full = np.empty((3, 3))
+    right = np.empty(3)
     for i in range(3):
         moment[i] = decay * moment[i] + scale * x[i] * y
+        right[i] = moment[i]
         for j in range(3):
             gram[i, j] = decay * gram[i, j] + scale * x[i] * x[j]
-    strength[0] = max(_LEAST_PRIOR, strength[0] * decay)
-    full = gram.copy()
-    right = moment.copy()
-    for i in range(3):
-        trust = weight * strength[0] / (prior[i] * prior[i])
+            full[i, j] = gram[i, j]
+        shape = prior[i] * speed
+        trust = weight * state[0] / (shape * shape)
         full[i, i] += trust
-        right[i] += trust * prior[i]
+        right[i] += trust * shape
     solve_non_negative(full, right, out)
 
 

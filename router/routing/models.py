@@ -65,12 +65,12 @@ class _Fit:
     """State of one fit. A coefficient that is 0 in the pool may be more elsewhere: its prior keeps a scale."""
 
     def __init__(self, prior: np.ndarray) -> None:
-        self._gram, self._moment, self._strength = np.zeros((3, 3)), np.zeros(3), np.ones(1)
+        self._gram, self._moment, self._state = np.zeros((3, 3)), np.zeros(3), np.array([1.0, 0.0, 0.0])
         self._prior = np.maximum(prior, 1e-12)
         self.beta = prior.copy()
 
     def observe(self, x: np.ndarray, y: float, weight: float, decay: float) -> None:
-        observe(self._gram, self._moment, self._strength, self._prior, x, y, weight, decay, self.beta)
+        observe(self._gram, self._moment, self._state, self._prior, x, y, weight, decay, self.beta)
 
 
 class Models:

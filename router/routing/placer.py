@@ -58,10 +58,12 @@ class Placer:
         refused: frozenset[WorkerId] = frozenset(),
         reserved_decode: WorkerId | None = None,
         session: Session = NO_SESSION,
+        allow_late: bool = True,
     ) -> Decision | NoCandidate:
         """Choose workers for `request`, or only a prefill worker when `reserved_decode` has accepted."""
         query = self._query(request, hashes, waited_s, slo, expected_output_tokens, quality_floor, refused)
-        return self._decide(request.request_id, replace(query, reserved_decode=reserved_decode, session=session))
+        whole = replace(query, reserved_decode=reserved_decode, session=session, allow_late=allow_late)
+        return self._decide(request.request_id, whole)
 
     def place_decode(
         self,

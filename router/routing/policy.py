@@ -174,6 +174,7 @@ class CostPolicy:
             query.num_prompt_tokens,
             query.max_total_tokens,
             query.needs_decode,
+            query.allow_late,
             max(1, steps) if query.needs_decode else 0,
             query.waited_s,
             _INF if slo.ttft_s is None else slo.ttft_s,

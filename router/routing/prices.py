@@ -186,7 +186,14 @@ def price_workers(
     count_d, found.decode_obstacles, found.has_decode_pool = eligible(
         rows, refused, num_slots, _DECODE, q.fixed_decode, False, q, s, decodes
     )
-    is_open = q.needs_decode and s.late_binding and s.allow_remote and q.fixed_prefill < 0 and q.fixed_decode < 0
+    is_open = (
+        q.needs_decode
+        and q.allow_late
+        and s.late_binding
+        and s.allow_remote
+        and q.fixed_prefill < 0
+        and q.fixed_decode < 0
+    )
     took_refused = is_open and count_d == 0 and found.has_decode_pool
     if took_refused:  # they refused now, but will have room
         count_d = eligible(rows, refused, num_slots, _DECODE, -1, True, q, s, decodes)[0]

@@ -46,6 +46,7 @@ class RouteQuery:
         expected_output_tokens: steps of decoding that are to be expected.
         needs_decode: False when the first token is the last.
         now: clock of the table, seconds.
+        allow_late: the decode worker may be chosen while the prompt is computed.
         waited_s: since the request arrived.
         quality_floor: of its KV transfer, in [0, 1].
         refused: workers not to be asked (again) in this round.
@@ -60,6 +61,7 @@ class RouteQuery:
     held: HeldPrefixes
     now: float
     needs_decode: bool = True
+    allow_late: bool = True
     expected_output_tokens: int = 64
     waited_s: float = 0.0
     slo: Slo = NO_SLO

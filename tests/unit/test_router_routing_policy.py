@@ -18,7 +18,7 @@ from router.routing.policy import softmax
 from router.routing.query import Session
 from tests.routing_world import START, World, load_report, record
 
-REMOTE = {"modes": ["remote_prefill"]}
+REMOTE: dict[str, Any] = {"modes": ["remote_prefill"]}
 PAIRS = ("p1", "p2", "d1", "d2")
 FULL = load_report(free_blocks=0)
 
@@ -215,7 +215,7 @@ def test_terms_are_finite_and_not_negative_and_no_load_makes_a_placement_cheaper
     }
     for column in ("decode_c0", "decode_c1", "decode_c2"):
         columns["d1"][column] += 1e-7
-    query = {
+    query: dict[str, Any] = {
         "held": {"p1": data.draw(st.integers(0, 1500)), "d1": data.draw(st.integers(0, 1500))},
         "in_host": {"p1": data.draw(st.integers(0, 1500))},
         "hot": (data.draw(st.integers(0, 1500)), data.draw(st.floats(0.0, 100.0))),
@@ -333,7 +333,7 @@ def test_temperature_draws_cheaper_ones_more_often() -> None:
     world = World("p1", "p2", "p3", "d1", temperature=0.5, **REMOTE)
     for idx, name in enumerate(("p1", "p2", "p3")):
         world.set(name, queued_tokens=1000 * idx)
-    wins = Counter(world.place().prefill for _ in range(600))
+    wins = Counter(str(world.place().prefill) for _ in range(600))
     assert wins["p1"] > wins["p2"] > wins["p3"] > 0
     drawn = next(one for one in iter(world.place, None) if one.prefill == "p3")
     assert (drawn.reason, drawn.max_queued_tokens) == (PickReason.SAMPLED, None)

@@ -126,10 +126,9 @@ def test_how_much_the_winner_may_be_off_is_the_lead_over_the_best_without_it(
     elsewhere = [total for (_, p, d), total in totals.items() if (p or d) != computes and computes not in (p, d)]
     apart = [total for (_, p, d), total in totals.items() if (d or p) != decodes and decodes not in (p, d)]
     best = min(totals.values())
-    allowed = {"rel": 1e-7, "abs": 1e-8}
     if decision.mode is Mode.REMOTE_PREFILL:
-        assert decision.prefill_slack_s == pytest.approx(min(elsewhere, default=np.inf) - best, **allowed)
-        assert decision.decode_slack_s == pytest.approx(min(apart, default=np.inf) - best, **allowed)
+        assert decision.prefill_slack_s == pytest.approx(min(elsewhere, default=np.inf) - best, rel=1e-7, abs=1e-8)
+        assert decision.decode_slack_s == pytest.approx(min(apart, default=np.inf) - best, rel=1e-7, abs=1e-8)
     assert (decision.max_queued_tokens is None) == (decision.prefill_slack_s == np.inf)
 
 

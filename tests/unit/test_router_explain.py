@@ -1,0 +1,96 @@
+"""Why a request went where it went, and what came of it: the ring and the arithmetic of regret."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.ids import RequestId
+from router.explain.outcome import Outcome, judge
+from router.explain.ring import ExplanationRing
+from router.routing.columns import TERM_NAMES
+from router.routing.decision import CandidateList, Decision
+from tests.routing_world import START, World
+
+R = RequestId("r")
+REMOTE: dict[str, Any] = {"modes": ["remote_prefill"]}
+
+
+def decide(*names: str) -> Decision:
+    world = World(*names, **REMOTE)
+    for idx, name in enumerate(names):
+        world.set(name, queued_tokens=1000 * idx)
+    return world.place()
+
+
+def test_regret_is_what_it_turned_out_to_cost_less_the_best_other_prediction() -> None:
+    decision = decide("p1", "p2", "d1")
+    winner, other = decision.candidates()[:2]
+    assert (winner.prefill, other.prefill) == ("p1", "p2")
+    as_expected = Outcome(winner.ttft_s, winner.tpot_s, winner.terms.transfer_s)
+    verdict = judge(decision, as_expected, 64)
+    assert verdict.ttft_error_s == pytest.approx(0.0)
+    assert verdict.cost_error_s == pytest.approx(0.0)
+    assert verdict.regret_s == pytest.approx(winner.terms.total_s - other.terms.total_s)
+    assert verdict.regret_s < 0.0
+    worse = Outcome(winner.ttft_s + 1.0, winner.tpot_s + 0.01, winner.terms.transfer_s + 0.5)
+    assert judge(decision, worse, 64).ttft_error_s == pytest.approx(1.0)
+    assert judge(decision, worse, 64).cost_error_s == pytest.approx(1.0 + 0.64 + 0.5)
+    assert judge(decision, worse, 64).regret_s == pytest.approx(verdict.regret_s + 2.14)
+
+
+def test_without_another_candidate_there_is_nothing_to_regret() -> None:
+    decision = decide("p1", "d1")
+    verdict = judge(decision, Outcome(decision.ttft_s + 1.0), 64)
+    assert verdict.regret_s == 0.0
+    assert verdict.cost_error_s == pytest.approx(1.0 - decision.terms.transfer_s), "one token: no step was seen"
+
+
+def test_candidates_are_read_when_somebody_asks() -> None:
+    decision = decide("p1", "p2", "d1", "d2")
+    candidates = decision.candidates()
+    assert candidates[0] == decision.winner
+    assert len(candidates) == 4
+    assert [one.terms.total_s for one in candidates] == sorted(one.terms.total_s for one in candidates)
+    for position, one in enumerate(candidates):
+        row = decision.ranked.array[position]
+        assert [getattr(one.terms, name) for name in TERM_NAMES] == [row[name] for name in TERM_NAMES]
+        assert one.terms.total_s == pytest.approx(row["total_s"], abs=4e-9)
+        for name in ("ttft_s", "tpot_s", "transfer_total_s", "ready_in_s", "compute_s", "held_tokens"):
+            assert getattr(one, name) == row[name], name
+
+
+def test_the_outcome_belongs_to_the_decision_that_was_carried_out() -> None:
+    ring, decision = ExplanationRing(10**6), decide("p1", "p2", "d1")
+    ring.add(R, decision, START, 1000, 64)
+    ring.add(R, decision, START + 1, 1000, 64)
+    assert ring.observed(RequestId("nobody"), Outcome(1.0)) is None
+    carried_out = ring.observed(R, Outcome(1.0, 0.01))
+    first, second = ring.of(R)
+    assert carried_out is second
+    assert (first.outcome, first.verdict()) == (None, None)
+    assert second.verdict() is not None
+    ring.observed(R, Outcome(1.0, failure="lost"))
+    assert second.verdict() is None, "what failed says nothing about seconds"
+    assert [one.decided_at for one in ring.last(5)] == [START + 1, START]
+    assert ring.of(RequestId("nobody")) == []
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(4096, 40_000))
+def test_the_ring_is_bounded_in_bytes_and_drops_the_oldest(requests: list[int], max_bytes: int) -> None:
+    decision = decide("p1", "p2", "d1")
+    ring = ExplanationRing(max_bytes)
+    for at, number in enumerate(requests):
+        ring.add(RequestId(f"r{number}"), decision, float(at), 10, 10)
+        ring.check()
+    kept = [one.decided_at for one in ring.last(1000)]
+    assert kept == [float(at) for at in range(len(requests))][::-1][: len(kept)]
+    if requests and decision.ranked.num_bytes + 1500 <= max_bytes:
+        assert len(ring) >= 1
+
+
+def test_a_candidate_without_a_name_any_more_is_nobody() -> None:
+    decision = decide("p1", "d1")
+    assert CandidateList(decision.ranked.array, {}).at(0).prefill is None
