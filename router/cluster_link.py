@@ -28,7 +28,7 @@ class ClusterLink:
         self, config: RouterConfig, cluster: str, gateway_id: GatewayId, store: Store, clock: Clock, rng: random.Random
     ) -> None:
         self._pool = WorkerPool(gateway_id, config.workers, clock, rng)
-        self.fleet = Fleet(config.routing, self._pool)
+        self.fleet = Fleet(config.routing, self._pool, clock)
         self._pool.listen(self.fleet)
         self._mirror = StoreMirror(
             store,

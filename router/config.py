@@ -8,27 +8,10 @@ from core.config import ConfigModel
 from core.kv_quality import KvQuality
 from core.service_class import ServiceClass
 from router.admission.config import AdmissionConfig
+from router.forwarding.config import ForwardingConfig
 from router.quotas.config import QuotasConfig
 from router.replicas.config import SharingConfig
-
-
-class RoutingConfig(ConfigModel):
-    """How a pair of workers is chosen. The defaults for rates hold only until a worker has measured its own."""
-
-    temperature: float = Field(
-        0.0, ge=0, description="softmax over candidates, cost range as unit; 0 takes the cheapest"
-    )
-    candidates_per_role: int = Field(
-        8, ge=1, description="best workers of each role that are paired and scored in full"
-    )
-    default_prefill_tokens_per_s: float = Field(5_000.0, gt=0)
-    default_link_bytes_per_s: float = Field(1e9, gt=0)
-    decode_step_s: float = Field(0.01, gt=0, description="decode step of an empty batch, before scaling to the machine")
-    decode_step_per_request_s: float = Field(0.0005, gt=0)
-    decode_step_per_context_token_s: float = Field(2e-7, ge=0)
-    expected_output_tokens: int = Field(64, ge=1, description="decode steps that the slow-down is charged for, at most")
-    explained_decisions: int = Field(512, ge=1, description="decisions kept with all their candidates")
-    prefix_index_bytes: int = Field(256 * 2**20, ge=2**20, description="cap of the whole prefix index of this process")
+from router.routing.config import RoutingConfig
 
 
 class MirrorConfig(ConfigModel):
@@ -118,6 +101,7 @@ class RouterConfig(ConfigModel):
     routing: RoutingConfig = RoutingConfig()
     mirror: MirrorConfig = MirrorConfig()
     workers: WorkerStreamConfig = WorkerStreamConfig()
+    forwarding: ForwardingConfig = ForwardingConfig()
     sharing: SharingConfig = SharingConfig()
     quotas: QuotasConfig = QuotasConfig()
 

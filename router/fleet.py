@@ -1,26 +1,29 @@
-"""What a gateway knows about its workers, in one place: records, links, loads, credit, estimates, prefix caches.
+"""What a gateway knows about its workers, in one place: records, links, loads, credit, models, prefix caches.
 
-Turns all of it into the frozen snapshot that the policy sees. Knows no request's life (the listener, the dispatcher,
-does), no store and no socket: records come from a `RecordSource`, what workers say through `DoorListener`, and orders
-leave through `WorkerDoors`. A simulator plugs in others.
+Keeps the table that the policy reads in step with what it is told. Knows no request's life (the listener, the
+dispatcher, does), no store and no socket: records come from a `RecordSource`, what workers say through `DoorListener`,
+and orders leave through `WorkerDoors`. A simulator plugs in others.
 """
 
 from collections.abc import Mapping
 from typing import Protocol
 
+from core.clock import Clock
 from core.errors import ServingError
-from core.ids import Epoch, WorkerId
+from core.ids import WorkerId
 from core.membership import LoadReport, Role, WorkerRecord
 from router.broadcast import Broadcast
-from router.config import RoutingConfig
-from router.credit import CreditLedger
-from router.estimates import Estimates
 from router.forwarding.doors import WorkerDoors
 from router.index.prefix_index import PrefixIndex
 from router.index.slots import WorkerSlots
 from router.messages import WorkEvents
-from router.prompt_hashes import HashKey, PromptHashes
-from router.snapshot import ClusterSnapshot, WorkerView
+from router.prompt_hashes import HashKey
+from router.routing.config import RoutingConfig
+from router.routing.credit import CreditLedger
+from router.routing.models import Models
+from router.routing.table import WorkerTable
+
+_NO_KEY = HashKey("", 0)
 
 
 class RecordSource(Protocol):
@@ -40,6 +43,10 @@ class FleetListener(Protocol):
 
     def on_work_events(self, worker_id: WorkerId, events: WorkEvents) -> None: ...
 
+    def on_worker_load(self, worker_id: WorkerId) -> None:
+        """A worker told of its load; the table has it."""
+        ...
+
     def on_worker_down(self, worker_id: WorkerId, error: ServingError) -> None:
         """The stream ended: nothing that was sent over it lives on there."""
         ...
@@ -55,18 +62,18 @@ class Fleet:
     Concurrency: the event loop's thread.
     """
 
-    def __init__(self, config: RoutingConfig, doors: WorkerDoors) -> None:
-        self._config = config
+    def __init__(self, config: RoutingConfig, doors: WorkerDoors, clock: Clock) -> None:
+        self._clock = clock
         self._listener: FleetListener | None = None
         self._source: RecordSource | None = None
-        self._loads: dict[WorkerId, tuple[Epoch, LoadReport]] = {}
-        self._epochs: dict[WorkerId, Epoch] = {}
+        self._hash_keys: dict[WorkerId, HashKey] = {}
         self.doors = doors
         self.changed = Broadcast()  # workers came, went, or changed state
-        self.credit = CreditLedger()
-        self.estimates = Estimates(config)
         self.slots = WorkerSlots()
         self.index = PrefixIndex(config.prefix_index_bytes, self.slots)
+        self.table = WorkerTable(config, self.slots)
+        self.credit = CreditLedger(config, self.table)
+        self.models = Models(config, self.table, clock)
 
     def follow(self, source: RecordSource) -> None:
         """Go by these records from now on."""
@@ -84,78 +91,40 @@ class Fleet:
     def staleness_s(self) -> float:
         return self._source.staleness_s if self._source is not None else 0.0
 
-    def views(self) -> tuple[WorkerView, ...]:
-        """Return all known workers as the policy sees them."""
-        return tuple(self._view(record) for record in self.records.values())
-
-    def snapshot(self) -> ClusterSnapshot:
-        return ClusterSnapshot(
-            self.views(), self.staleness_s, self.estimates.link_s_per_byte, 1.0 / self._config.default_link_bytes_per_s
-        )
-
     def count_live(self) -> dict[Role, int]:
         """Return how many workers of each role can be asked now."""
-        counts = dict.fromkeys(Role, 0)
-        for view in self.views():
-            counts[view.role] += view.is_live
-        return counts
+        return self.table.count_live()
 
     def hash_key(self, worker_id: WorkerId) -> HashKey:
-        record = self.records.get(worker_id)
-        return HashKey(record.weights_version, record.block_size) if record is not None else HashKey("", 0)
+        return self._hash_keys.get(worker_id, _NO_KEY)
 
     def hash_keys(self) -> set[HashKey]:
         """Return every way to hash that some worker uses."""
-        return {HashKey(record.weights_version, record.block_size) for record in self.records.values()}
-
-    def held_tokens(self, hashes: PromptHashes) -> dict[WorkerId, int]:
-        """Return the prompt tokens that each worker's prefix cache holds; workers with none are absent."""
-        held: dict[WorkerId, int] = {}
-        for key in self.hash_keys():
-            for worker_id, blocks in self.index.match(hashes.of(key)).holders().items():
-                if self.hash_key(worker_id) == key:
-                    held[worker_id] = blocks * key.block_size
-        return held
-
-    def _view(self, record: WorkerRecord) -> WorkerView:
-        worker_id = record.worker_id
-        load = record.load
-        epoch, streamed = self._loads.get(worker_id, (None, load))
-        if epoch == record.epoch and streamed.sequence >= load.sequence:
-            load = streamed
-        return WorkerView(
-            worker_id=worker_id,
-            role=record.role,
-            epoch=record.epoch,
-            state=record.state,
-            connected_epoch=self.doors.connected_epoch(worker_id),
-            layout_fingerprint=record.layout_fingerprint,
-            block_size=record.block_size,
-            max_model_len=record.max_model_len,
-            kv_bytes_per_token=record.kv_bytes_per_token,
-            prefill_tokens_per_s=load.prefill_tokens_per_s or self._config.default_prefill_tokens_per_s,
-            decode_scale=self.estimates.decode_scale(worker_id),
-            load=load,
-            credit=self.credit.of(worker_id),
-        )
+        return set(self._hash_keys.values())
 
     # --- what it is told ---
 
     def records_changed(self) -> None:
         """More than the loads in the records is other than before."""
-        for worker_id, epoch in list(self._epochs.items()):
-            record = self.records.get(worker_id)
-            if record is None or record.epoch != epoch:
-                self.estimates.forget(worker_id)
-                del self._epochs[worker_id]
-        self._epochs.update({worker_id: record.epoch for worker_id, record in self.records.items()})
+        now = self._clock.now()
+        records = self.records
+        for worker_id in self._hash_keys.keys() - records.keys():
+            self.table.drop(worker_id)
+        for record in records.values():
+            self.table.put(record, now)
+        self._hash_keys = {
+            worker_id: HashKey(record.weights_version, record.block_size) for worker_id, record in records.items()
+        }
         self._notify()
 
     def on_up(self, worker_id: WorkerId) -> None:
+        epoch = self.doors.connected_epoch(worker_id)
+        assert epoch is not None, "a connection that is up leads somewhere"
+        self.table.connected(worker_id, epoch)
         self._notify()
 
     def on_down(self, worker_id: WorkerId, error: ServingError) -> None:
-        self._loads.pop(worker_id, None)
+        self.table.disconnected(worker_id)
         if self._listener is not None:
             self._listener.on_worker_down(worker_id, error)
         self._notify()
@@ -165,14 +134,17 @@ class Fleet:
             self._listener.on_work_events(worker_id, events)
 
     def on_load(self, worker_id: WorkerId, load: LoadReport) -> None:
-        epoch = self.doors.connected_epoch(worker_id)
-        if epoch is None:
+        self.apply_load(worker_id, load)
+        if self._listener is not None:
+            self._listener.on_worker_load(worker_id)
+
+    def apply_load(self, worker_id: WorkerId, load: LoadReport) -> None:
+        """Take a load that came over the worker's stream, on its own or within an answer."""
+        if self.doors.connected_epoch(worker_id) is None:
             return
-        self._loads[worker_id] = (epoch, load)
+        self.table.report(worker_id, load, self._clock.now())
         self.credit.reported(worker_id)
-        record = self.records.get(worker_id)
-        if record is not None and record.role is Role.DECODE:
-            self.estimates.observe_load(worker_id, load)
+        self.models.observe_load(worker_id, load)
 
     def _notify(self) -> None:
         self.changed.notify()

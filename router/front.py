@@ -144,8 +144,8 @@ class Front:
         return min(ready, key=lambda record: (record.role is not Role.PREFILL, record.worker_id), default=None)
 
     def is_serving(self) -> bool:
-        """At least one worker of each role can be asked now."""
-        return all(self.fleet.count_live().values())
+        """A request could be served now."""
+        return self.dispatcher.can_serve()
 
 
 def longest_request(config: RouterConfig, facts: ModelFacts, fleet: Fleet) -> int:

@@ -11,8 +11,8 @@ from core.alarm import Alarm
 from core.ids import RequestId, TransferId, WorkerId, transfer_id
 from core.request import GenerateRequest
 from router.admission.claims import Claim
-from router.policy import Decision
 from router.prompt_hashes import PromptHashes
+from router.routing.decision import Decision
 from router.service_terms import ServiceTerms
 from router.state import RequestMachine
 from router.stream import RequestStream
@@ -34,6 +34,10 @@ class ActiveRequest:
     on_concluded: Callable[[int], None] | None = None
     alarm: Alarm | None = None
     decision: Decision | None = None  # the last placement
+    placed: Decision | None = None  # the last one that was counted
+    queued_tokens: int = 0  # that waited then, as far as known, at the worker that was to compute the prompt
+    decode_decision: Decision | None = None  # the last choice of a decode worker alone
+    decided_at: float = 0.0
     work_id: TransferId = _NO_WORK
     workers: set[WorkerId] = field(default_factory=set)
 

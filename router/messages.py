@@ -318,6 +318,13 @@ class ReleaseWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class BlameWorker:
+    """It did not answer in time."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
 class ReturnToQueue:
     """Wait for another turn, in the old place of the queue. `retry_after_s` is the hint of whoever refused."""
 
@@ -353,6 +360,7 @@ Effect = (
     | SubmitPrefill
     | SubmitAlone
     | BindPrefill
+    | BlameWorker
     | AbortWork
     | ReleaseWorker
     | ReturnToQueue

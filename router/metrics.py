@@ -4,9 +4,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core.errors import RejectedError, ServingError
 from core.telemetry import LATENCY_BUCKETS_S
-from router.policy import Decision
+from router.explain.outcome import Verdict
+from router.routing.decision import Decision
 from router.stream import Completion
 
+DECISION_BUCKETS_S = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1)
+ERROR_BUCKETS_S = (-10.0, -1.0, -0.3, -0.1, -0.03, -0.01, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
@@ -47,7 +50,33 @@ class GatewayMetrics:
         self._kv_wire_bytes = Counter(
             "tandem_router_kv_wire_bytes", "What that was between the workers.", ["exact"], registry=registry
         )
-        self._decisions = Counter("tandem_router_decisions", "Placements.", ["reason"], registry=registry)
+        self._foreseen = Counter(
+            "tandem_gateway_foreseen_misses",
+            "Requests whose targets would be missed, as predicted at the door.",
+            ["reason", "refused"],
+            registry=registry,
+        )
+        self._decisions = Counter(
+            "tandem_router_decisions", "Placements.", ["reason", "mode", "mode_reason", "binding"], registry=registry
+        )
+        self._decision_s = Histogram(
+            "tandem_router_decision_seconds",
+            "What one placement took to decide.",
+            buckets=DECISION_BUCKETS_S,
+            registry=registry,
+        )
+        self._ttft_error = Histogram(
+            "tandem_router_ttft_error_seconds",
+            "Time to first token, observed less predicted.",
+            buckets=ERROR_BUCKETS_S,
+            registry=registry,
+        )
+        self._regret = Histogram(
+            "tandem_router_regret_seconds",
+            "What a placement turned out to cost, less what the best other one was predicted to.",
+            buckets=ERROR_BUCKETS_S,
+            registry=registry,
+        )
         self._refusals = Counter(
             "tandem_router_worker_refusals", "Work that a worker refused.", ["reason"], registry=registry
         )
@@ -62,14 +91,25 @@ class GatewayMetrics:
         """A request was refused before it entered."""
         self._rejected.labels(_reason_of(error)).inc()
 
+    def missed(self, error: RejectedError, *, is_enforced: bool) -> None:
+        """The door foresaw that a request would miss its targets."""
+        self._foreseen.labels(error.reason, "yes" if is_enforced else "no").inc()
+
     def decided(self, decision: Decision) -> None:
-        self._decisions.labels(decision.reason).inc()
+        """A placement was chosen."""
+        self._decisions.labels(decision.reason, decision.mode, decision.mode_reason, decision.binding).inc()
+        self._decision_s.observe(decision.decision_s)
 
     def refused(self, error: RejectedError) -> None:
         self._refusals.labels(error.reason).inc()
 
     def worker_lost(self) -> None:
         self._losses.inc()
+
+    def judged(self, verdict: Verdict) -> None:
+        """How right the decision behind a request was."""
+        self._ttft_error.observe(verdict.ttft_error_s)
+        self._regret.observe(verdict.regret_s)
 
     def finished(self, completion: Completion) -> None:
         timing = completion.timing

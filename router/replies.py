@@ -87,11 +87,11 @@ def _timing(completion: Completion) -> pb.Timing:
 
 
 def _placement(completion: Completion) -> pb.Placement:
-    landed = completion.landed
+    landed, placement = completion.landed, completion.placement
     return pb.Placement(
-        prefill_worker=completion.prefill_worker or "",
-        decode_worker=completion.decode_worker or "",
-        reason=completion.reason,
+        prefill_worker=placement.prefill_worker or "",
+        decode_worker=placement.decode_worker or "",
+        reason=placement.reason,
         attempts=completion.num_asked,
         kv_bytes=landed.kv_bytes if landed else 0,
         kv_tokens_sent=landed.kv_tokens_sent if landed else 0,
@@ -99,4 +99,10 @@ def _placement(completion: Completion) -> pb.Placement:
         kv_profile=landed.kv_profile if landed else "",
         kv_lossless=landed.kv_lossless if landed else True,
         kv_wire_bytes=landed.kv_wire_bytes if landed else 0,
+        mode=placement.mode,
+        mode_reason=placement.mode_reason,
+        binding=placement.binding or "",
+        predicted_ttft_s=placement.predicted_ttft_s,
+        predicted_tpot_s=placement.predicted_tpot_s,
+        staleness_s=placement.staleness_s,
     )

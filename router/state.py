@@ -97,7 +97,8 @@ class RequestMachine:
         if now >= patience.deadline_at:
             return self.handle(m.RequestFailed(DeadlineExceeded(f"deadline passed while {self.state}")), now)
         if patience.answer_due_at is not None and now >= patience.answer_due_at:
-            return self.handle(self._silence(), now)
+            silent, lost = self._silence()
+            return [m.BlameWorker(silent), *self.handle(lost, now)]
         if self.state is S.HOLDING and patience.hold_until is not None and now >= patience.hold_until:
             return self.handle(m.HoldExpired(), now)
         if patience.seek_at is not None and now >= patience.seek_at:
@@ -147,12 +148,13 @@ class RequestMachine:
         self._patience.check(self.state)
         assert self._num_losses <= self._max_losses or self.is_over
 
-    def _silence(self) -> m.Event:
-        """Return the loss of whoever should have answered by now."""
+    def _silence(self) -> tuple[WorkerId, m.Event]:
+        """Return who should have answered by now, and its loss."""
         is_decode = self.state in (S.RESERVING, S.BINDING, S.PLACING) or self.prefill is None
         silent = self.decode if is_decode else self.prefill
+        assert silent is not None, "somebody was asked"
         error = WorkerLost(f"{silent} neither accepted nor rejected within {self._patience.accept_timeout_s:g} s")
-        return m.DecodeLost(error) if is_decode else m.PrefillLost(error)
+        return silent, m.DecodeLost(error) if is_decode else m.PrefillLost(error)
 
     def _escalated(self, event: m.Event) -> m.Event:
         """A loss that would be retried becomes a failure when there were enough of them."""

@@ -23,9 +23,10 @@ def model_info(front: Front) -> pb.GetModelInfoResponse:
 def cluster_status(front: Front) -> admin_pb2.GetClusterStatusResponse:
     """Workers in order of role and name."""
     workers = []
-    views = {view.worker_id: view for view in front.fleet.views()}
     for record in sorted(front.fleet.records.values(), key=lambda one: (one.role, one.worker_id)):
-        view = views[record.worker_id]
+        row = front.fleet.table.row(record.worker_id)
+        assert row is not None, "every record has a row"
+        load = row.load
         workers.append(
             admin_pb2.WorkerStatus(
                 worker_id=record.worker_id,
@@ -35,13 +36,13 @@ def cluster_status(front: Front) -> admin_pb2.GetClusterStatusResponse:
                 detail=record.detail,
                 address=record.address,
                 pid=record.pid,
-                num_running=view.load.num_running,
-                num_waiting=view.load.num_waiting,
-                queued_prefill_tokens=view.load.queued_prefill_tokens,
-                free_blocks=view.load.free_blocks,
-                total_blocks=view.load.total_blocks,
-                cached_blocks=view.load.cached_blocks,
-                connected=view.connected_epoch == record.epoch,
+                num_running=load.num_running,
+                num_waiting=load.num_waiting,
+                queued_prefill_tokens=load.queued_prefill_tokens,
+                free_blocks=load.free_blocks,
+                total_blocks=load.total_blocks,
+                cached_blocks=load.cached_blocks,
+                connected=row.connected_epoch == record.epoch,
                 in_flight=front.dispatcher.num_on_worker(record.worker_id),
                 metrics_port=record.metrics_port,
             )

@@ -7,7 +7,23 @@ from core.errors import ServingError
 from core.ids import RequestId, WorkerId
 from core.request import Finish, TokenOutput
 from router.messages import KvLanded
+from router.routing.modes import Binding, Mode, ModeReason
 from router.timeline import TimingSplit
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Who served a request, in which way, and what the decision behind it expected. `binding`: of a remote prefill."""
+
+    prefill_worker: WorkerId | None
+    decode_worker: WorkerId | None
+    reason: str
+    mode: Mode
+    mode_reason: ModeReason
+    binding: Binding | None
+    predicted_ttft_s: float
+    predicted_tpot_s: float
+    staleness_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +36,7 @@ class Completion:
     cached_tokens: int
     timing: TimingSplit
     landed: KvLanded | None  # None: no KV crossed
-    prefill_worker: WorkerId | None
-    decode_worker: WorkerId | None
-    reason: str
+    placement: Placement
     num_asked: int
 
 

@@ -18,3 +18,18 @@ class AffinityConfig(ConfigModel):
 
     ttl_s: float = Field(600.0, gt=0, description="after the last request of the session")
     max_sessions: int = Field(100_000, ge=1, description="the least recently used is forgotten first")
+
+
+class ForwardingConfig(ConfigModel):
+    """What goes to workers, and to which of them."""
+
+    breaker: BreakerConfig = BreakerConfig()
+    affinity: AffinityConfig = AffinityConfig()
+    max_late_bound: int = Field(
+        64,
+        ge=0,
+        description="prompts computed at once that still lack a decode worker; more wait in the queue",
+    )
+    predicted_ttl_s: float = Field(
+        10.0, gt=0, description="a prompt that was sent counts so long as what the worker's prefix cache will hold"
+    )

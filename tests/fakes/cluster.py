@@ -130,6 +130,8 @@ async def fake_cluster(
         **config,
     }
     settings["mirror"] = {"poll_interval_s": 0.02, "forget_after_s": 0.1, **config.get("mirror", {})}
+    # Nobody works alone, and nobody is chosen late, unless a test is about that: most look at what both workers do.
+    settings["routing"] = {"modes": ["remote_prefill"], "late_binding": False, **config.get("routing", {})}
     settings["workers"] = {"reconnect_min_s": 0.01, "reconnect_max_s": 0.05, **config.get("workers", {})}
     store = MemoryStore()
     network = FakeNetwork(reply)

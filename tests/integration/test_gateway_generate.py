@@ -220,8 +220,8 @@ async def test_siblings_follow_the_prefix(checkpoint: Path) -> None:
             assert isinstance(submitted, worker_pb2.PrefillSubmit)
             assert submitted.cached_tokens == 28, "the prefill worker is told what it should have"
             assert got.started is not None
-            explained = cluster.gateway.dispatcher.placer.explain(RequestId(got.started.request_id))
-            assert [len(one.decision.candidates) for one in explained] == [4]
+            explained = cluster.gateway.dispatcher.placer.explanations.of(RequestId(got.started.request_id))
+            assert [len(one.decision.candidates()) for one in explained] == [4]
 
 
 async def test_the_terms_of_the_transfer_reach_the_prefill_worker(checkpoint: Path) -> None:

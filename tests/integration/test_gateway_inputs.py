@@ -195,7 +195,8 @@ async def test_limits_follow_the_configuration_and_the_workers(checkpoint: Path)
         assert await told(cluster) == MAX_MODEL_LEN
         cluster.decodes[0].max_model_len = 64
         await cluster.decodes[0].register()
-        await cluster.wait_fleet(lambda: min(view.max_model_len for view in cluster.gateway.fleet.views()) == 64)
+        records = cluster.gateway.fleet.records
+        await cluster.wait_fleet(lambda: min(record.max_model_len for record in records.values()) == 64)
         assert await told(cluster) == 64
         await fails(cluster.inference.Generate(text_request("x" * 64)), LONG)
 

@@ -1,4 +1,4 @@
-"""What a gateway keeps about workers between decisions: credit, estimates, records, prompt hashes; and streams."""
+"""What a gateway keeps about workers between decisions: records, prompt hashes; and streams."""
 
 import asyncio
 
@@ -10,65 +10,13 @@ from core.ids import Epoch, RequestId, WorkerId
 from core.membership import LoadReport, Role, WorkerRecord, WorkerState
 from core.request import Finish, FinishReason, TokenOutput
 from router.broadcast import Broadcast
-from router.config import RoutingConfig
-from router.cost import decode_step_s
-from router.credit import CreditLedger
-from router.estimates import Estimates
 from router.prompt_hashes import HashKey, PromptHashes
 from router.record_book import RecordBook
-from router.snapshot import NO_CREDIT, Credit
-from router.stream import Completion, RequestStream
+from router.routing.modes import Mode, ModeReason
+from router.stream import Completion, Placement, RequestStream
 from router.timeline import Timeline
 
 A, B = WorkerId("a"), WorkerId("b")
-
-
-def test_credit_counts_from_the_sending_to_the_first_report_after_the_acceptance() -> None:
-    ledger = CreditLedger()
-    ledger.add(A, "r1", prefill_tokens=10, context_tokens=30)
-    ledger.add(A, "r2", prefill_tokens=5, context_tokens=5)
-    assert ledger.of(A) == Credit(2, 15, 35)
-    ledger.accepted(A, "r1")
-    ledger.reported(A)
-    assert ledger.of(A) == Credit(1, 5, 5), "the report cannot include what was not accepted before it"
-    ledger.drop(A, "r2")
-    ledger.drop(A, "r2")
-    assert ledger.of(A) == NO_CREDIT == ledger.of(B)
-    ledger.accepted(B, "never sent")
-    ledger.reported(B)
-
-
-def test_credit_of_the_same_work_is_replaced() -> None:
-    ledger = CreditLedger()
-    ledger.add(A, "r", prefill_tokens=10, context_tokens=10)
-    ledger.add(A, "r", prefill_tokens=3, context_tokens=10)
-    assert ledger.of(A) == Credit(1, 3, 10)
-
-
-def test_decode_speed_is_learned_from_busy_workers_only() -> None:
-    config = RoutingConfig()
-    estimates = Estimates(config)
-    estimates.observe_load(A, LoadReport(num_running=0, decode_step_s=9.0))
-    assert estimates.decode_scale(A) == 1.0
-    busy = LoadReport(num_running=4, context_tokens=1000, decode_step_s=2 * decode_step_s(config, 4, 1000))
-    estimates.observe_load(A, busy)
-    assert estimates.decode_scale(A) == pytest.approx(2.0)
-    for _ in range(50):
-        estimates.observe_load(A, busy.model_copy(update={"decode_step_s": 4 * decode_step_s(config, 4, 1000)}))
-    assert estimates.decode_scale(A) == pytest.approx(4.0, rel=1e-3)
-    estimates.forget(A)
-    assert estimates.decode_scale(A) == 1.0
-
-
-def test_links_are_learned_per_pair_and_forgotten_with_either_end() -> None:
-    estimates = Estimates(RoutingConfig())
-    estimates.observe_transfer(A, B, 1_000_000, 0.5)
-    estimates.observe_transfer(A, B, 10, 0.5)
-    assert estimates.link_s_per_byte == {(A, B): pytest.approx(5e-7)}
-    estimates.observe_transfer(A, B, 1_000_000, 0.0)
-    assert estimates.link_s_per_byte[A, B] == pytest.approx(4e-7)
-    estimates.forget(B)
-    assert estimates.link_s_per_byte == {}
 
 
 def record(name: str = "a", epoch: int = 1, state: WorkerState = WorkerState.READY, running: int = 0) -> WorkerRecord:
@@ -136,9 +84,17 @@ def completion() -> Completion:
         cached_tokens=0,
         timing=Timeline(0.0).split(2, 1.0),
         landed=None,
-        prefill_worker=A,
-        decode_worker=None,
-        reason="",
+        placement=Placement(
+            prefill_worker=A,
+            decode_worker=None,
+            reason="",
+            mode=Mode.COLOCATED,
+            mode_reason=ModeReason.FIRST_TOKEN_IS_LAST,
+            binding=None,
+            predicted_ttft_s=0.1,
+            predicted_tpot_s=0.0,
+            staleness_s=0.0,
+        ),
         num_asked=1,
     )
 

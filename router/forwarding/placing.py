@@ -1,0 +1,120 @@
+"""Asks the policy on behalf of a request machine, and turns what it answers into the machine's event."""
+
+import random
+
+from core.clock import Clock
+from core.errors import PromptTooLong
+from core.ids import WorkerId
+from router import messages as m
+from router.config import RouterConfig
+from router.forwarding.affinity import SessionAffinity
+from router.in_flight import ActiveRequest
+from router.metrics import GatewayMetrics
+from router.routing.decision import Decision, NoCandidate, Obstacle
+from router.routing.modes import Binding, Mode
+from router.routing.placer import Placer
+from router.routing.query import NO_SESSION, Session
+
+
+class Placing:
+    """From questions of machines to events. The decision is left in the `ActiveRequest`."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        placer: Placer,
+        affinity: SessionAffinity,
+        clock: Clock,
+        rng: random.Random,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._config = config
+        self._placer = placer
+        self._affinity = affinity
+        self._clock = clock
+        self._rng = rng
+        self._metrics = metrics
+
+    def choose(
+        self,
+        active: ActiveRequest,
+        refused: frozenset[WorkerId],
+        reserved_decode: WorkerId | None = None,
+        *,
+        allow_late: bool = False,
+    ) -> m.Event:
+        """Choose workers, or only a prefill worker for the decode worker that has accepted."""
+        now = self._clock.now()
+        request, service = active.request, active.service
+        outcome = self._placer.place(
+            request,
+            active.hashes,
+            waited_s=now - active.claim.arrived_at,
+            slo=service.slo,
+            expected_output_tokens=active.claim.expected_output_tokens,
+            quality_floor=request.kv_quality_floor,
+            refused=refused,
+            reserved_decode=reserved_decode,
+            session=self._session(active, now),
+            allow_late=allow_late and not active.machine.is_too_long,
+        )
+        if isinstance(outcome, NoCandidate):
+            return self._nobody(active, outcome)
+        active.decision, active.decided_at = outcome, now
+        self._metrics.decided(outcome)
+        return m.PrefillChosen(_known(outcome.prefill)) if reserved_decode is not None else _event(outcome)
+
+    def choose_decode(self, active: ActiveRequest, effect: m.ChooseDecode) -> m.Event:
+        """Choose a decode worker for a prompt that is being computed."""
+        now = self._clock.now()
+        request, service = active.request, active.service
+        decision = active.decision
+        assert decision is not None, "somebody chose the prefill worker"
+        has_begun = active.machine.num_tokens > 0
+        remaining_s = 0.0 if has_begun else max(0.0, decision.winner.ready_in_s - (now - active.decided_at))
+        outcome = self._placer.place_decode(
+            request,
+            active.hashes,
+            prefill=effect.prefill,
+            remaining_prefill_s=remaining_s,
+            waited_s=now - active.claim.arrived_at,
+            slo=service.slo,
+            expected_output_tokens=active.claim.expected_output_tokens,
+            quality_floor=request.kv_quality_floor,
+            refused=effect.refused,
+            session=self._session(active, now),
+        )
+        if isinstance(outcome, NoCandidate):
+            longest_s = min(self._config.retry_max_s, self._config.retry_min_s * 2.0 ** min(effect.num_seeks, 32))
+            return m.DecodeUnavailable(longest_s * self._rng.uniform(0.5, 1.0))
+        active.decode_decision = outcome
+        self._metrics.decided(outcome)
+        return m.DecodeChosen(_known(outcome.decode))
+
+    def _session(self, active: ActiveRequest, now: float) -> Session:
+        session_id = active.service.session_id
+        binding = self._affinity.of(session_id, now) if session_id else None
+        return NO_SESSION if binding is None else Session(binding.prefill, binding.decode)
+
+    def _nobody(self, active: ActiveRequest, outcome: NoCandidate) -> m.Event:
+        if outcome.obstacle is Obstacle.TOO_LONG or active.machine.is_too_long:
+            request = active.request
+            total = request.num_prompt_tokens + request.sampling.max_tokens
+            problem = f"no {outcome.role} worker can hold a request of {total} tokens"
+            return m.RequestFailed(PromptTooLong("prompt", problem))
+        return m.NothingFits(f"{outcome.role}: {outcome.obstacle}")
+
+
+def _event(decision: Decision) -> m.Event:
+    if decision.mode is not Mode.REMOTE_PREFILL:
+        if decision.prefill is not None:
+            return m.PrefillAloneChosen(decision.prefill)
+        return m.DecodeAloneChosen(_known(decision.decode))
+    if decision.binding is Binding.LATE:
+        return m.LateChosen(_known(decision.prefill))
+    return m.PairChosen(_known(decision.prefill), _known(decision.decode))
+
+
+def _known(worker_id: WorkerId | None) -> WorkerId:
+    assert worker_id is not None, "the mode of the decision needs this worker"
+    return worker_id
