@@ -14,8 +14,8 @@ from core.blocks import HASH_BYTES
 from core.errors import ProtocolError
 from router.index import rewrites, table
 from router.index.holders import HolderSet, HolderSets, SetEdit, without
+from router.index.layout import ADOPTED, BARE, COUNT, FREED, NOBODY, NONE, REFS, UNLISTED, USED, new_table
 from router.index.prepare import prepare
-from router.index.table import ADOPTED, BARE, COUNT, FREED, NOBODY, NONE, REFS, UNLISTED, USED
 
 
 class Forest:
@@ -32,7 +32,7 @@ class Forest:
         prepare()
         self._max_set_bytes = max_set_bytes
         self._sets = HolderSets()
-        self._table = table.new_table(max_blocks)
+        self._table = new_table(max_blocks)
         self._scratch = np.empty(64, dtype=np.int32)  # nodes that a rewriting changed; runs of a match
         self._packed: tuple[Sequence[bytes], NDArray[np.uint64]] | None = None  # of the prompt before
 

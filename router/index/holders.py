@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from router.index.table import DEAD, DYING, LISTED, LOSS, NOBODY, OP, REFS, TARGET
+from router.index.layout import DEAD, DYING, LISTED, LOSS, NOBODY, OP, REFS, TARGET
 
 _ENTRY_BYTES = 480  # of a set with narrow masks: tuples, dictionary entry, list cells; measured
 _FIRST_CAPACITY = 64

@@ -41,9 +41,9 @@ from router.index.holders import (
     without,
 )
 from router.index.hot import HotPrefixes
+from router.index.layout import BLOCK_BYTES, NONE
 from router.index.match import PrefixMatch, Run
 from router.index.slots import WorkerSlots
-from router.index.table import BLOCK_BYTES, NONE
 from router.index.wheel import PredictionWheel
 
 TICK_S = 1.0

@@ -10,7 +10,8 @@ over any number of blocks.
 
 from typing import Any
 
-from router.index.table import BARE, FREED, LOSS, NOBODY, NONE, OP, TARGET, compiled, release, set_holders
+from router.index.layout import BARE, FREED, LOSS, NOBODY, NONE, OP, TARGET, compiled
+from router.index.table import release, set_holders
 
 
 @compiled
