@@ -86,6 +86,10 @@ class Pair:
         """Have the decode worker accept, then name it to the prefill worker."""
         await self.submit_decode(request)
         await self.to_decode.answer("accepted", request.request_id)
+        await self.say_bind(request)
+
+    async def say_bind(self, request: GenerateRequest) -> None:
+        """Name the decode worker, which has accepted, to the prefill worker."""
         bind = worker_pb2.PrefillBind(
             request_id=request.request_id,
             decode_worker_id=D,
