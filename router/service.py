@@ -11,7 +11,7 @@ import random
 
 from core.clock import Clock
 from core.errors import Aborted, ConfigError
-from core.ids import new_gateway_id
+from core.ids import Epoch, WorkerId, new_gateway_id
 from core.store import Store
 from core.telemetry import MetricsServer
 from router.cluster_link import ClusterLink
@@ -22,6 +22,8 @@ from router.front import Front, longest_request
 from router.intake import Intake
 from router.metrics import GatewayMetrics
 from router.quotas.service import Quotas
+from router.replicas.gateway_state import GatewayState
+from router.replicas.service import Replicas
 from router.rpc import GatewayServer
 from router.tokenizer import GatewayTokenizer, read_model_facts
 
@@ -48,6 +50,16 @@ class Gateway:
         self._link = ClusterLink(config, cluster, self._gateway_id, store, clock, self._rng)
         self._fleet = self._link.fleet
         self._dispatcher = Dispatcher(config, self._fleet, clock, self._rng, self._metrics)
+        shared = GatewayState(
+            self._fleet.credit,
+            self._fleet.table,
+            self._dispatcher.affinity,
+            self._dispatcher.breakers,
+            clock,
+            epoch_of=self._epoch_of,
+        )
+        self._replicas = Replicas(store, cluster, self._gateway_id, clock, config.sharing, shared)
+        shared.tell(self._replicas)
         self._quotas = Quotas(
             store,
             cluster,
@@ -55,7 +67,7 @@ class Gateway:
             clock,
             config.quotas,
             tenant_config=config.tenant,
-            num_replicas=lambda: 1,
+            num_replicas=lambda: self._replicas.num_replicas,
         )
         self._intake: Intake | None = None
         self._front: Front | None = None
@@ -87,6 +99,14 @@ class Gateway:
     @property
     def dispatcher(self) -> Dispatcher:
         return self._dispatcher
+
+    @property
+    def replicas(self) -> Replicas:
+        return self._replicas
+
+    @property
+    def quotas(self) -> Quotas:
+        return self._quotas
 
     async def start(self) -> str:
         """Bind and begin to serve. Returns host:port.
@@ -132,6 +152,7 @@ class Gateway:
         await server.start(front)
         self._tasks = [
             asyncio.create_task(self._link.run(self._dispatcher), name="cluster link"),
+            asyncio.create_task(self._replicas.run(), name="replicas"),
             asyncio.create_task(self._quotas.run(), name="quotas"),
             asyncio.create_task(self._observe(front, server), name="gateway observer"),
         ]
@@ -167,6 +188,7 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._replicas.leave()
         await self._quotas.close()
         if self._intake is not None:
             self._intake.close()
@@ -184,3 +206,7 @@ class Gateway:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_OBSERVE_S):
                     await news.wait()
+
+    def _epoch_of(self, worker_id: WorkerId) -> Epoch | None:
+        record = self._fleet.records.get(worker_id)
+        return None if record is None else record.epoch
