@@ -54,6 +54,12 @@ class LoadReport(BaseModel):
     prefill_tokens_per_s: float = Field(0.0, ge=0, description="recent rate; 0 when nothing was measured yet")
     decode_step_s: float = Field(0.0, ge=0, description="recent seconds per decode step; 0 when not measured yet")
 
+    def with_rates_of(self, other: "LoadReport") -> "LoadReport":
+        """Return these counts with the measured rates of another report."""
+        return self.model_copy(
+            update={"prefill_tokens_per_s": other.prefill_tokens_per_s, "decode_step_s": other.decode_step_s}
+        )
+
 
 class WorkerRecord(BaseModel):
     """One incarnation of a worker."""

@@ -28,7 +28,7 @@ from kv_transfer.ports import LandedStats
 from kv_transfer.receiver.receiver import KvReceiver
 from kv_transfer.session import NackReason
 from workers.desk import RequestDesk, Stream
-from workers.messages import EngineFailed, Scheduled, TransferFailed, news_of
+from workers.messages import EngineFailed, TransferFailed
 from workers.profiles import get_ready, profiles_for
 from workers.service import Opening
 
@@ -146,15 +146,7 @@ class DecodeDesk:
     # The engine's news
 
     def on_step(self, result: StepResult) -> None:
-        now = self._around.clock.now()
-        for admission in result.stats.admitted:
-            machine = self.requests.get(admission.request_id)
-            if machine is not None:
-                self.requests.feed(machine, Scheduled(admission.cached_tokens), now - result.step_s)
-        for output in result.outputs:
-            machine = self.requests.get(output.request_id)
-            if machine is not None:
-                self.requests.feed(machine, news_of(output), now)
+        self.requests.feed_step(result)
         self._engine_load = result.load
         self._metrics.note_step(result)
         self.requests.end_turn()
@@ -191,8 +183,7 @@ class DecodeDesk:
             match done.exception():
                 case None:
                     answer, load = done.result()
-                    rates = self._engine_load.model_dump(include={"prefill_tokens_per_s", "decode_step_s"})
-                    self._engine_load = load.model_copy(update=rates)
+                    self._engine_load = load.with_rates_of(self._engine_load)
                     self.requests.take(machine, answer)
                 case ServingError() as error:
                     self.requests.take(machine, m.EngineRefused(error))

@@ -32,7 +32,7 @@ from prefill_workers.kv_feed import KvFeed
 from prefill_workers.metrics import PrefillMetrics
 from prefill_workers.state import PrefillRequest, PrefillState
 from workers.desk import RequestDesk, Stream
-from workers.messages import EngineFailed, Scheduled, TransferFailed, news_of
+from workers.messages import EngineFailed, TransferFailed
 from workers.profiles import get_ready, profiles_for, without_scores
 from workers.service import Opening
 
@@ -164,18 +164,10 @@ class PrefillDesk:
     # The engine's news
 
     def on_step(self, result: StepResult) -> None:
-        now, requests = self._around.clock.now(), self.requests
-        for admission in result.stats.admitted:
-            machine = requests.get(admission.request_id)
-            if machine is not None:
-                requests.feed(machine, Scheduled(admission.cached_tokens), now - result.step_s)
-        for output in result.outputs:
-            machine = requests.get(output.request_id)
-            if machine is not None:
-                requests.feed(machine, news_of(output), now)
+        self.requests.feed_step(result)
         self._engine_load = result.load
         self._metrics.note_step(result)
-        requests.end_turn()
+        self.requests.end_turn()
 
     # Inside
 
@@ -225,8 +217,7 @@ class PrefillDesk:
             self._unqueued.discard(machine)
             match done.exception():
                 case None:
-                    rates = self._engine_load.model_dump(include={"prefill_tokens_per_s", "decode_step_s"})
-                    self._engine_load = done.result().model_copy(update=rates)
+                    self._engine_load = done.result().with_rates_of(self._engine_load)
                     self.requests.end_turn()
                 case ServingError() as error:
                     self.requests.take(machine, EngineFailed(error))

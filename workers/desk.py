@@ -25,7 +25,7 @@ from core.streams import Outbox
 from core.task_set import TaskSet
 from core.worker_life import WorkerLife
 from engine.engine import Engine
-from engine.loop import EngineLoop, Failure
+from engine.loop import EngineLoop, Failure, StepResult
 from workers import messages as m
 from workers.metrics import WorkerMetrics
 
@@ -177,6 +177,18 @@ class RequestDesk(Generic[M, E, F]):
         if machine.is_closed:
             self._table.remove(machine)
             self._around.metrics.note_end(machine.ended_by)
+
+    def feed_step(self, result: StepResult) -> None:
+        """What a step of the engine says of requests that are here still."""
+        now = self._around.clock.now()
+        for admission in result.stats.admitted:
+            machine = self._table.get(admission.request_id)
+            if machine is not None:
+                self.feed(machine, m.Scheduled(admission.cached_tokens), now - result.step_s)
+        for output in result.outputs:
+            machine = self._table.get(output.request_id)
+            if machine is not None:
+                self.feed(machine, m.news_of(output), now)
 
     def end_turn(self) -> None:
         self._around.streams.flush()
