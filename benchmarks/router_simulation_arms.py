@@ -3,23 +3,35 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from core.service_class import ServiceClass, Slo
+from router.admission.config import AdmissionConfig, ClassConfig, DoorMode
 from router.routing.config import LinkPriors, PolicyName, RoutingConfig, Term
+from router.routing.modes import Mode
 from simulator.answers import WorkerTerms
 from simulator.cluster import Scenario, router_config
 from simulator.comparison import Arm, serving_values
 from simulator.goodput import Targets
 from simulator.machines import MACHINES, Machine
 from simulator.outcomes import Run
-from simulator.traffic import Workload
+from simulator.traffic import ClassShare, Workload
 
 PUBLISHED_ORDER: tuple[PolicyName, ...] = ("random", "round_robin", "least_loaded", "cache_aware_local", "cost")
 STALE_LOADS = (0.7, 0.8, 0.9, 1.0, 1.1)
 
+INTERACTIVE = ClassShare(ServiceClass.INTERACTIVE, 1.0, Slo(ttft_s=30.0, tpot_s=0.1))  # Mooncake's thresholds
+OPEN_DOOR = AdmissionConfig(
+    interactive=ClassConfig(door=DoorMode.OFF),
+    deadline=ClassConfig(door=DoorMode.OFF),
+    batch=ClassConfig(door=DoorMode.OFF),
+)
+
+_UNBOUNDED = 10**9
 _SEVENTY = MACHINES["llama70b-a800x8"]
 _THIRTEEN = MACHINES["opt13b-a100-tp2"]
 _CODE_TARGETS = Targets(ttft_s=1.0, tpot_s=0.1, tbt_s=0.1, max_gap_s=1.0)
-_STALE_WORKERS = WorkerTerms(max_queued_tokens=10**9, heartbeat_s=1.0, reports_changes=False, honours_bounds=False)
+_STALE_WORKERS = WorkerTerms(max_queued_tokens=_UNBOUNDED, heartbeat_s=1.0, reports_changes=False, honours_bounds=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +44,29 @@ class Question:
     arms: tuple[Arm, ...]
 
 
-def routing(machine: Machine, policy: PolicyName = "cost", **changes: object) -> RoutingConfig:
+def routing(machine: Machine, policy: PolicyName = "cost", **changes: Any) -> RoutingConfig:
     """A routing configuration as an operator of such machines has it: the links are known, the speeds are learned."""
     links = LinkPriors(same_zone_bytes_per_s=machine.link.bytes_per_s, same_zone_rtt_s=machine.link.message_s)
-    return RoutingConfig(policy=policy, links=links, **changes)  # type: ignore[arg-type]
+    return RoutingConfig(policy=policy, links=links, **changes)
 
 
-def scenario(machine: Machine, policy: PolicyName = "cost", **changes: object) -> Scenario:
-    """Eight prefill and eight decode workers."""
-    return Scenario(config=router_config(routing(machine, policy, **changes)), machine=machine)
+def scenario(machine: Machine, policy: PolicyName = "cost", **changes: Any) -> Scenario:
+    """Eight prefill and eight decode workers; the door is open, and the workers' queues are as long as they get.
+
+    Every request goes from a prefill to a decode worker, unless `modes` says otherwise: the other policies know nothing
+    else, and the use of decode workers for prompts is another question than the choice among prefill workers.
+    """
+    chosen = {"modes": (Mode.REMOTE_PREFILL,), **changes}
+    config = router_config(routing(machine, policy, **chosen), admission=OPEN_DOOR)
+    return Scenario(config=config, machine=machine, terms=WorkerTerms(max_queued_tokens=_UNBOUNDED))
 
 
 def policies(conversation: Path, max_requests: int | None, speed: float) -> Question:
-    """Mean TTFT of the published policies and of the one cost (Mooncake, FAST'25, figure of its scheduling ablation)."""
-    arms = tuple(Arm("ours" if name == "cost" else name, scenario(_SEVENTY, name)) for name in PUBLISHED_ORDER)
+    """Mean TTFT of the published policies and of the one cost (as in Mooncake, FAST'25)."""
+    arms = [Arm("ours" if name == "cost" else name, scenario(_SEVENTY, name)) for name in PUBLISHED_ORDER]
+    arms.append(Arm("ours, all modes", scenario(_SEVENTY, modes=tuple(Mode))))
     title = f"8+8 workers {_SEVENTY.name}, conversation trace at {speed:g}x"
-    return Question("policies", title, Workload(conversation, max_requests, speed=speed), arms)
+    return Question("policies", title, _replay(conversation, max_requests, speed), tuple(arms))
 
 
 def ablations(conversation: Path, max_requests: int | None, speed: float) -> Question:
@@ -55,7 +74,11 @@ def ablations(conversation: Path, max_requests: int | None, speed: float) -> Que
     arms = [Arm("ours", scenario(_SEVENTY))]
     arms += [Arm(f"without {term}", scenario(_SEVENTY, ignored_terms=frozenset({term}))) for term in Term]
     title = f"each term of the cost left out, conversation trace at {speed:g}x"
-    return Question("ablations", title, Workload(conversation, max_requests, speed=speed), tuple(arms))
+    return Question("ablations", title, _replay(conversation, max_requests, speed), tuple(arms))
+
+
+def _replay(conversation: Path, max_requests: int | None, speed: float) -> Workload:
+    return Workload(conversation, max_requests, speed=speed, classes=(INTERACTIVE,))
 
 
 def stale_reports(code: Path, max_requests: int | None) -> list[Question]:
@@ -63,7 +86,7 @@ def stale_reports(code: Path, max_requests: int | None) -> list[Question]:
     rate_at_full_load = _capacity_per_s(code, max_requests, _THIRTEEN, num_workers=8)
     asks = replace(scenario(_THIRTEEN, "least_loaded"), terms=WorkerTerms(max_queued_tokens=4096))
     arms = (
-        Arm("random", replace(scenario(_THIRTEEN, "random"), terms=_STALE_WORKERS)),
+        Arm("random", scenario(_THIRTEEN, "random")),
         Arm(
             "reports every 1 s",
             replace(scenario(_THIRTEEN, "least_loaded", ignored_terms=frozenset({Term.CREDIT})), terms=_STALE_WORKERS),
@@ -74,7 +97,7 @@ def stale_reports(code: Path, max_requests: int | None) -> list[Question]:
             "oracle: no delay",
             replace(
                 scenario(_THIRTEEN, "least_loaded"),
-                terms=WorkerTerms(max_queued_tokens=10**9, report_interval_s=1e-6),
+                terms=WorkerTerms(max_queued_tokens=_UNBOUNDED, report_interval_s=1e-6),
                 wire_delay_s=1e-6,
             ),
         ),
@@ -92,12 +115,13 @@ def stale_reports(code: Path, max_requests: int | None) -> list[Question]:
 
 def replicas(conversation: Path, max_requests: int | None, speed: float) -> Question:
     """Three gateways that share the traffic, and one that has it all."""
-    arms = tuple(
-        Arm(f"{count} gateway{'s' if count > 1 else ''}", replace(scenario(_SEVENTY), num_gateways=count))
-        for count in (1, 3)
+    arms = (
+        Arm("1 gateway", scenario(_SEVENTY)),
+        Arm("3 gateways", replace(scenario(_SEVENTY), num_gateways=3)),
+        Arm("3 that tell nothing", replace(scenario(_SEVENTY), num_gateways=3, shares_news=False)),
     )
     title = f"gateways, conversation trace at {speed:g}x"
-    return Question("replicas", title, Workload(conversation, max_requests, speed=speed), arms)
+    return Question("replicas", title, _replay(conversation, max_requests, speed), arms)
 
 
 def stale_values(run: Run) -> Mapping[str, float]:

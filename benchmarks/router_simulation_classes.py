@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.router_simulation_arms import Question, routing
 from core.service_class import ServiceClass, Slo
@@ -31,7 +32,7 @@ CLASSES = (
 _SEVENTY = MACHINES["llama70b-a800x8"]
 _TPOT_S = 0.030
 _TARGETS = Targets(ttft_s=30.0, tpot_s=_TPOT_S, tbt_s=1.2 * _TPOT_S, max_gap_s=1.0)
-_LAGS = range(0, 16)
+_LAGS = range(16)
 
 
 def oscillation(conversation: Path, max_requests: int | None) -> Question:
@@ -41,7 +42,7 @@ def oscillation(conversation: Path, max_requests: int | None) -> Question:
         conversation, max_requests, speed=3.0, classes=(ClassShare(ServiceClass.INTERACTIVE, 1.0, slo),)
     )
 
-    def arm(name: str, door: DoorMode, **changes: object) -> Arm:
+    def arm(name: str, door: DoorMode, **changes: Any) -> Arm:
         admission = AdmissionConfig(interactive=ClassConfig(door=door))
         config = router_config(routing(_SEVENTY, **changes), admission=admission)
         return Arm(name, Scenario(config=config, machine=_SEVENTY, num_prefill=12, num_decode=4))

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import RejectedError, ServingError
-from core.ids import Epoch, RequestId, WorkerId
+from core.ids import Epoch, GatewayId, RequestId, WorkerId
+from core.kv_events import KvEventBatch
 from core.membership import Role, WorkerRecord, WorkerState
 from core.request import GenerateRequest, SamplingParams
-from router.config import RouterConfig, RoutingConfig
+from core.store_memory import MemoryStore
+from router.config import RouterConfig
 from router.prompt_hashes import HashKey, PromptHashes
+from router.routing.config import RoutingConfig
 from router.service_terms import ServiceWish, service_terms
 from router.stream import Completion
 from simulator.answers import WorkerTerms
@@ -39,6 +42,7 @@ class Scenario:
     """What is simulated, but for the traffic.
 
     Attributes:
+        shares_news: several gateways tell each other what they sent where, through a store.
         wire_delay_s: one way between gateway and worker.
         kv_event_delay_s: from a change of a worker's cache to a gateway's index.
         max_model_len: longest prompt and output together.
@@ -50,6 +54,7 @@ class Scenario:
     machine: Machine = MACHINES["llama70b-a800x8"]
     terms: WorkerTerms = _TERMS
     num_gateways: int = 1
+    shares_news: bool = True
     wire_delay_s: float = 0.0005
     kv_event_delay_s: float = 0.05
     block_tokens: int = MOONCAKE_BLOCK_TOKENS
@@ -82,7 +87,8 @@ class _Cluster:
         loop = virtual_loop()
         scenario = self._scenario
         self._workers = {worker.worker_id: worker for worker in self._make_workers(loop)}
-        for _ in range(scenario.num_gateways):
+        store = MemoryStore(loop) if scenario.shares_news and scenario.num_gateways > 1 else None
+        for number in range(scenario.num_gateways):
             gateway = SimulatedGateway(
                 loop,
                 scenario.config,
@@ -90,6 +96,8 @@ class _Cluster:
                 random.Random(self._rng.random()),
                 wire_delay_s=scenario.wire_delay_s,
                 kv_event_delay_s=scenario.kv_event_delay_s,
+                name=GatewayId(f"gateway-{number}"),
+                store=store,
             )
             gateway.open()
             self._gateways.append(gateway)
@@ -101,10 +109,10 @@ class _Cluster:
                 await asyncio.sleep(max(0.0, request.arrival_s - loop.now()))
                 gateway = self._rng.choice(self._gateways)
                 clients.create_task(self._client(gateway, request))
+        virtual_s = loop.now()
         sampler.cancel()
         for gateway in self._gateways:
-            gateway.close()
-        virtual_s = loop.now()
+            await gateway.close()
         busy = {
             worker_id: (worker.engine.prefill_s + worker.engine.decode_s) / virtual_s if virtual_s else 0.0
             for worker_id, worker in self._workers.items()
@@ -144,9 +152,9 @@ class _Cluster:
                 )
         return made
 
-    def _on_cache(self, worker_id: WorkerId, stored: tuple[bytes, ...], removed: tuple[bytes, ...]) -> None:
+    def _on_cache(self, batch: KvEventBatch) -> None:
         for gateway in self._gateways:
-            gateway.tell_cache(worker_id, stored, removed)
+            gateway.tell_cache(batch)
 
     async def _client(self, gateway: SimulatedGateway, request: SimulatedRequest) -> None:
         loop = virtual_loop()
@@ -188,8 +196,7 @@ class _Cluster:
                 num_tokens=num_tokens,
                 cached_tokens=completion.cached_tokens if completion is not None else 0,
                 gaps=self._gaps.pop(request.request_id, ()),
-                prefill_worker=completion.prefill_worker if completion is not None else None,
-                decode_worker=completion.decode_worker if completion is not None else None,
+                placement=completion.placement if completion is not None else None,
                 num_asked=completion.num_asked if completion is not None else 0,
             )
         )

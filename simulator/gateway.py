@@ -1,21 +1,30 @@
 """One real gateway without its sockets: the dispatcher and the fleet of `router`, led to simulated workers."""
 
+import asyncio
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from core.errors import Aborted
-from core.ids import Epoch, TransferId, WorkerId
+from core.ids import Epoch, GatewayId, TransferId, WorkerId
+from core.kv_events import KvEventBatch
 from core.membership import LoadReport, WorkerRecord
+from core.store import Store
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.index.kv_feed import KvFeed
 from router.metrics import GatewayMetrics
+from router.replicas.config import SharingConfig
+from router.replicas.gateway_state import GatewayState
+from router.replicas.service import Replicas
 from simulator.virtual_time import VirtualLoop
 from simulator.wire import Wire
 from simulator.worker import Say, SimulatedWorker
+
+_CLUSTER = "simulated"
 
 
 @dataclass(slots=True)
@@ -78,7 +87,11 @@ def _tell(fleet: Fleet, worker_id: WorkerId, what: Say) -> None:
 
 
 class SimulatedGateway:
-    """One gateway process."""
+    """One gateway process.
+
+    Args:
+        store: through which it and others share what they know; None: it is alone, or keeps what it knows for itself.
+    """
 
     def __init__(
         self,
@@ -89,31 +102,50 @@ class SimulatedGateway:
         *,
         wire_delay_s: float,
         kv_event_delay_s: float,
+        name: GatewayId,
+        store: Store | None,
     ) -> None:
         self.doors = SimulatedDoors(loop, workers, wire_delay_s)
-        self.fleet = Fleet(config.routing, self.doors)
+        self.fleet = Fleet(config.routing, self.doors, loop)
         self.fleet.follow(SimulatedRecords({worker_id: worker.record for worker_id, worker in workers.items()}))
         self.dispatcher = Dispatcher(config, self.fleet, loop, rng, GatewayMetrics())
         self.fleet.listen(self.dispatcher)
-        self._cache_wire: Wire[tuple[WorkerId, tuple[bytes, ...], tuple[bytes, ...]]] = Wire(
-            loop, kv_event_delay_s, self._hear_of_cache
+        self._feeds = {
+            worker_id: KvFeed(worker_id, worker.record.epoch, self.fleet.index) for worker_id, worker in workers.items()
+        }
+        self._cache_wire: Wire[KvEventBatch] = Wire(
+            loop, kv_event_delay_s, lambda batch: self._feeds[batch.worker_id].apply(batch)
         )
 
+        self._sharing: asyncio.Task[None] | None = None
+        self._replicas: Replicas | None = None
+        if store is not None:
+            records = self.fleet.records
+            state = GatewayState(
+                self.fleet.credit,
+                self.fleet.table,
+                self.dispatcher.affinity,
+                self.dispatcher.breakers,
+                loop,
+                epoch_of=lambda worker_id: records[worker_id].epoch if worker_id in records else None,
+            )
+            self._replicas = Replicas(store, _CLUSTER, name, loop, SharingConfig(), state)
+            state.tell(self._replicas)
+
     def open(self) -> None:
-        """Connect to the workers."""
+        """Connect to the workers, and to the other gateways."""
         self.fleet.records_changed()
         self.doors.open(self.fleet)
+        if self._replicas is not None:
+            self._sharing = asyncio.create_task(self._replicas.run(), name="replicas")
 
-    def tell_cache(self, worker_id: WorkerId, stored: tuple[bytes, ...], removed: tuple[bytes, ...]) -> None:
+    def tell_cache(self, batch: KvEventBatch) -> None:
         """A worker's cache changed; the gateway hears of it later."""
-        self._cache_wire.send((worker_id, stored, removed))
+        self._cache_wire.send(batch)
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """End what is in flight, and the sharing."""
         self.dispatcher.close(Aborted("the simulation ends"))
-
-    def _hear_of_cache(self, news: tuple[WorkerId, tuple[bytes, ...], tuple[bytes, ...]]) -> None:
-        worker_id, stored, removed = news
-        if stored:
-            self.fleet.index.store(worker_id, stored)
-        if removed:
-            self.fleet.index.remove(worker_id, removed)
+        if self._sharing is not None:
+            self._sharing.cancel()
+            await asyncio.gather(self._sharing, return_exceptions=True)

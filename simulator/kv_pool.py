@@ -21,14 +21,15 @@ class KvPool:
     """Blocks of one worker.
 
     Args:
-        on_stored, on_removed: told of what the cache gained and lost, in order.
+        on_stored: told of (block before the first, blocks) that the cache gained.
+        on_removed: told of blocks that it lost.
     """
 
     def __init__(
         self,
         total_blocks: int,
         *,
-        on_stored: Callable[[tuple[bytes, ...]], None],
+        on_stored: Callable[[bytes, tuple[bytes, ...]], None],
         on_removed: Callable[[tuple[bytes, ...]], None],
     ) -> None:
         self.total_blocks = total_blocks
@@ -88,14 +89,17 @@ class KvPool:
 
     def commit(self, lease: KvLease) -> None:
         """The prompt's full blocks are computed: the cache owns them now, pinned by the lease."""
-        fresh = []
+        fresh: list[bytes] = []
+        parent = b""
         while lease.num_private > 0 and lease.num_pinned < len(lease.hashes):
             block = lease.hashes[lease.num_pinned]
             if block not in self._pins and block not in self._idle:
+                if not fresh and lease.num_pinned:
+                    parent = lease.hashes[lease.num_pinned - 1]
                 fresh.append(block)
             self._pin_next(lease)  # if a sibling was first, this copy is dropped
         if fresh:
-            self._on_stored(tuple(fresh))
+            self._on_stored(parent, tuple(fresh))
         self._evict()
 
     def release(self, lease: KvLease) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from core.ids import WorkerId
 from core.service_class import NO_SLO, ServiceClass, Slo
+from router.stream import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,7 @@ class Outcome:
     num_tokens: int = 0
     cached_tokens: int = 0
     gaps: tuple[tuple[float, int], ...] = ()
-    mode: str = ""
-    prefill_worker: WorkerId | None = None
-    decode_worker: WorkerId | None = None
+    placement: Placement | None = None
     num_asked: int = 0
 
     @property

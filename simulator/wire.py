@@ -13,7 +13,7 @@ T = TypeVar("T")
 class Wire(Generic[T]):
     """One direction between two parties: everything arrives `delay_s` after it was sent, in order."""
 
-    def __init__(self, loop: VirtualLoop, delay_s: float, deliver: Callable[[T], None]) -> None:
+    def __init__(self, loop: VirtualLoop, delay_s: float, deliver: Callable[[T], object]) -> None:
         self._loop = loop
         self._delay_s = delay_s
         self._deliver = deliver

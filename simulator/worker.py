@@ -16,6 +16,7 @@ from core.alarm import Pacer
 from core.blocks import num_blocks
 from core.errors import WorkerLost
 from core.ids import TransferId, WorkerId
+from core.kv_events import BlocksRemoved, BlocksStored, KvEvent, KvEventBatch
 from core.membership import LoadReport, WorkerRecord
 from core.request import Finish, FinishReason, GenerateRequest, TokenOutput
 from router import messages as m
@@ -65,7 +66,7 @@ class SimulatedWorker:
     Args:
         output_tokens: how many tokens the model will produce for a request: the truth that nobody else knows.
         on_gaps: told of a request's gaps between tokens, from its first token on, when it ends here.
-        on_cache: told of (stored, removed) blocks of the prefix cache.
+        on_cache: told what the prefix cache gained and lost.
     """
 
     def __init__(
@@ -77,14 +78,14 @@ class SimulatedWorker:
         *,
         output_tokens: Callable[[str], int],
         on_gaps: Callable[[str, Gaps], None],
-        on_cache: Callable[[WorkerId, tuple[bytes, ...], tuple[bytes, ...]], None],
+        on_cache: Callable[[KvEventBatch], None],
     ) -> None:
         self.record = record
         self.machine = machine
         self.pool = KvPool(
             machine.kv_tokens // record.block_size,
-            on_stored=lambda stored: on_cache(record.worker_id, stored, ()),
-            on_removed=lambda removed: on_cache(record.worker_id, (), removed),
+            on_stored=lambda parent, stored: self._tell_cache(BlocksStored(parent, stored)),
+            on_removed=lambda removed: self._tell_cache(BlocksRemoved(removed)),
         )
         self.engine = Engine(
             loop,
@@ -98,6 +99,8 @@ class SimulatedWorker:
         self._terms = terms
         self._output_tokens = output_tokens
         self._on_gaps = on_gaps
+        self._on_cache = on_cache
+        self._num_batches = 0
         self._link = KvLink(machine.link)
         self._works: dict[str, _Work] = {}
         self._reserved_tokens: dict[str, int] = {}  # prompts of works whose KV has not landed
@@ -345,6 +348,10 @@ class SimulatedWorker:
         load = self._load()
         for listener in self._listeners:
             listener.send(load)
+
+    def _tell_cache(self, event: KvEvent) -> None:
+        self._num_batches += 1
+        self._on_cache(KvEventBatch(self.worker_id, self.record.epoch, self._num_batches, (event,)))
 
     def _changed(self) -> None:
         if self._terms.reports_changes:

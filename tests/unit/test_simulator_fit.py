@@ -5,7 +5,7 @@ import random
 import pytest
 
 from simulator.fit import fit_decode, fit_prefill, relative_error
-from simulator.latency import PrefillLatency, StepLatency
+from simulator.latency import PrefillLatency
 
 _PREFILL = PrefillLatency(0.02, 1e-4, 2e-9)
 _STEPS = [(tokens, before) for tokens in (16, 128, 512, 2048, 8192) for before in (0, 1024, 8192)]
@@ -29,4 +29,5 @@ def test_noisy_steps_give_nearly_the_model() -> None:
 def test_no_coefficient_is_negative() -> None:
     steps = [(batch, context, 0.01 + 1e-3 * batch - 1e-8 * context) for batch in (1, 8, 64) for context in (10, 10_000)]
     fitted = fit_decode(steps)
-    assert fitted == StepLatency(pytest.approx(0.01, rel=0.1), pytest.approx(1e-3, rel=0.1), 0.0)
+    assert fitted.per_context_token_s == 0.0
+    assert (fitted.base_s, fitted.per_request_s) == pytest.approx((0.01, 1e-3), rel=0.1)

@@ -20,7 +20,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = KvPool(24, on_stored=self.stored, on_removed=self.removed)
         self.leases: list[KvLease] = []
 
-    def stored(self, blocks: tuple[bytes, ...]) -> None:
+    def stored(self, parent: bytes, blocks: tuple[bytes, ...]) -> None:
+        depths = [int(block.decode().split("/")[1]) for block in blocks]
+        assert depths == list(range(depths[0], depths[0] + len(depths)))
+        assert (parent in self.cached) if depths[0] else parent == b""
         assert not self.cached & set(blocks)
         self.cached |= set(blocks)
 
@@ -71,7 +74,7 @@ TestPool = PoolMachine.TestCase
 
 def test_the_least_recently_used_leaves_first() -> None:
     removed: list[bytes] = []
-    pool = KvPool(6, on_stored=lambda blocks: None, on_removed=removed.extend)
+    pool = KvPool(6, on_stored=lambda parent, blocks: None, on_removed=removed.extend)
     for name in ("a", "b", "a", "c"):
         hashes = tuple(f"{name}{depth}".encode() for depth in range(2))
         lease = pool.lease(hashes, 2)
@@ -85,7 +88,7 @@ def test_the_least_recently_used_leaves_first() -> None:
 
 def test_hit_ratio_of_a_random_stream_equals_a_naive_lru() -> None:
     rng = random.Random(4)
-    pool = KvPool(40, on_stored=lambda blocks: None, on_removed=lambda blocks: None)
+    pool = KvPool(40, on_stored=lambda parent, blocks: None, on_removed=lambda blocks: None)
     naive: list[bytes] = []
     hits = naive_hits = 0
     for _ in range(3000):
