@@ -37,6 +37,7 @@ from router.forwarding.breaker import CircuitBreakers
 from router.forwarding.completing import complete
 from router.forwarding.entrance import Entrance
 from router.forwarding.findings import Findings
+from router.forwarding.late_bound import LateBound
 from router.forwarding.placing import Placing
 from router.forwarding.sender import Sender
 from router.in_flight import ActiveRequest, InFlight
@@ -51,7 +52,6 @@ from router.state import RequestMachine
 from router.stream import RequestStream
 
 _log = logging.getLogger(__name__)
-_SEEKING = (RequestState.SEEKING, RequestState.HOLDING)
 
 
 class Dispatcher:
@@ -82,7 +82,7 @@ class Dispatcher:
         )
         self._placing = Placing(config, self.placer, self.affinity, clock, rng, metrics)
         self._findings = Findings(fleet, self.breakers, self.placer.explanations, metrics)
-        self._seekers: dict[RequestId, ActiveRequest] = {}  # prompts without a decode worker, the oldest first
+        self._late_bound = LateBound(config.forwarding.max_late_bound)
         self._is_pump_due = False
         self._gate_alarm = Alarm(clock, self._pump)
         self._breaker_alarm = Alarm(clock, self._poll_breakers)
@@ -137,15 +137,14 @@ class Dispatcher:
         except ServingError as error:
             self._metrics.rejected(error)
             raise
+        workers = self._config.workers
+        patience = Patience(
+            deadline_at=arrived_at + timeout_s,
+            accept_timeout_s=workers.accept_timeout_s,
+            hold_timeout_s=workers.hold_timeout_s,
+        )
         machine = RequestMachine(
-            request.request_id,
-            arrived_at=arrived_at,
-            patience=Patience(
-                deadline_at=arrived_at + timeout_s,
-                accept_timeout_s=self._config.workers.accept_timeout_s,
-                hold_timeout_s=self._config.workers.hold_timeout_s,
-            ),
-            max_losses=self._config.workers.max_losses,
+            request.request_id, arrived_at=arrived_at, patience=patience, max_losses=workers.max_losses
         )
         stream = RequestStream(request.request_id, self._config.max_unread_tokens)
         active = ActiveRequest(request, service, claim, new_nonce(self._rng), hashes, machine, stream, on_concluded)
@@ -156,7 +155,7 @@ class Dispatcher:
         self._gone_alarm.arm(self._absence.deadline())
         self._feed(active, m.Queued())
         for loser in shed:
-            self._end_queued(loser.request_id, loser.error)
+            self._feed(self._requests.queued(loser.request_id), m.RequestFailed(loser.error))
         self._pump()
         return stream
 
@@ -209,7 +208,7 @@ class Dispatcher:
         self._breaker_alarm.arm(self.breakers.next_deadline())
 
     def on_worker_load(self, worker_id: WorkerId) -> None:
-        if self._seekers:
+        if len(self._late_bound):
             self._pump_soon()
 
     def on_worker_down(self, worker_id: WorkerId, error: ServingError) -> None:
@@ -261,11 +260,6 @@ class Dispatcher:
         if self._absence.has_lasted(self._clock.now()):
             raise missing(self._fleet.count_live())
 
-    def _end_queued(self, request_id: RequestId, error: ServingError) -> None:
-        active = self._requests.get(request_id)
-        assert active is not None, "the queue holds only requests in flight"
-        self._feed(active, m.RequestFailed(error))
-
     def _give_up_without_workers(self) -> None:
         error = missing(self._fleet.count_live())
         for active in self._requests.all():
@@ -279,22 +273,13 @@ class Dispatcher:
 
     def _pump(self) -> None:
         self._is_pump_due = False
-        if self._seekers:
-            self._nudge_seeker()
+        seeker = self._late_bound.first()
+        if seeker is not None:
+            self._feed(seeker, m.SeekDue())
         for request_id in self._queue.take(self._clock.now()):
-            active = self._requests.get(request_id)
-            assert active is not None, "the queue holds only requests in flight"
-            self._feed(active, m.Released())
+            self._feed(self._requests.queued(request_id), m.Released())
         self._gate_alarm.arm(self._queue.next_deadline())
         self._metrics.queued.set(len(self._queue))
-
-    def _nudge_seeker(self) -> None:
-        """Something may have been freed: the prompt that has waited longest for a decode worker asks first."""
-        for active in list(self._seekers.values()):
-            if active.machine.state in _SEEKING:
-                self._feed(active, m.SeekDue())
-                return
-            del self._seekers[active.request_id]
 
     # --- breakers ---
 
@@ -339,13 +324,11 @@ class Dispatcher:
                 if not active.stream.push(tokens):
                     asyncio.get_running_loop().call_soon(self._cut_slow_reader, active)
             case m.ChooseWorkers(refused):
-                allow_late = len(self._seekers) < self._config.forwarding.max_late_bound
-                following = self._placing.choose(active, refused, allow_late=allow_late)
+                following = self._choose(active, refused)
             case m.ChoosePrefill(refused, decode):
                 following = self._placing.choose(active, refused, decode)
             case m.ChooseDecode():
                 following = self._placing.choose_decode(active, effect)
-                self._seekers[active.request_id] = active
             case m.SubmitDecode():
                 following = self._sender.reserve(active, effect)
             case m.SubmitPrefill():
@@ -353,7 +336,7 @@ class Dispatcher:
             case m.SubmitAlone():
                 following = self._sender.engage(active, effect)
             case m.BindPrefill():
-                self._seekers.pop(active.request_id, None)
+                self._late_bound.discard(active)
                 following = self._sender.bind(active, effect)
             case m.AbortWork(worker_id, reason):
                 self._sender.abort(active, worker_id, reason)
@@ -364,21 +347,24 @@ class Dispatcher:
             case m.ReturnToQueue(cause, retry_after_s):
                 _log.debug("%s: back to the queue, %s", active.request_id, cause)
                 self._requests.end_attempt(active)
+                self._late_bound.discard(active)
                 self._queue.put_back(active.claim, self._clock.now(), retry_after_s)
                 self._pump_soon()
             case m.LeaveQueue():
                 self._queue.leave(active.request_id, self._clock.now())
-                self._bind_session(active)
+                self._placing.bind_session(active)
                 self._pump_soon()
             case m.Conclude(finish, error):
                 self._conclude(active, finish, error)
         if following is not None:
             self._feed(active, following)
 
-    def _bind_session(self, active: ActiveRequest) -> None:
-        if active.service.session_id:
-            machine = active.machine
-            self.affinity.bind(active.service.session_id, machine.prefill, machine.decode, self._clock.now())
+    def _choose(self, active: ActiveRequest, refused: frozenset[WorkerId]) -> m.Event:
+        self._late_bound.discard(active)
+        chosen = self._placing.choose(active, refused, allow_late=self._late_bound.has_room)
+        if isinstance(chosen, m.LateChosen):
+            self._late_bound.add(active)
+        return chosen
 
     def _cut_slow_reader(self, active: ActiveRequest) -> None:
         error = SlowReader(f"more than {self._config.max_unread_tokens} tokens were left unread")
@@ -389,7 +375,7 @@ class Dispatcher:
     def _conclude(self, active: ActiveRequest, finish: Finish | None, error: ServingError | None) -> None:
         now, machine = self._clock.now(), active.machine
         self._requests.remove(active)
-        self._seekers.pop(active.request_id, None)
+        self._late_bound.discard(active)
         self._queue.end(active.request_id, now, machine.num_tokens)
         self._queue.note_capacity(now)
         self._metrics.active.set(len(self._requests))

@@ -8,9 +8,11 @@ from core.clock import Clock
 from core.errors import Aborted, DuplicateRequest, ServingError
 from core.ids import GatewayId, RequestId
 from core.membership import Role, WorkerRecord, WorkerState
+from protos import admin_pb2
 from router.cluster_link import ClusterLink
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
+from router.explain.replies import decision_to_wire
 from router.fleet import Fleet
 from router.intake import GenerateCall, Intake, Prepared, Prompt
 from router.metrics import GatewayMetrics
@@ -107,6 +109,12 @@ class Front:
     def abandon(self, stream: RequestStream, reason: str) -> None:
         """End the one request whose stream nobody reads any more. Does nothing once that is over."""
         self.dispatcher.abandon(stream, Aborted(reason))
+
+    def explain(self, request_id: RequestId, last: int) -> list[admin_pb2.RouteDecision]:
+        """Return the last decisions about a request, or about any when it is empty; newest first."""
+        ring, now = self.dispatcher.placer.explanations, self._clock.now()
+        found = list(reversed(ring.of(request_id)))[:last] if request_id else ring.last(last)
+        return [decision_to_wire(one, now) for one in found]
 
     @contextlib.contextmanager
     def _preparation(self, request_id: str) -> Iterator[_Preparation]:

@@ -63,6 +63,10 @@ class InFlight:
     def get(self, request_id: RequestId) -> ActiveRequest | None:
         return self._by_id.get(request_id)
 
+    def queued(self, request_id: RequestId) -> ActiveRequest:
+        """Return one that the queue holds: it is in flight."""
+        return self._by_id[request_id]
+
     def by_work(self, work_id: str) -> ActiveRequest | None:
         return self._by_work.get(work_id)
 

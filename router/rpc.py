@@ -19,6 +19,7 @@ _INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 _OVERALL = ""
 _CLOSE_GRACE_S = 1.0
+_EXPLAINED = 20  # decisions, when the call does not say how many
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -107,6 +108,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             else:
                 found = await link.list_all_kv_decisions(last)
             return admin_pb2.ListClusterKvDecisionsResponse(workers=found)
+
+    async def ExplainRequest(  # noqa: N802
+        self, request: admin_pb2.ExplainRequestRequest, context: "admin_pb2_grpc._ServicerContext"
+    ) -> admin_pb2.ExplainRequestResponse:
+        front = self._front
+        decisions = front.explain(RequestId(request.request_id), request.last or _EXPLAINED)
+        return admin_pb2.ExplainRequestResponse(gateway_id=front.gateway_id, decisions=decisions)
 
 
 def _session_id(context: "inference_pb2_grpc._ServicerContext") -> str:

@@ -91,6 +91,12 @@ class Placing:
         self._metrics.decided(outcome)
         return m.DecodeChosen(_known(outcome.decode))
 
+    def bind_session(self, active: ActiveRequest) -> None:
+        """The workers that the request has now accepted it."""
+        if active.service.session_id:
+            machine = active.machine
+            self._affinity.bind(active.service.session_id, machine.prefill, machine.decode, self._clock.now())
+
     def _session(self, active: ActiveRequest, now: float) -> Session:
         session_id = active.service.session_id
         binding = self._affinity.of(session_id, now) if session_id else None

@@ -13,6 +13,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from core.clock import MonotonicClock
+from core.ids import WorkerId
+from core.membership import LoadReport
 from core.rpc import connect
 from core.store_memory import MemoryStore
 from protos import admin_pb2_grpc, inference_pb2_grpc
@@ -92,6 +94,21 @@ class FakeCluster:
                 while len(index) != num_blocks:
                     stored.clear()
                     await stored.wait()
+
+    async def wait_load(self, worker_id: WorkerId, condition: Callable[[LoadReport], bool]) -> None:
+        """Wait until the gateway knows such a load of a worker."""
+        table, told = self.gateway.fleet.table, asyncio.Event()
+        report = table.report
+
+        def report_and_tell(*arguments: Any) -> None:
+            report(*arguments)
+            told.set()
+
+        with mock.patch.object(table, "report", report_and_tell):
+            async with asyncio.timeout(PATIENCE_S):
+                while (row := table.row(worker_id)) is None or not condition(row.load):
+                    told.clear()
+                    await told.wait()
 
     async def wait_idle(self) -> None:
         """Wait until nothing is in flight."""

@@ -4,6 +4,8 @@ import asyncio
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from protos import inference_pb2 as pb
 from tests.fakes.script import PATIENCE_S
@@ -77,3 +79,16 @@ async def fails(
 ) -> grpc.aio.AioRpcError:
     """Read a stream that must fail with `code`."""
     return await Reading(call).fails(code)
+
+
+def refusal_of(error: grpc.aio.AioRpcError) -> tuple[str, float]:
+    """Return the reason of a failed call, and after how long it may be tried again (0: it does not say)."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    reason, retry_after_s = "", 0.0
+    for detail in status.details if status is not None else ():
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason = info.reason
+        if detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+    return reason, retry_after_s
