@@ -10,14 +10,15 @@ They choose each role by itself. Eligibility, modes with a pool missing, and the
 """
 
 import random
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
+from router.routing.columns import ModeCode
 from router.routing.config import PolicyName, RoutingConfig
 from router.routing.decision import Decision, NoCandidate, PickReason
 from router.routing.links import LinkModel
-from router.routing.modes import Mode
 from router.routing.policy import CostPolicy, RoutingPolicy
 from router.routing.query import RouteQuery
 from router.routing.table import WorkerTable
@@ -49,13 +50,13 @@ class BaselinePolicy:
         prefills, decodes = _shuffled(priced.prefills, rng), _shuffled(priced.decodes, rng)
         prefill = self._rule.pick(prefills, rows, query.held.device, query) if len(prefills) else None
         decode = self._rule.pick(decodes, rows, None, query) if len(decodes) else None
-        self._pricer.weigh_pair(table, prefill, decode)
-        ranked = self._pricer.ranked(table)
-        if ranked is None:
+        found = self._pricer.weigh_pair(table, prefill, decode)
+        if not found.num_candidates:
             return self._pricer.nobody(query)
-        modes = [one.mode for one in (ranked.at(position) for position in range(len(ranked)))]
-        position = modes.index(Mode.REMOTE_PREFILL) if Mode.REMOTE_PREFILL in modes else 0
-        return self._pricer.decision(ranked, position, PickReason.BASELINE, query)
+        modes = self._pricer.modes(found.num_candidates)
+        position = modes.index(ModeCode.REMOTE_PREFILL) if ModeCode.REMOTE_PREFILL in modes else 0
+        decision = self._pricer.decision(table, found, position, PickReason.BASELINE, query)
+        return replace(decision, max_queued_tokens=None, max_requests_held=None)  # the rules know no second best
 
 
 class RandomRule:

@@ -155,6 +155,7 @@ SETTINGS = np.dtype(
         ("host_tier_bytes_per_s", np.float64),
         ("slo_weight", np.float64),
         ("affinity_s", np.float64),
+        ("submit_slack_s", np.float64),
         ("stale_after_s", np.float64),
         ("bucket_s", np.float64),
         ("tail_ratio", np.float64),
@@ -224,6 +225,12 @@ FOUND = np.dtype(
         ("decode_obstacles", np.int64),
         ("next_prefill_s", np.float64),  # total of the best placement whose prompt is computed elsewhere; inf: none
         ("next_decode_s", np.float64),
+        ("prefill_slack_s", np.float64),  # how much busier than thought; see `decision.Decision`
+        ("decode_slack_s", np.float64),
+        ("is_tie", np.bool_),  # the second is as cheap as the first
+        ("has_longest_prefix", np.bool_),  # the first holds more of the prompt than any that computes it elsewhere
+        ("max_queued_tokens", np.int64),  # -1: none
+        ("max_requests_held", np.int64),
     ],
     align=True,
 )

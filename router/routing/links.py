@@ -27,6 +27,7 @@ class LinkModel:
     Attributes:
         pairs: structured array (`columns.LINK`), open-addressed.
         classes: structured array (`columns.LINK_CLASS`) by `LinkClass`.
+        bounds: what no link is better than: (raw bytes/s, round trip, residual).
     """
 
     def __init__(self, config: LinkPriors, table: WorkerTable) -> None:
@@ -49,12 +50,8 @@ class LinkModel:
         self.classes["ratio"] = 1.0
         self._best_goodput = float(self.classes["goodput"].max())
         self._least_rtt_s = float(self.classes["rtt_s"].min())
+        self.bounds = self._bounds()
         table.on_reset.append(self._forget)
-
-    def bounds(self) -> tuple[float, float, float]:
-        """Return what no link is better than: (raw bytes/s, round trip, residual)."""
-        ratio = float(self.classes["ratio"].max())
-        return self._best_goodput * ratio, self._least_rtt_s, float(self.classes["residual"].min())
 
     def observe(
         self, prefill: int, decode: int, goodput: float | None, rtt_s: float | None, queued_bytes: int, now: float
@@ -71,6 +68,7 @@ class LinkModel:
             link["rtt_s"] += _WEIGHT * (rtt_s - link["rtt_s"])
             near["rtt_s"] += _WEIGHT * (rtt_s - near["rtt_s"])
             self._least_rtt_s = min(self._least_rtt_s, rtt_s)
+        self.bounds = self._bounds()
         link["queued_bytes"] = queued_bytes
         link["seen_at"] = now
 
@@ -95,6 +93,11 @@ class LinkModel:
             off = max(_LEAST_S, exposed_s) / predicted_s
             residual = near["residual"][floor] * min(10.0, max(0.1, off)) ** _WEIGHT
             near["residual"][floor] = min(_MOST_RESIDUAL, max(_LEAST_RESIDUAL, residual))
+        self.bounds = self._bounds()
+
+    def _bounds(self) -> tuple[float, float, float]:
+        ratio = float(self.classes["ratio"].max())
+        return self._best_goodput * ratio, self._least_rtt_s, float(self.classes["residual"].min())
 
     def _class(self, one: int, other: int) -> int:
         a, b = self._table.rows[one], self._table.rows[other]

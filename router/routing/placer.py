@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from core.clock import Clock
 from core.ids import RequestId, WorkerId
@@ -61,9 +62,11 @@ class Placer:
         allow_late: bool = True,
     ) -> Decision | NoCandidate:
         """Choose workers for `request`, or only a prefill worker when `reserved_decode` has accepted."""
-        query = self._query(request, hashes, waited_s, slo, expected_output_tokens, quality_floor, refused)
-        whole = replace(query, reserved_decode=reserved_decode, session=session, allow_late=allow_late)
-        return self._decide(request.request_id, whole)
+        query = self._query(
+            request, hashes, slo, expected_output_tokens, quality_floor, waited_s=waited_s, refused=refused,
+            reserved_decode=reserved_decode, session=session, allow_late=allow_late,
+        )  # fmt: skip
+        return self._decide(request.request_id, query)
 
     def place_decode(
         self,
@@ -80,9 +83,11 @@ class Placer:
         session: Session = NO_SESSION,
     ) -> Decision | NoCandidate:
         """Choose the decode worker of a prompt that `prefill` computes already, for so much longer."""
-        query = self._query(request, hashes, waited_s, slo, expected_output_tokens, quality_floor, refused)
-        bound = replace(query, bound_prefill=prefill, remaining_prefill_s=remaining_prefill_s, session=session)
-        return self._decide(request.request_id, bound)
+        query = self._query(
+            request, hashes, slo, expected_output_tokens, quality_floor, waited_s=waited_s, refused=refused,
+            bound_prefill=prefill, remaining_prefill_s=remaining_prefill_s, session=session,
+        )  # fmt: skip
+        return self._decide(request.request_id, query)
 
     def forecast(
         self,
@@ -94,18 +99,17 @@ class Placer:
         quality_floor: float = 1.0,
     ) -> Decision | NoCandidate:
         """Answer as `place` would, for admission: nothing is remembered, since nothing will be sent by it."""
-        query = self._query(request, hashes, 0.0, slo, expected_output_tokens, quality_floor, frozenset())
+        query = self._query(request, hashes, slo, expected_output_tokens, quality_floor)
         return self._policy.choose(self._table, query, self._rng)
 
     def _query(
         self,
         request: GenerateRequest,
         hashes: PromptHashes,
-        waited_s: float,
         slo: Slo,
         expected_output_tokens: int | None,
         quality_floor: float,
-        refused: frozenset[WorkerId],
+        **fields: Any,
     ) -> RouteQuery:
         num_prompt_tokens = request.num_prompt_tokens
         max_tokens = request.sampling.max_tokens
@@ -116,11 +120,10 @@ class Placer:
             self._clock.now(),
             needs_decode=needs_decode(request),
             expected_output_tokens=expected_output_tokens or min(max_tokens, self._config.expected_output_tokens),
-            waited_s=waited_s,
             slo=slo,
             quality_floor=quality_floor,
-            refused=refused,
             staleness_s=self._staleness(),
+            **fields,
         )
 
     def _decide(self, request_id: RequestId, query: RouteQuery) -> Decision | NoCandidate:

@@ -13,8 +13,8 @@ says how much busier its workers may be than thought before the next best would 
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -39,6 +39,27 @@ _OBSTACLES = (
     (TOO_LONG_BIT, Obstacle.TOO_LONG),
     (NOT_LIVE_BIT, Obstacle.NOT_LIVE),
 )
+
+
+class Found(NamedTuple):
+    """What a search said, beside the candidates (`columns.FOUND`, in its order)."""
+
+    num_candidates: int
+    num_prefill: int
+    num_decode: int
+    is_late: bool
+    has_prefill_pool: bool
+    has_decode_pool: bool
+    prefill_obstacles: int
+    decode_obstacles: int
+    next_prefill_s: float
+    next_decode_s: float
+    prefill_slack_s: float
+    decode_slack_s: float
+    is_tie: bool
+    has_longest_prefix: bool
+    max_queued_tokens: int
+    max_requests_held: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +118,15 @@ class CostPolicy:
         search(nothing, pairs, classes, self._query, self._settings, sides, slots, slots, found, self._top)
 
     def choose(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Decision | NoCandidate:
+        for fixed, role in ((query.reserved_decode, Role.DECODE), (query.bound_prefill, Role.PREFILL)):
+            if fixed is not None and table.find(fixed) is None:
+                return NoCandidate(role, Obstacle.ABSENT)
         self.price(table, query, rng)
-        self.weigh(table)
-        ranked = self.ranked(table)
-        if ranked is None:
+        found = self.weigh(table)
+        if not found.num_candidates:
             return self.nobody(query)
-        position = self._draw(ranked.array["total_s"], rng)
-        decision = self.decision(ranked, position, _pick_reason(ranked.array, position), query)
-        if position:
-            return decision  # drawn against the cost: nobody may call it wrong by it
-        return self._bounded(decision, table.rows, query)
+        position = self._draw(found.num_candidates, rng)
+        return self.decision(table, found, position, _pick_reason(found, position), query)
 
     def price(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Priced:
         """Price every worker that can be asked. The arrays are the policy's: valid until the next call."""
@@ -124,41 +144,51 @@ class CostPolicy:
         found = self._found[0]
         return Priced(self._prefills[: found["num_prefill"]], self._decodes[: found["num_decode"]], self._sides)
 
-    def weigh(self, table: WorkerTable) -> None:
+    def weigh(self, table: WorkerTable) -> Found:
         """Search the cheapest placements over what was priced."""
         links = self._links
         search(
             table.rows, links.pairs, links.classes, self._query, self._settings, self._sides, self._prefills,
             self._decodes, self._found, self._top,
         )  # fmt: skip
+        return Found._make(self._found[0].item())
 
-    def weigh_pair(self, table: WorkerTable, prefill: int | None, decode: int | None) -> None:
+    def weigh_pair(self, table: WorkerTable, prefill: int | None, decode: int | None) -> Found:
         """As `weigh`, over these two workers only."""
         for slots, slot, count in ((self._prefills, prefill, "num_prefill"), (self._decodes, decode, "num_decode")):
             self._found[0][count] = slot is not None
             if slot is not None:
                 slots[0] = slot
-        self.weigh(table)
+        return self.weigh(table)
 
-    def ranked(self, table: WorkerTable) -> CandidateList | None:
-        """Return what the search found, cheapest first; None: nothing."""
-        top = self._top[: self._found[0]["num_candidates"]].copy()
-        return CandidateList(top, _names(table, top)) if len(top) else None
-
-    def decision(self, ranked: CandidateList, position: int, reason: PickReason, query: RouteQuery) -> Decision:
-        """Return the decision for one of the candidates, without bounds."""
-        found = self._found[0]
+    def decision(
+        self, table: WorkerTable, found: Found, position: int, reason: PickReason, query: RouteQuery
+    ) -> Decision:
+        """Return the decision for one of the candidates. Only the cheapest has bounds: of another nobody can say that
+        it is wrong by the cost."""
+        top = self._top[: found.num_candidates].copy()
+        ranked = CandidateList(top, _names(table, top))
         winner = ranked.at(position)
-        is_late = bool(found["is_late"]) and winner.mode is Mode.REMOTE_PREFILL
+        is_late = found.is_late and winner.mode is Mode.REMOTE_PREFILL
+        is_bounded = position == 0
         return Decision(
             winner,
-            self._mode_reason(winner.mode, query),
+            self._mode_reason(winner.mode, query, found),
             reason,
             Binding.LATE if is_late else Binding.EARLY,
             ranked,
-            num_eligible=int(found["num_prefill"] + found["num_decode"]),
-            staleness_s=query.staleness_s,
+            found.prefill_slack_s if is_bounded else _INF,
+            found.decode_slack_s if is_bounded else _INF,
+            found.max_queued_tokens if is_bounded and found.max_queued_tokens >= 0 else None,
+            found.max_requests_held if is_bounded and found.max_requests_held >= 0 else None,
+            found.num_prefill + found.num_decode,
+            query.staleness_s,
         )
+
+    def modes(self, num_candidates: int) -> list[int]:
+        """Return the mode codes of what was found, cheapest first."""
+        modes: list[int] = self._top["mode"][:num_candidates].tolist()
+        return modes
 
     def _fit_buffers(self, num_slots: int) -> None:
         if len(self._sides) < num_slots:
@@ -191,7 +221,7 @@ class CostPolicy:
             rng.getrandbits(63),
         )
         settings = self._settings[0]
-        settings["best_bytes_per_s"], settings["least_rtt_s"], settings["least_residual"] = self._links.bounds()
+        settings["best_bytes_per_s"], settings["least_rtt_s"], settings["least_residual"] = self._links.bounds
 
     def nobody(self, query: RouteQuery) -> NoCandidate:
         """Return who is missing, when nothing was found."""
@@ -211,52 +241,22 @@ class CostPolicy:
                 return NoCandidate(role, obstacle)
         return NoCandidate(role, Obstacle.ABSENT)
 
-    def _draw(self, totals: np.ndarray, rng: random.Random) -> int:
-        if self._config.temperature <= 0 or len(totals) == 1:
+    def _draw(self, num_candidates: int, rng: random.Random) -> int:
+        if self._config.temperature <= 0 or num_candidates == 1:
             return 0
-        return rng.choices(range(len(totals)), weights=softmax(totals.tolist(), self._config.temperature))[0]
+        totals = self._top["total_s"][:num_candidates].tolist()
+        return rng.choices(range(num_candidates), weights=softmax(totals, self._config.temperature))[0]
 
-    def _mode_reason(self, mode: Mode, query: RouteQuery) -> ModeReason:
-        found = self._found[0]
+    def _mode_reason(self, mode: Mode, query: RouteQuery, found: Found) -> ModeReason:
         if not query.needs_decode:
             return ModeReason.FIRST_TOKEN_IS_LAST
         if mode is Mode.LOCAL_PREFILL:
             return ModeReason.PREFIX_AT_DECODE
-        if mode is Mode.COLOCATED and not found["has_prefill_pool"]:
+        if mode is Mode.COLOCATED and not found.has_prefill_pool:
             return ModeReason.NO_PREFILL_POOL
-        if mode is Mode.COLOCATED and not found["has_decode_pool"]:
+        if mode is Mode.COLOCATED and not found.has_decode_pool:
             return ModeReason.NO_DECODE_POOL
         return ModeReason.ONLY_POSSIBLE if len(self._config.modes) == 1 else ModeReason.CHEAPEST
-
-    def _bounded(self, decision: Decision, rows: np.ndarray, query: RouteQuery) -> Decision:
-        """Add how much busier the workers may be than thought."""
-        found = self._found[0]
-        best, lead_s = self._top[0], self._config.submit_slack_s
-        prompt_slot = int(best["prefill"]) if best["prefill"] >= 0 else int(best["decode"])
-        decode_slot = int(best["decode"]) if best["decode"] >= 0 else int(best["prefill"])
-        total_s = float(best["total_s"])
-        prefill_slack_s = max(0.0, float(found["next_prefill_s"]) - total_s) + lead_s
-        decode_slack_s = max(0.0, float(found["next_decode_s"]) - total_s) + lead_s
-        max_queued_tokens = max_requests_held = None
-        if prefill_slack_s < _INF and query.bound_prefill is None:
-            row = rows[prompt_slot]
-            drained = max(0.0, query.now - float(row["reported_at"])) / float(row["s_per_token"])
-            believed = float(row["credit_prefill_tokens"] + row["peer_prefill_tokens"])
-            believed += max(0.0, float(row["queued_tokens"]) - drained)
-            max_queued_tokens = int(believed + prefill_slack_s / float(row["s_per_token"]))
-        if decode_slack_s < _INF and query.needs_decode and query.reserved_decode is None:
-            row = rows[decode_slot]
-            held = float(row["requests"] + row["credit_requests"] + row["peer_requests"])
-            steps = float(self._query[0]["steps"])
-            each_s = steps * float(row["decode_c1"] + row["decode_c2"] * query.num_prompt_tokens)
-            max_requests_held = int(min(held + decode_slack_s / max(each_s, TIE_S), 2**31 - 1))
-        return replace(
-            decision,
-            prefill_slack_s=prefill_slack_s,
-            decode_slack_s=decode_slack_s,
-            max_queued_tokens=max_queued_tokens,
-            max_requests_held=max_requests_held,
-        )
 
 
 def softmax(costs: Sequence[float], temperature: float) -> list[float]:
@@ -267,16 +267,14 @@ def softmax(costs: Sequence[float], temperature: float) -> list[float]:
     return [math.exp((low - cost) / ((high - low) * temperature)) for cost in costs]
 
 
-def _pick_reason(ranked: np.ndarray, position: int) -> PickReason:
-    if len(ranked) == 1:
+def _pick_reason(found: Found, position: int) -> PickReason:
+    if found.num_candidates == 1:
         return PickReason.ONLY
     if position:
         return PickReason.SAMPLED
-    winner = ranked[0]
-    elsewhere = ranked[1:][ranked["prefill"][1:] != winner["prefill"]]
-    if len(elsewhere) and winner["held_tokens"] > elsewhere["held_tokens"].max():
+    if found.has_longest_prefix:
         return PickReason.PREFIX
-    return PickReason.TIE if ranked["total_s"][1] - winner["total_s"] <= 2 * TIE_S else PickReason.CHEAPEST
+    return PickReason.TIE if found.is_tie else PickReason.CHEAPEST
 
 
 def _slot(table: WorkerTable, worker_id: WorkerId | None) -> int:
@@ -285,9 +283,5 @@ def _slot(table: WorkerTable, worker_id: WorkerId | None) -> int:
 
 
 def _names(table: WorkerTable, ranked: np.ndarray) -> dict[int, WorkerId]:
-    names = {}
-    for slot in {*ranked["prefill"].tolist(), *ranked["decode"].tolist()}:
-        name = table.slots.worker(slot)
-        if name is not None:
-            names[slot] = name
-    return names
+    slots = {*ranked["prefill"].tolist(), *ranked["decode"].tolist()}
+    return {slot: name for slot in slots if (name := table.slots.worker(slot)) is not None}

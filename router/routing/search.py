@@ -185,10 +185,8 @@ def offer_pairs(
 
 
 @compiled
-def offer_single(
-    worker: Any, slot: int, mode: int, side: Any, handicap_ratio: float, q: Any, s: Any, top: Any, count: int
-) -> Any:
-    """Price one worker that does it all; return how many candidates the list holds."""
+def price_alone(worker: Any, side: Any, q: Any, s: Any) -> Any:
+    """Return (decode, slo, seconds per step, sum of terms) of one worker that does it all."""
     is_prefill = worker.role == _PREFILL
     slower = s.colocated_slowdown if is_prefill else 1.0
     stall_s = 0.0 if is_prefill else s.stall_weight * worker.running * side.compute_s
@@ -198,69 +196,75 @@ def offer_single(
     slo_s = side.ttft_slo_s + s.slo_weight * (
         q.steps * max(0.0, tpot_s - q.slo_tpot_s) + max(0.0, ends_s - q.slo_deadline_s)
     )
-    terms_s = s.weigh_queue * side.queue_s + s.weigh_prefill * side.charged_s + side.load_s + decode_s + slo_s
-    handicap_s = handicap_ratio * terms_s
-    at = _insert(top, count, terms_s + side.affinity_s + handicap_s + jitter_s(q.seed, slot))
-    if at < 0:
-        return count
-    one = top[at]
-    _fill_prompt(one, side, q.waited_s, s)
-    one.transfer_s, one.transfer_total_s = 0.0, 0.0
-    one.decode_s, one.slo_s, one.affinity_s, one.handicap_s = decode_s, slo_s, side.affinity_s, handicap_s
-    one.tpot_s = tpot_s
-    one.decode_held_tokens = side.held_tokens
-    one.mode = mode
-    one.prefill, one.decode = (slot, -1) if is_prefill else (-1, slot)
-    return min(count + 1, top.shape[0])
+    prompt_s = s.weigh_queue * side.queue_s + s.weigh_prefill * side.charged_s + side.load_s
+    return decode_s, slo_s, tpot_s, prompt_s + decode_s + slo_s
 
 
 @compiled
-def offer_all(
-    rows: Any, links: Any, classes: Any, q: Any, s: Any, sides: Any, prefills: Any, decodes: Any, p_keys: Any,
-    d_keys: Any, found: Any, not_prompt: int, not_decode: int, top: Any,
-) -> Any:  # fmt: skip
-    """Fill `top` with the cheapest placements that spare one slot the prompt, and one the decoding; return how many."""
-    count = 0
-    is_fixed = q.fixed_prefill >= 0 or q.fixed_decode >= 0
-    can_pair = q.needs_decode and (s.allow_remote or is_fixed) and prefills.shape[0] > 0 and decodes.shape[0] > 0
-    if can_pair:
-        count = offer_layouts(
-            rows, links, classes, q, s, sides, prefills, decodes, p_keys, d_keys, not found.is_late, not_prompt,
-            not_decode, top,
-        )  # fmt: skip
-    if is_fixed:
-        return count
+def price_all_alone(
+    rows: Any, q: Any, s: Any, sides: Any, prefills: Any, decodes: Any, found: Any, can_pair: bool, totals: Any,
+    modes: Any, handicaps: Any,
+) -> None:  # fmt: skip
+    """Fill the totals of every worker that may do it all; what may not stays infinite."""
     lone_prefill = not found.has_decode_pool or not q.needs_decode
-    if (s.allow_colocated and (can_pair or lone_prefill)) or not q.needs_decode:
-        for p in prefills:
-            if p != not_prompt and p != not_decode:
-                ratio = 0.0 if lone_prefill else s.handicap_ratio
-                count = offer_single(rows[p], p, _COLOCATED, sides[p], ratio, q, s, top, count)
-    if found.is_late:
-        return count  # nobody decodes now
+    needs_nobody = not found.has_prefill_pool and (s.allow_colocated or not q.needs_decode)
+    for p in prefills:
+        totals[p] = np.inf
+        if (s.allow_colocated and (can_pair or lone_prefill)) or not q.needs_decode:
+            modes[p] = _COLOCATED
+            handicaps[p] = 0.0 if lone_prefill else s.handicap_ratio * price_alone(rows[p], sides[p], q, s)[3]
+            totals[p] = price_alone(rows[p], sides[p], q, s)[3] + sides[p].affinity_s + handicaps[p]
     for d in decodes:
-        if d in (not_prompt, not_decode):
-            continue
+        totals[d] = np.inf
         side = sides[d]
         is_short = side.uncached_tokens <= s.local_max_tokens
+        handicaps[d] = 0.0
+        if found.is_late:
+            continue  # nobody decodes now
         if s.allow_local and is_short and side.held_tokens >= max(1.0, s.local_min_held_ratio * q.prompt_tokens):
-            count = offer_single(rows[d], d, _LOCAL, side, 0.0, q, s, top, count)
-        elif (s.allow_colocated and can_pair) or (
-            (s.allow_colocated or not q.needs_decode) and not found.has_prefill_pool
-        ):
-            ratio = s.handicap_ratio if found.has_prefill_pool else 0.0
-            count = offer_single(rows[d], d, _COLOCATED, side, ratio, q, s, top, count)
+            modes[d] = _LOCAL
+        elif needs_nobody or (s.allow_colocated and can_pair):
+            modes[d] = _COLOCATED
+        else:
+            continue
+        terms_s = price_alone(rows[d], side, q, s)[3]
+        if modes[d] == _COLOCATED and found.has_prefill_pool:
+            handicaps[d] = s.handicap_ratio * terms_s
+        totals[d] = terms_s + side.affinity_s + handicaps[d]
+
+
+@compiled
+def offer_alone(
+    rows: Any, q: Any, s: Any, sides: Any, members: Any, totals: Any, modes: Any, handicaps: Any, not_prompt: int,
+    not_decode: int, top: Any, count: int,
+) -> Any:  # fmt: skip
+    """Offer workers that do it all; return how many candidates the list holds."""
+    last = top.shape[0] - 1
+    for slot in members:
+        if slot in (not_prompt, not_decode) or totals[slot] == np.inf:
+            continue
+        if count > last and totals[slot] >= top[last].total_s:
+            continue
+        at = _insert(top, count, totals[slot] + jitter_s(q.seed, slot))
+        if at < 0:
+            continue
+        count = min(count + 1, last + 1)
+        side, one = sides[slot], top[at]
+        _fill_prompt(one, side, q.waited_s, s)
+        one.decode_s, one.slo_s, one.tpot_s, _ = price_alone(rows[slot], side, q, s)
+        one.transfer_s, one.transfer_total_s = 0.0, 0.0
+        one.affinity_s, one.handicap_s = side.affinity_s, handicaps[slot]
+        one.decode_held_tokens = side.held_tokens
+        one.mode = modes[slot]
+        one.prefill, one.decode = (slot, -1) if rows[slot].role == _PREFILL else (-1, slot)
     return count
 
 
 @compiled
-def offer_layouts(
-    rows: Any, links: Any, classes: Any, q: Any, s: Any, sides: Any, prefills: Any, decodes: Any, p_keys: Any,
-    d_keys: Any, hide: bool, not_prefill: int, not_decode: int, top: Any,
-) -> Any:  # fmt: skip
-    """Offer the pairs of every KV layout that both roles have."""
+def orders_by_layout(rows: Any, prefills: Any, decodes: Any, p_keys: Any, d_keys: Any, limit: int) -> Any:
+    """Return the cheapest of both roles for every KV layout that both have: (p orders, d orders, their lengths)."""
     layouts = np.empty(_MAX_LAYOUTS, np.int64)
-    num_layouts, count = 0, 0
+    num_layouts = 0
     for p in prefills:
         is_new = num_layouts < _MAX_LAYOUTS
         for known in layouts[:num_layouts]:
@@ -268,17 +272,16 @@ def offer_layouts(
         if is_new:
             layouts[num_layouts] = rows[p].layout
             num_layouts += 1
-    for layout in layouts[:num_layouts]:
-        own_p = _of_layout(rows, prefills, layout)
-        own_d = _of_layout(rows, decodes, layout)
-        if own_d.shape[0]:
-            p_order = cheapest(p_keys, own_p, s.candidates_per_role)
-            d_order = cheapest(d_keys, own_d, s.candidates_per_role)
-            count = offer_pairs(
-                rows, links, classes, q, s, sides, p_keys, d_keys, p_order, d_order, hide, not_prefill, not_decode, top,
-                count,
-            )  # fmt: skip
-    return count
+    p_orders = np.empty((num_layouts, min(limit, prefills.shape[0])), np.int64)
+    d_orders = np.empty((num_layouts, min(limit, decodes.shape[0])), np.int64)
+    lengths = np.zeros((num_layouts, 2), np.int64)
+    for idx in range(num_layouts):
+        p_order = cheapest(p_keys, _of_layout(rows, prefills, layouts[idx]), limit)
+        d_order = cheapest(d_keys, _of_layout(rows, decodes, layouts[idx]), limit)
+        lengths[idx, 0], lengths[idx, 1] = p_order.shape[0], d_order.shape[0]
+        p_orders[idx, : p_order.shape[0]] = p_order
+        d_orders[idx, : d_order.shape[0]] = d_order
+    return p_orders, d_orders, lengths
 
 
 @compiled
@@ -297,12 +300,13 @@ def search(
     rows: Any, links: Any, classes: Any, query: Any, settings: Any, sides: Any, prefills: Any, decodes: Any, out: Any,
     top: Any,
 ) -> None:  # fmt: skip
-    """Fill `top` with the cheapest placements, cheapest first, and `out` with their number and the next best ones."""
+    """Fill `top` with the cheapest placements, cheapest first; `out` with their number and how sure the first is."""
     q, s, found = query[0], settings[0], out[0]
     prefills = prefills[: found.num_prefill]
     decodes = decodes[: found.num_decode]
-    p_keys = np.empty(rows.shape[0])
-    d_keys = np.empty(rows.shape[0])
+    num_slots = rows.shape[0]
+    p_keys, d_keys, totals = np.empty(num_slots), np.empty(num_slots), np.empty(num_slots)
+    modes, handicaps = np.zeros(num_slots, np.int64), np.zeros(num_slots)
     hidden_s = 0.0
     for p in prefills:
         p_keys[p] = sides[p].prompt_cost_s + jitter_s(q.seed, p)
@@ -311,17 +315,62 @@ def search(
         wire_s = sides[d].raw_bytes / s.best_bytes_per_s
         moved_s = s.least_residual * (s.least_rtt_s + max(s.tail_ratio * wire_s, wire_s - hidden_s))
         d_keys[d] = sides[d].decode_cost_s + s.weigh_transfer * moved_s + jitter_s(q.seed, d)
-    found.num_candidates = offer_all(
-        rows, links, classes, q, s, sides, prefills, decodes, p_keys, d_keys, found, -1, -1, top
-    )
-    found.next_prefill_s = found.next_decode_s = np.inf
-    if found.num_candidates == 0:
-        return
-    best = top[0]
+    is_fixed = q.fixed_prefill >= 0 or q.fixed_decode >= 0
+    can_pair = q.needs_decode and (s.allow_remote or is_fixed) and prefills.shape[0] > 0 and decodes.shape[0] > 0
+    p_orders, d_orders, lengths = orders_by_layout(rows, prefills, decodes, p_keys, d_keys, s.candidates_per_role)
+    if not is_fixed:
+        price_all_alone(rows, q, s, sides, prefills, decodes, found, can_pair, totals, modes, handicaps)
     one = np.empty(1, CANDIDATE)
-    prompt_at = best.prefill if best.prefill >= 0 else best.decode
-    decode_at = best.decode if best.decode >= 0 else best.prefill
-    if offer_all(rows, links, classes, q, s, sides, prefills, decodes, p_keys, d_keys, found, prompt_at, -1, one):
-        found.next_prefill_s = one[0].total_s
-    if offer_all(rows, links, classes, q, s, sides, prefills, decodes, p_keys, d_keys, found, -1, decode_at, one):
-        found.next_decode_s = one[0].total_s
+    found.next_prefill_s = found.next_decode_s = np.inf
+    prompt_at, decode_at = -1, -1
+    for turn in range(3):  # the list; the best that spares the winner the prompt; the best that spares it the decoding
+        room = top if turn == 0 else one
+        not_prompt = prompt_at if turn == 1 else -1
+        not_decode = decode_at if turn == 2 else -1
+        count = 0
+        for idx in range(lengths.shape[0] if can_pair else 0):
+            if lengths[idx, 1] > 0:
+                count = offer_pairs(
+                    rows, links, classes, q, s, sides, p_keys, d_keys, p_orders[idx, : lengths[idx, 0]],
+                    d_orders[idx, : lengths[idx, 1]], not found.is_late, not_prompt, not_decode, room, count,
+                )  # fmt: skip
+        if not is_fixed:
+            for members in (prefills, decodes):
+                count = offer_alone(
+                    rows, q, s, sides, members, totals, modes, handicaps, not_prompt, not_decode, room, count
+                )
+        if turn == 0:
+            found.num_candidates = count
+            if count == 0:
+                return
+            best = top[0]
+            prompt_at = best.prefill if best.prefill >= 0 else best.decode
+            decode_at = best.decode if best.decode >= 0 else best.prefill
+        elif count and turn == 1:
+            found.next_prefill_s = one[0].total_s
+        elif count:
+            found.next_decode_s = one[0].total_s
+    found.is_tie = found.num_candidates > 1 and top[1].total_s - top[0].total_s <= 2.0 * TIE_S
+    found.has_longest_prefix, has_other = top[0].held_tokens > 0.0, False
+    for position in range(1, found.num_candidates):
+        if top[position].prefill != top[0].prefill:
+            has_other = True
+            found.has_longest_prefix &= top[position].held_tokens < top[0].held_tokens
+    found.has_longest_prefix &= has_other
+    bound(rows[prompt_at], rows[decode_at], q, s, top[0].total_s, found)
+
+
+@compiled
+def bound(prompt: Any, decode: Any, q: Any, s: Any, total_s: float, found: Any) -> None:
+    """Fill how much busier the winner's workers may be than thought before the next best would have won."""
+    found.prefill_slack_s = max(0.0, found.next_prefill_s - total_s) + s.submit_slack_s
+    found.decode_slack_s = max(0.0, found.next_decode_s - total_s) + s.submit_slack_s
+    found.max_queued_tokens = found.max_requests_held = -1
+    if found.prefill_slack_s < np.inf and q.fixed_prefill < 0:
+        waiting = max(0.0, prompt.queued_tokens - max(0.0, q.now - prompt.reported_at) / prompt.s_per_token)
+        waiting += prompt.credit_prefill_tokens + prompt.peer_prefill_tokens
+        found.max_queued_tokens = int(waiting + min(found.prefill_slack_s / prompt.s_per_token, 1e15))
+    if found.decode_slack_s < np.inf and q.needs_decode and q.fixed_decode < 0:
+        held = decode.requests + decode.credit_requests + decode.peer_requests
+        each_s = q.steps * (decode.decode_c1 + decode.decode_c2 * q.prompt_tokens)
+        found.max_requests_held = int(min(held + found.decode_slack_s / max(each_s, TIE_S), 2147483647.0))

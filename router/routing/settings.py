@@ -32,6 +32,7 @@ def settings_of(config: RoutingConfig) -> np.ndarray:
         "host_tier_bytes_per_s": config.host_tier_bytes_per_s,
         "slo_weight": config.slo_weight,
         "affinity_s": config.affinity_credit_s,
+        "submit_slack_s": config.submit_slack_s,
         "stale_after_s": config.stale_after_s,
         "bucket_s": config.forecast_bucket_s,
         "tail_ratio": config.links.tail_ratio,
