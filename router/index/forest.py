@@ -33,6 +33,7 @@ class Forest:
         self._max_set_bytes = max_set_bytes
         self._sets = HolderSets()
         self._table = new_table(max_blocks)
+        self._holder_ids, self._depths = self._table.nodes["holders"], self._table.nodes["depth"]
         self._scratch = np.empty(64, dtype=np.int32)  # nodes that a rewriting changed; runs of a match
         self._packed: tuple[Sequence[bytes], NDArray[np.uint64]] | None = None  # of the prompt before
 
@@ -57,7 +58,7 @@ class Forest:
         return self._sets[self._holders_id(node)]
 
     def depth(self, node: int) -> int:
-        return int(self._table.nodes[node]["depth"])
+        return int(self._depths[node])
 
     def parent(self, node: int) -> int:
         return int(self._table.nodes[node]["parent"])
@@ -106,6 +107,7 @@ class Forest:
             return np.empty(0, dtype=np.int32)
         changed = self._room(self.depth(node) + 1)
         op, count = self._sets.new_op(), 0
+        self._sets.note(NOBODY, op, edit)  # of new blocks
         while node != NONE:
             node, count = rewrites.climb(
                 self._table.nodes, self._table.head, self._sets.cells, op, node, changed, count
@@ -174,7 +176,7 @@ class Forest:
         assert (counted == self._sets.cells[:, REFS]).all()
 
     def _holders_id(self, node: int) -> int:
-        return int(self._table.nodes[node]["holders"])
+        return int(self._holder_ids[node])
 
     def _pack(self, hashes: Sequence[bytes]) -> NDArray[np.uint64]:  # [blocks, 2]
         if self._packed is not None and self._packed[0] is hashes:

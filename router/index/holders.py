@@ -92,20 +92,23 @@ class HolderSets:
         """Say what a set becomes under `op`; also whether the worker of `bit` has no copy in any tier then."""
         new = edit(self[old_id])
         new_id = self._id(new)
-        self.cells[old_id, LOSS] = not (new.device | new.host) & bit
-        self.cells[old_id, TARGET] = new_id
-        self.cells[old_id, OP] = op
+        cells = self.cells
+        cells[old_id, LOSS] = not (new.device | new.host) & bit
+        cells[old_id, TARGET] = new_id
+        cells[old_id, OP] = op
 
     def reclaim(self, head: NDArray[np.int64]) -> None:
         """Drop the sets that no node has. Call it between rewritings only."""
         if not head[DYING] and not self._fresh:
             return
-        dying = self.cells[: head[DYING], DEAD].tolist()
+        cells = self.cells
+        dying = cells[: head[DYING], DEAD].tolist()
         head[DYING] = 0
-        self.cells[dying, LISTED] = 0
+        for set_id in dying:
+            cells[set_id, LISTED] = 0
         for set_id in (*dying, *self._fresh):
             held = self._sets[set_id]
-            if held is not None and set_id != NOBODY and self.cells[set_id, REFS] == 0:
+            if held is not None and set_id != NOBODY and cells[set_id, REFS] == 0:
                 del self._ids[held]
                 self._sets[set_id] = None
                 self._reaches[set_id] = (0, 0)
@@ -149,7 +152,8 @@ class HolderSets:
         ready = wanted.ready
         self._reaches[set_id] = (ready, ready | wanted.host)
         self._ids[wanted] = set_id
-        self.cells[set_id, [REFS, LISTED, OP]] = 0  # not DEAD: that column is a list of its own
+        cells = self.cells
+        cells[set_id, REFS] = cells[set_id, LISTED] = cells[set_id, OP] = 0  # DEAD is a list of its own
         self._num_bytes += _size(wanted)
         self._fresh.append(set_id)
         return set_id

@@ -10,7 +10,7 @@ Older prompts weigh less, by half per `HALF_LIFE_S`: weights of new ones grow, n
 
 Not every block of a prompt is counted. Counts only get smaller along a prompt, so depths on a grid do (every one of
 the first 16, then 8 per doubling: a hot prefix is found 1/8 too short at worst), and only twice as deep as the prompt
-has been seen before: what follows is its own. So a prompt costs a few look-ups, whatever its length.
+is shared by a quarter of what makes it hot. So a prompt costs a few look-ups, whatever its length.
 """
 
 import heapq
@@ -24,6 +24,7 @@ HOT_RATIO = 0.1
 MIN_PROMPTS = 8.0
 """Recent prompts with it, likewise."""
 _WARM_PROMPTS = 2.0
+_WARM_RATIO = HOT_RATIO / 4
 _FIRST_LEVELS = 4
 _ENTRY_BYTES = 400  # key, counter, heap entry, and their places; measured
 _MAX_ENTRIES = 8192
@@ -68,11 +69,12 @@ class HotPrefixes:
         self._age(now)
         self._total += self._weight
         allowed = _FIRST_LEVELS
+        warm = max(_WARM_PROMPTS * self._weight, _WARM_RATIO * self._total)
         for level, position in enumerate(GRID):
             if position >= len(hashes) or level >= allowed:
                 return
             counter = self._count(hashes[position])
-            if counter.count - counter.error >= _WARM_PROMPTS * self._weight:
+            if counter.count - counter.error >= warm:
                 allowed = 2 * level + _FIRST_LEVELS
 
     def measure(self, hashes: Sequence[bytes]) -> tuple[int, float]:

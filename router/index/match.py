@@ -56,7 +56,7 @@ class PrefixMatch:
             width = (runs[0].of(tier).bit_length() + 7) // 8
             packed = b"".join(run.of(tier).to_bytes(width, "little") for run in runs)
             bits = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(-1, width), axis=1, bitorder="little")
-            counts = bits.sum(axis=0, dtype=np.uint16)
+            counts = bits[0] if len(runs) == 1 else bits.sum(axis=0, dtype=np.uint16)
             holders = np.flatnonzero(counts)
             depths = np.array([0, *(run.depth for run in runs)], dtype=np.int32)
             found[self.slot_of_bit[holders]] = depths[counts[holders]]
