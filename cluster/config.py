@@ -101,7 +101,9 @@ class SupervisionConfig(ConfigModel):
     """Deadlines of starting and stopping, and patience with failures."""
 
     worker_start_deadline_s: float = Field(600.0, gt=0, description="process, weights, KV pool, first registration")
-    gateway_start_deadline_s: float = Field(60.0, gt=0)
+    gateway_start_deadline_s: float = Field(
+        180.0, gt=0, description="with the router's loops compiled, which takes a while once per machine"
+    )
     redis_start_deadline_s: float = Field(10.0, gt=0)
     drain_deadline_s: float = Field(10.0, ge=0, description="for running requests to finish when the cluster stops")
     back_off: BackOffConfig = BackOffConfig()
