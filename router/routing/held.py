@@ -1,8 +1,12 @@
 """How much of one prompt each worker holds, from the prefix index, in tokens by slot."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from core.kv_events import Tier
+from router.index.match import PrefixMatch
 from router.index.prefix_index import PrefixIndex
 from router.prompt_hashes import PromptHashes
 from router.routing.query import HeldPrefixes
@@ -11,27 +15,28 @@ from router.routing.table import WorkerTable
 
 def held_prefixes(index: PrefixIndex, table: WorkerTable, hashes: PromptHashes) -> HeldPrefixes:
     """Match the prompt once for every way to hash that workers use."""
-    num_rows = len(table.rows)
-    num_slots = max(num_rows, table.slots.capacity)
-    keys = table.hash_keys
-    device = np.zeros(num_rows)
-    host = device
-    hot_tokens, hot_reuses = 0, 0.0
+    rows, keys = table.rows, table.hash_keys
+    if len(keys) == 1:  # nearly always: no rollout is under way
+        match = index.match(hashes.of(keys[0]))
+        size = keys[0].block_size
+        return _held(match, table, float(size), match.hot_blocks * size, match.hot_reuses)
+    found = HeldPrefixes(np.zeros(len(rows)), np.zeros(len(rows)))
     for code, key in enumerate(keys):
         match = index.match(hashes.of(key))
-        if match.hot_blocks * key.block_size > hot_tokens:
-            hot_tokens, hot_reuses = match.hot_blocks * key.block_size, match.hot_reuses
-        if not match.runs:
-            continue
-        own = 1.0 if len(keys) == 1 else table.rows["hash_key"] == code
-        scale = own * float(key.block_size)
-        is_tiered = any(run.device != run.anywhere for run in match.runs)
-        if is_tiered and host is device:
-            host = device.copy()
-        found = match.blocks(Tier.DEVICE, num_slots)[:num_rows] * scale
-        if is_tiered:
-            host += match.blocks(Tier.HOST, num_slots)[:num_rows] * scale
-        elif host is not device:
-            host += found
-        device += found
-    return HeldPrefixes(device, host, hot_tokens, hot_reuses)
+        own = _held(match, table, (rows["hash_key"] == code) * float(key.block_size), 0, 0.0)
+        hot = max((found.hot_tokens, found.hot_reuses), (match.hot_blocks * key.block_size, match.hot_reuses))
+        found = HeldPrefixes(found.device + own.device, found.host + own.host, *hot)
+    return found
+
+
+def _held(match: PrefixMatch, table: WorkerTable, scale: Any, hot_tokens: int, hot_reuses: float) -> HeldPrefixes:
+    num_rows = len(table.rows)
+    num_slots = max(num_rows, table.slots.capacity)
+
+    def tokens(tier: Tier) -> NDArray[np.float64]:
+        held: NDArray[np.float64] = match.blocks(tier, num_slots)[:num_rows] * scale
+        return held
+
+    device = tokens(Tier.DEVICE)
+    is_tiered = any(run.device != run.anywhere for run in match.runs)
+    return HeldPrefixes(device, tokens(Tier.HOST) if is_tiered else device, hot_tokens, hot_reuses)
