@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,12 @@ class Comparison:
             sides.append(http_router("sglang-router", self._python, sglang, count, shape, "round_robin"))
         return sides
 
-    async def _each(self, count: int, shape: WorkerShape) -> AsyncIterator[Side]:
+    async def _each(self, count: int, shape: WorkerShape, measure: Callable[[Side], Awaitable[None]]) -> None:
+        """Have every side measured in turn; one that fails is told of and left out."""
         for opening in self._sides(count, shape):
             try:
                 async with opening as side:
-                    yield side
+                    await measure(side)
             except SideFailed as error:
                 self._console.print(f"[red]{error}")
 
@@ -126,7 +127,8 @@ class Comparison:
         for cache_blocks in options.caches:
             shape = WorkerShape(cache_blocks, request_s=0.0005, block_s=options.block_ms / 1e3)
             best = ceiling(prompts, cache_blocks * 4)
-            async for side in self._each(4, shape):
+
+            async def measure(side: Side, cache_blocks: int = cache_blocks, best: float = best) -> None:
                 measured = await side.send(prompts, 16)
                 even = (unevenness(measured.requests), unevenness(measured.computed))
                 self._record("hits", side, measured, cache_blocks=cache_blocks, ceiling=best)
@@ -134,12 +136,15 @@ class Comparison:
                     f"{cache_blocks}", side.name, f"{measured.hit_ratio:.2%}", f"{best:.2%}", f"{even[0]:.3f}",
                     f"{even[1]:.3f}", f"{measured.p50_s * 1e3:.1f}",
                 )  # fmt: skip
+
+            await self._each(4, shape, measure)
         self._console.print(table)
 
     async def _speed(self, prompts: Sequence[Sequence[int]]) -> None:
         table = Table("workers", "router", "req/s of wall", "req/s of its CPU", "CPU us/req", "p99 ms", "failures")
         for count in self._options.workers:
-            async for side in self._each(count, _IDLE):
+
+            async def measure(side: Side, count: int = count) -> None:
                 await side.send(prompts[:200], 32)  # warm
                 measured = await side.send(prompts[: self._options.speed_prompts], 32)
                 self._record("speed", side, measured, workers=count)
@@ -149,6 +154,8 @@ class Comparison:
                     f"{measured.router_cpu_s / measured.done * 1e6:,.0f}", f"{measured.p99_s * 1e3:.1f}",
                     f"{sum(measured.failures.values())}",
                 )  # fmt: skip
+
+            await self._each(count, _IDLE, measure)
             if self._python is not None:
                 told = self._tree(prompts, count)
                 name = "ray prefix tree (in process)"
@@ -168,13 +175,16 @@ class Comparison:
     async def _memory(self, prompts: Sequence[Sequence[int]]) -> None:
         rounds, size = self._options.churn_rounds, self._options.churn_prompts
         table = Table("router", *(f"MiB after {size * (number + 1):,}" for number in range(rounds)))
-        async for side in self._each(8, WorkerShape(2_000, 0.0, 0.0)):
+
+        async def measure(side: Side) -> None:
             seen = []
             for number in range(rounds):
                 measured = await side.send(churn(size, number * size), 32)
                 seen.append(measured.rss_after)
                 self._record("memory", side, measured, round=number)
             table.add_row(side.name, *(f"{rss / 2**20:,.0f}" for rss in seen))
+
+        await self._each(8, WorkerShape(2_000, 0.0, 0.0), measure)
         self._console.print(table)
 
     def _record(self, part: str, side: Side, measured: Measured, **facts: object) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.lru_worker import LruWorker, WorkerShape
 from core.clock import MonotonicClock
-from core.errors import ServingError
+from core.errors import RejectReason, ServingError
 from core.ids import Epoch, RequestId, WorkerId
 from core.kv_events import BlocksRemoved, BlocksStored, KvEvent
 from core.membership import LoadReport, Role, WorkerIdentity, WorkerRecord, WorkerState
@@ -99,7 +99,7 @@ class TrivialPrefillWorker(worker_pb2_grpc.PrefillWorkerServicer):
             request_iterator,
             context,
             worker_pb2.PrefillReport,
-            on_submit=self._submit,
+            handlers={"submit": self._submit},
             encode=lambda report: report,
         )
 
@@ -124,28 +124,32 @@ class TrivialPrefillWorker(worker_pb2_grpc.PrefillWorkerServicer):
     def disconnect(self, stream: Outbox[Any]) -> None:
         self._streams.remove(stream)
 
-    async def list_cached_blocks(self) -> tuple[int, list[tuple[bytes, tuple[bytes, ...]]]]:
-        return self._registration.sequence, [(_ROOT, tuple(self._held))]
+    async def list_cached_blocks(self) -> tuple[int, list[BlocksStored]]:
+        return self._registration.sequence, [BlocksStored(_ROOT, tuple(self._held))]
 
     async def tell_load(self) -> None:
         """Send a load report to every gateway now and then, as real workers do."""
         while True:
-            self._sequence += 1
-            load = codec.load_to_wire(self._load())
+            load = self._load()
             for stream in self._streams:
                 stream.put(worker_pb2.PrefillReport(load=load))
             await asyncio.sleep(_LOAD_INTERVAL_S)
 
-    def _load(self) -> LoadReport:
-        return LoadReport(sequence=self._sequence, queued_prefill_tokens=self._queued_tokens)
+    def _load(self) -> worker_pb2.WorkerLoad:
+        self._sequence += 1
+        return codec.load_to_wire(LoadReport(sequence=self._sequence, queued_prefill_tokens=self._queued_tokens))
 
     def _submit(self, stream: Outbox[Any], submit: worker_pb2.PrefillSubmit) -> None:
         request, now = submit.request, time.monotonic()
+        if submit.HasField("max_queued_tokens") and self._queued_tokens > submit.max_queued_tokens:
+            busier = worker_pb2.Rejected(request_id=request.request_id, reason=RejectReason.BUSIER, load=self._load())
+            stream.put(worker_pb2.PrefillReport(rejected=busier))
+            return
         served = self.cache.serve(list(request.block_hashes), now)
         cached_tokens = served.hit_blocks * BLOCK_TOKENS
         computed_tokens = len(request.prompt_token_ids) - cached_tokens
         self._queued_tokens += computed_tokens
-        accepted = worker_pb2.Accepted(request_id=request.request_id, cached_tokens=cached_tokens)
+        accepted = worker_pb2.Accepted(request_id=request.request_id, cached_tokens=cached_tokens, load=self._load())
         stream.put(worker_pb2.PrefillReport(accepted=accepted))
         events: list[KvEvent] = []
         if served.stored:
@@ -216,7 +220,7 @@ async def run_load(options: argparse.Namespace) -> None:
                         pass
                     latencies.append(time.monotonic() - begun)
                 except ServingError as error:
-                    failures[error.grpc_code] = failures.get(error.grpc_code, 0) + 1
+                    failures[str(error)] = failures.get(str(error), 0) + 1
 
         begun = time.monotonic()
         await asyncio.gather(*(one_by_one() for _ in range(options.concurrency)))
