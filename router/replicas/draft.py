@@ -36,7 +36,7 @@ class Draft:
         """Return the message and begin the next one. A whole message repeats everything, and goes round the sessions
         a slice at a time, so that whoever starts learns of all of them, and one that was lost is told of again."""
         state, self._sequence = self._state, self._sequence + 1
-        workers = set(state.credited()) if is_whole else self._credits
+        workers = self._credits | set(state.credited()) if is_whole else self._credits
         suspects = self._breakers | set(state.suspected()) if is_whole else self._breakers
         names = list(self._sessions)[: self._bindings_per_message]
         changed = set(names)

@@ -128,6 +128,7 @@ async def several_gateways(
         "quotas": {"slot_lease_s": 0.4, "retry_interval_s": 0.05, "deadline_s": 2.0},
         **config,
     }  # fmt: skip
+    settings["routing"] = {"modes": ["remote_prefill"], **config.get("routing", {})}
     async with AsyncExitStack() as stack:
         redis = stack.enter_context(RedisProcess(folder))
         store = RedisStore(redis.url)

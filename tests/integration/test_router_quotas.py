@@ -60,3 +60,33 @@ async def test_requests_at_once_hold_over_both_gateways_and_come_back(tmp_path: 
             worker.script.go.set()
         await held[1].read_all()
         await second.generate(text_request(tenant="narrow")).read_all()
+
+
+async def test_without_redis_each_gateway_gives_its_part_and_with_it_they_count_together(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    async with several_gateways(tmp_path, checkpoint, 2, tenants=TENANTS) as cluster:
+        await cluster.until(lambda: all(seat.gateway.replicas.num_replicas == 2 for seat in cluster.seats))
+        cluster.redis.kill()
+        for seat in cluster.seats:
+            for _ in range(2):
+                await seat.generate(text_request(tenant="slow")).read_all()
+            await seat.generate(text_request(tenant="slow")).fails(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        for worker in cluster.prefills:
+            worker.script.go.clear()
+        held = [
+            seat.generate(text_request(tenant="narrow", request_id=f"r{n}")) for n, seat in enumerate(cluster.seats)
+        ]
+        for n in range(2):
+            await cluster.wait_prefilling(f"r{n}")
+        for seat in cluster.seats:
+            await seat.generate(text_request(tenant="narrow")).fails(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        cluster.redis.start()
+        await cluster.until(lambda: all(not seat.gateway.quotas.is_store_lost for seat in cluster.seats))
+        error = await cluster.seats[0].generate(text_request(tenant="narrow")).fails(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert "has 2 requests in the cluster" in (error.details() or ""), "the empty store was told of both"
+        for worker in cluster.prefills:
+            worker.script.go.set()
+        for call in held:
+            await call.read_all()
+        await cluster.seats[0].generate(text_request(tenant="narrow")).read_all()

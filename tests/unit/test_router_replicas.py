@@ -103,6 +103,16 @@ def test_whole_messages_go_round_all_sessions_and_changed_ones_come_first() -> N
     assert told == [["s0", "s4"], ["s3", "s2"], ["s1", "s0"], ["s4", "s3"]]
 
 
+def test_a_whole_message_tells_of_a_change_to_nothing_too() -> None:
+    state = FakeSharedState()
+    draft = Draft(A, state, bindings_per_message=2)
+    state.own[P0] = replace(nothing(), load=LOAD)
+    draft.note_credit(P0)
+    del state.own[P0]
+    state.own[P1] = credit(P1)
+    assert draft.compose(is_whole=True).credits == (nothing(P0), credit(P1)), "its load may be news"
+
+
 def test_a_burst_of_sessions_is_told_in_pieces() -> None:
     state = FakeSharedState()
     draft = Draft(A, state, bindings_per_message=2)
