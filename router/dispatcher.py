@@ -205,7 +205,8 @@ class Dispatcher:
                 continue
             self._findings.note(worker_id, active, event, now)
             self._feed(active, event)
-        self._breaker_alarm.arm(self.breakers.next_deadline())
+            if isinstance(event, m.PrefillLost | m.DecodeLost):
+                self._breaker_alarm.arm(self.breakers.next_deadline())
 
     def on_worker_load(self, worker_id: WorkerId) -> None:
         if len(self._late_bound):

@@ -27,7 +27,7 @@ S = RequestState
 _ALONE = frozenset({S.ENGAGING, S.COMPUTING, S.GENERATING})
 _NEWS_OF_PREFILL = (m.PrefillAccepted, m.PrefillRejected, m.PrefillProduced, m.PrefillFinished, m.PrefillLost)
 _NEWS_OF_DECODE = (m.DecodeAccepted, m.DecodeRejected, m.DecodeProduced, m.DecodeFinished, m.DecodeLost)
-_MAX_BUSIER = 2  # conditional questions per round; the next one takes no such answer
+_MAX_BUSIER = 2  # such answers of one role in a round; its next question takes none
 
 
 class RequestMachine:
@@ -73,7 +73,7 @@ class RequestMachine:
         self._retry_after_s = 0.0
         self._early: list[m.Event] = []  # news of the decode worker that overtook the first token
         self._num_early_tokens = 0
-        self._num_busier = 0
+        self._num_busier = dict.fromkeys(Role, 0)
         self._num_seeks = 0
 
     @property
@@ -173,25 +173,25 @@ class RequestMachine:
                 return self._begin_round(now)
             case m.PairChosen(prefill, decode):
                 self._begin_attempt(prefill, decode)
-                return [m.SubmitDecode(decode, prefill, self.attempt, self._is_conditional)]
+                return [m.SubmitDecode(decode, prefill, self.attempt, self._is_conditional(Role.DECODE))]
             case m.LateChosen(prefill):
                 self._begin_attempt(prefill, None)
                 self.is_late = True
-                return [m.SubmitPrefill(prefill, None, self.attempt, self._is_conditional)]
+                return [m.SubmitPrefill(prefill, None, self.attempt, self._is_conditional(Role.PREFILL))]
             case m.PrefillAloneChosen(prefill):
                 self._begin_attempt(prefill, None)
-                return [m.SubmitAlone(prefill, Role.PREFILL, self.attempt, self._is_conditional)]
+                return [m.SubmitAlone(prefill, Role.PREFILL, self.attempt, self._is_conditional(Role.PREFILL))]
             case m.DecodeAloneChosen(decode):
                 self._begin_attempt(None, decode)
-                return [m.SubmitAlone(decode, Role.DECODE, self.attempt, self._is_conditional)]
+                return [m.SubmitAlone(decode, Role.DECODE, self.attempt, self._is_conditional(Role.DECODE))]
             case m.PrefillChosen(prefill):
                 self.num_asked += 1
                 self.prefill = prefill
-                return [m.SubmitPrefill(prefill, self.decode, self.attempt, self._is_conditional)]
+                return [m.SubmitPrefill(prefill, self.decode, self.attempt, self._is_conditional(Role.PREFILL))]
             case m.DecodeChosen(decode):
                 self.num_asked += 1
                 self.decode = decode
-                return [m.SubmitDecode(decode, None, self.attempt, self._is_conditional)]
+                return [m.SubmitDecode(decode, None, self.attempt, self._is_conditional(Role.DECODE))]
             case m.NothingFits(cause):
                 return [
                     *self._free_workers("no prefill worker accepts"),
@@ -233,9 +233,8 @@ class RequestMachine:
             case _:
                 raise AssertionError(f"{type(event).__name__} has an edge but no effect")
 
-    @property
-    def _is_conditional(self) -> bool:
-        return self._num_busier < _MAX_BUSIER
+    def _is_conditional(self, role: Role) -> bool:
+        return self._num_busier[role] < _MAX_BUSIER
 
     @property
     def _overtakes(self) -> bool:
@@ -245,7 +244,7 @@ class RequestMachine:
     def _begin_round(self, now: float) -> list[m.Effect]:
         self._refusals.clear()
         self._retry_after_s = 0.0
-        self._num_busier = 0
+        self._num_busier = dict.fromkeys(Role, 0)
         self.timeline.dispatched(now)
         return [m.ChooseWorkers(frozenset())]
 
@@ -263,7 +262,7 @@ class RequestMachine:
             return [m.LeaveQueue()]
         assert self.prefill is not None
         if self.state is S.RESERVING:
-            return [m.SubmitPrefill(self.prefill, self.decode, self.attempt, self._is_conditional)]
+            return [m.SubmitPrefill(self.prefill, self.decode, self.attempt, self._is_conditional(Role.PREFILL))]
         return [m.BindPrefill(self.prefill, self.decode)]
 
     def _accepted_by_prefill(self, cached_tokens: int, now: float) -> list[m.Effect]:
@@ -277,7 +276,7 @@ class RequestMachine:
     def _refused_by_decode(self, error: RejectedError) -> list[m.Effect]:
         assert self.decode is not None
         refuser = self.decode
-        self._refuse(refuser, error)
+        self._refuse(refuser, Role.DECODE, error)
         if self.state in (S.BINDING, S.PLACING):
             self.decode = None
             return [m.ReleaseWorker(refuser), self._seek()]
@@ -286,7 +285,7 @@ class RequestMachine:
     def _refused_by_prefill(self, error: RejectedError) -> list[m.Effect]:
         assert self.prefill is not None
         refuser = self.prefill
-        self._refuse(refuser, error)
+        self._refuse(refuser, Role.PREFILL, error)
         if self.state is not S.DISPATCHING:
             return [*self._release_all(), m.ChooseWorkers(frozenset(self._refusals))]
         assert self.decode is not None
@@ -294,9 +293,9 @@ class RequestMachine:
         self._forget_early()
         return [m.ReleaseWorker(refuser), m.ChoosePrefill(frozenset(self._refusals), self.decode)]
 
-    def _refuse(self, worker_id: WorkerId, error: RejectedError) -> None:
-        if error.reason is RejectReason.BUSIER and self._is_conditional:
-            self._num_busier += 1  # what it told of its load is known now: it may be the best one still
+    def _refuse(self, worker_id: WorkerId, role: Role, error: RejectedError) -> None:
+        if error.reason is RejectReason.BUSIER and self._is_conditional(role):
+            self._num_busier[role] += 1  # what it told of its load is known now: it may be the best one still
             return
         self._refusals[worker_id] = error.reason
         self._retry_after_s = max(self._retry_after_s, error.retry_after_s)
@@ -304,7 +303,7 @@ class RequestMachine:
     def _seek_afresh(self) -> list[m.Effect]:
         """Look for a decode worker among all but those that were lost."""
         self._refusals = {worker: None for worker, reason in self._refusals.items() if reason is None}
-        self._num_busier = 0
+        self._num_busier[Role.DECODE] = 0
         seek = self._seek()
         self._num_seeks += 1
         return [seek]

@@ -173,9 +173,11 @@ def test_busier_than_thought_costs_a_choice_and_excludes_nobody() -> None:
     request, effects = walk(m.PairChosen(P1, D1), m.DecodeAccepted(0), m.PrefillRejected(BUSIER), start=request)
     assert effects[-1] == m.ChoosePrefill(frozenset(), D1)
     request, effects = walk(m.PrefillChosen(P1), start=request)
-    assert effects == [m.SubmitPrefill(P1, D1, 1, False)], "the third question takes no such answer"
+    assert effects == [m.SubmitPrefill(P1, D1, 1, True)], "the decode worker's answers do not count against this role"
+    request, effects = walk(m.PrefillRejected(BUSIER), m.PrefillChosen(P2), start=request)
+    assert effects == [m.SubmitPrefill(P2, D1, 1, False)], "the third question takes no such answer"
     _, effects = walk(m.PrefillRejected(BUSIER), start=request)
-    assert effects[-1] == m.ChoosePrefill(frozenset({P1}), D1)
+    assert effects[-1] == m.ChoosePrefill(frozenset({P2}), D1)
 
 
 def test_another_round_asks_conditionally_again() -> None:
