@@ -27,11 +27,11 @@ OPEN_DOOR = AdmissionConfig(
     batch=ClassConfig(door=DoorMode.OFF),
 )
 
-_UNBOUNDED = 10**9
+UNBOUNDED = 10**9
 _SEVENTY = MACHINES["llama70b-a800x8"]
 _THIRTEEN = MACHINES["opt13b-a100-tp2"]
 _CODE_TARGETS = Targets(ttft_s=1.0, tpot_s=0.1, tbt_s=0.1, max_gap_s=1.0)
-_STALE_WORKERS = WorkerTerms(max_queued_tokens=_UNBOUNDED, heartbeat_s=1.0, reports_changes=False, honours_bounds=False)
+_STALE_WORKERS = WorkerTerms(max_queued_tokens=UNBOUNDED, heartbeat_s=1.0, reports_changes=False, honours_bounds=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def scenario(machine: Machine, policy: PolicyName = "cost", **changes: Any) -> S
     """
     chosen = {"modes": (Mode.REMOTE_PREFILL,), **changes}
     config = router_config(routing(machine, policy, **chosen), admission=OPEN_DOOR)
-    return Scenario(config=config, machine=machine, terms=WorkerTerms(max_queued_tokens=_UNBOUNDED))
+    return Scenario(config=config, machine=machine, terms=WorkerTerms(max_queued_tokens=UNBOUNDED))
 
 
 def policies(conversation: Path, max_requests: int | None, speed: float) -> Question:
@@ -97,7 +97,7 @@ def stale_reports(code: Path, max_requests: int | None) -> list[Question]:
             "oracle: no delay",
             replace(
                 scenario(_THIRTEEN, "least_loaded"),
-                terms=WorkerTerms(max_queued_tokens=_UNBOUNDED, report_interval_s=1e-6),
+                terms=WorkerTerms(max_queued_tokens=UNBOUNDED, report_interval_s=1e-6),
                 wire_delay_s=1e-6,
             ),
         ),

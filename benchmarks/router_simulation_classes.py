@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.router_simulation_arms import Question, routing
+from benchmarks.router_simulation_arms import UNBOUNDED, Question, routing
 from core.service_class import ServiceClass, Slo
 from router.admission.config import AdmissionConfig, ClassConfig, DoorMode
 from router.routing.config import Term
+from router.routing.modes import Mode
 from simulator import goodput
+from simulator.answers import WorkerTerms
 from simulator.cluster import Scenario, router_config
 from simulator.comparison import Arm, serving_values
 from simulator.confidence import cross_correlation
@@ -36,23 +37,29 @@ _LAGS = range(16)
 
 
 def oscillation(conversation: Path, max_requests: int | None) -> Question:
-    """Twelve prefill and four decode workers at twice what the decode pool can bear (Mooncake, early rejection)."""
+    """Fourteen prefill and two decode workers, at more than these two can bear (Mooncake, early rejection).
+
+    What is refused by what decodes now, while prompts compute that will decode soon, comes too late and then too much.
+    """
     slo = Slo(ttft_s=30.0, tpot_s=_TPOT_S)
     workload = Workload(
-        conversation, max_requests, speed=3.0, classes=(ClassShare(ServiceClass.INTERACTIVE, 1.0, slo),)
+        conversation, max_requests, speed=2.3, classes=(ClassShare(ServiceClass.INTERACTIVE, 1.0, slo),)
     )
 
-    def arm(name: str, door: DoorMode, **changes: Any) -> Arm:
+    def arm(name: str, door: DoorMode, *ignored: Term, reports_reserved: bool = True) -> Arm:
         admission = AdmissionConfig(interactive=ClassConfig(door=door))
-        config = router_config(routing(_SEVENTY, **changes), admission=admission)
-        return Arm(name, Scenario(config=config, machine=_SEVENTY, num_prefill=12, num_decode=4))
+        routed = routing(_SEVENTY, modes=(Mode.REMOTE_PREFILL,), ignored_terms=frozenset(ignored))
+        config = router_config(routed, admission=admission)
+        terms = WorkerTerms(max_queued_tokens=UNBOUNDED, reports_reserved=reports_reserved)
+        return Arm(name, Scenario(config=config, machine=_SEVENTY, terms=terms, num_prefill=14, num_decode=2))
 
     arms = (
         arm("no refusal", DoorMode.OFF),
-        arm("by the load of now", DoorMode.ENFORCE, ignored_terms=frozenset({Term.FORECAST})),
+        arm("by what decodes now", DoorMode.ENFORCE, Term.FORECAST, Term.CREDIT, reports_reserved=False),
+        arm("by all that is promised", DoorMode.ENFORCE, Term.FORECAST),
         arm("by the load predicted", DoorMode.ENFORCE),
     )
-    title = f"12+4 workers {_SEVENTY.name}, conversation trace at 3x, TPOT target {_TPOT_S * 1e3:.0f} ms"
+    title = f"14+2 workers {_SEVENTY.name}, conversation trace at 2.3x, TPOT target {_TPOT_S * 1e3:.0f} ms"
     return Question("oscillation", title, workload, arms)
 
 
@@ -71,7 +78,7 @@ def oscillation_values(run: Run) -> Mapping[str, float]:
 
 def overload(conversation: Path, max_requests: int | None) -> Question:
     """All classes at more than the prefill pool can do, with and without aging."""
-    workload = Workload(conversation, max_requests, speed=2.2, classes=CLASSES, tenants=("one", "two", "three"))
+    workload = Workload(conversation, max_requests, speed=4.0, classes=CLASSES, tenants=("one", "two", "three"))
 
     def arm(name: str, aging_s: float) -> Arm:
         off = ClassConfig(door=DoorMode.OFF)
@@ -86,7 +93,7 @@ def overload(conversation: Path, max_requests: int | None) -> Question:
         return Arm(name, Scenario(config=config, machine=_SEVENTY))
 
     arms = (arm("aging 10 s", 10.0), arm("aging 60 s", 60.0), arm("no aging", 1e6))
-    return Question("classes", f"8+8 workers {_SEVENTY.name}, three classes at 2.2x", workload, arms)
+    return Question("classes", f"8+8 workers {_SEVENTY.name}, three classes at 4x", workload, arms)
 
 
 def class_values(run: Run) -> Mapping[str, float]:

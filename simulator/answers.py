@@ -20,6 +20,7 @@ class WorkerTerms:
         report_interval_s: load reports after changes are at least so far apart.
         heartbeat_s: a load report comes at least so often, and at no other time unless `reports_changes`.
         reports_changes: load reports follow changes, and every answer carries the load.
+        reports_reserved: load reports tell of requests whose KV has not come yet; otherwise only of what runs.
         honours_bounds: conditional orders are refused when the worker is busier than they say.
     """
 
@@ -28,6 +29,7 @@ class WorkerTerms:
     report_interval_s: float = 0.05
     heartbeat_s: float = 1.0
     reports_changes: bool = True
+    reports_reserved: bool = True
     honours_bounds: bool = True
 
 

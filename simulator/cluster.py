@@ -210,7 +210,7 @@ class _Cluster:
                 LoadSample(
                     loop.now(),
                     tuple(worker.engine.queued_tokens for worker in prefill),
-                    tuple(worker.num_held for worker in decode),
+                    tuple(worker.engine.num_running for worker in decode),
                     tuple(worker.engine.context_tokens for worker in decode),
                 )
             )

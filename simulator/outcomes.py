@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class LoadSample:
-    """Load of the two pools at one moment: prompt tokens queued, sequences decoded or reserved."""
+    """Load of the two pools at one moment: prompt tokens queued, sequences decoded."""
 
     at_s: float
     queued_tokens: tuple[int, ...]

@@ -326,17 +326,18 @@ class SimulatedWorker:
     def _load(self) -> LoadReport:
         self._sequence += 1
         engine = self.engine
+        reserved = self._reserved_tokens if self._terms.reports_reserved else {}
         return LoadReport(
             sequence=self._sequence,
             num_running=engine.num_running,
-            num_waiting=engine.num_joining + engine.num_prompts + len(self._reserved_tokens),
+            num_waiting=engine.num_joining + engine.num_prompts + len(reserved),
             queued_prefill_tokens=engine.queued_tokens,
             context_tokens=engine.context_tokens,
             free_blocks=self.pool.free_blocks,
             total_blocks=self.pool.total_blocks,
             cached_blocks=self.pool.cached_blocks,
-            num_reserved=len(self._reserved_tokens),
-            reserved_tokens=sum(self._reserved_tokens.values()),
+            num_reserved=len(reserved),
+            reserved_tokens=sum(reserved.values()),
             prefill_tokens_per_s=engine.prefill_tokens_per_s,
             decode_step_s=engine.last_step_s,
         )
