@@ -6,9 +6,11 @@ stands; the caller notes the outcome and calls again from there. Chains share se
 over any number of blocks.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-any-return"
+# mypy: disable-error-code="untyped-decorator,no-any-return,assignment,arg-type,return-value"
 
 from typing import Any
+
+import numpy as np
 
 from router.index.layout import BARE, FREED, LOSS, NOBODY, NONE, OP, TARGET, compiled
 from router.index.table import release, set_holders
@@ -25,13 +27,13 @@ def climb(nodes: Any, head: Any, sets: Any, op: int, n: int, changed: Any, num_c
         old = nodes[n].holders
         if sets[old, OP] != op:
             return n, num_changed
-        new = sets[old, TARGET]
+        new = np.int64(sets[old, TARGET])
         if new == old:
             break
         set_holders(nodes, head, sets, n, new)
         changed[num_changed] = n
         num_changed += 1
-        n = nodes[n].parent
+        n = np.int64(nodes[n].parent)
     return NONE, num_changed
 
 
@@ -49,15 +51,15 @@ def cut(nodes: Any, buckets: Any, head: Any, sets: Any, op: int, top: int, n: in
         wanted = op if bare == NONE else op + 1
         if sets[old, OP] != wanted:
             return n
-        new = sets[old, TARGET]
-        below = NONE
+        new = np.int64(sets[old, TARGET])
+        below = np.int64(NONE)
         if new != old:
             set_holders(nodes, head, sets, n, new)
             if bare == NONE and sets[old, LOSS]:
                 head[BARE] = n
                 bare = n
             if is_deep or bare != NONE:
-                below = nodes[n].child
+                below = np.int64(nodes[n].child)
         done = n
         if below != NONE:
             n = below
@@ -67,10 +69,10 @@ def cut(nodes: Any, buckets: Any, head: Any, sets: Any, op: int, top: int, n: in
                     head[BARE] = NONE
                 if n == top or nodes[n].next != NONE:
                     break
-                n = nodes[n].parent
-            n = NONE if n == top else nodes[n].next
+                n = np.int64(nodes[n].parent)
+            n = np.int64(NONE if n == top else nodes[n].next)
         if nodes[done].holders == NOBODY and nodes[done].child == NONE:
-            release(nodes, buckets, head, sets, done, NONE)
+            release(nodes, buckets, head, sets, done, np.int64(NONE))
     return NONE
 
 
@@ -82,18 +84,18 @@ def rewrite(nodes: Any, buckets: Any, head: Any, sets: Any, op: int, listed: Any
         The position in the list where it is stuck; its length when it is through.
     """
     for i in range(start, listed.shape[0]):
-        n = listed[i]
+        n = np.int64(listed[i])
         old = nodes[n].holders
         if old == FREED:
             continue
         if sets[old, OP] != op:
             return i
-        new = sets[old, TARGET]
+        new = np.int64(sets[old, TARGET])
         if new == old:
             continue
         set_holders(nodes, head, sets, n, new)
         if new == NOBODY and nodes[n].child == NONE:
-            release(nodes, buckets, head, sets, n, NONE)
+            release(nodes, buckets, head, sets, n, np.int64(NONE))
     return listed.shape[0]
 
 
@@ -102,5 +104,5 @@ def ancestry(nodes: Any, n: int, out: Any) -> int:
     """Write `n` and those above it into `out`, as many as it takes. Returns the node above the last, or NONE."""
     for i in range(out.shape[0]):
         out[i] = n
-        n = nodes[n].parent
+        n = np.int64(nodes[n].parent)
     return n

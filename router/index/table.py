@@ -15,7 +15,7 @@ beginning, so nothing is ever copied to grow, and the process has no more memory
 Indices and not references, `NONE` for nothing. The functions trust their callers; nothing is checked for bounds.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-any-return"
+# mypy: disable-error-code="untyped-decorator,no-any-return,assignment,arg-type,return-value"
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def find(nodes: Any, buckets: Any, key0: Any, key1: Any) -> int:
     n = buckets[key0 & np.uint64(buckets.shape[0] - 1)]
     while n != NONE and (nodes[n].key0 != key0 or nodes[n].key1 != key1):
         n = nodes[n].chain
-    return n
+    return np.int64(n)  # node numbers are passed as int64, constants too: another type is another compilation
 
 
 @compiled
@@ -143,7 +143,7 @@ def _part(nodes: Any, n: int) -> None:
 def release(nodes: Any, buckets: Any, head: Any, sets: Any, n: int, kept: int) -> None:
     """Free a node without children, and those above it that nobody holds and that have no others, but not `kept`."""
     while True:
-        parent = nodes[n].parent
+        parent = np.int64(nodes[n].parent)
         _part(nodes, n)
         bucket = nodes[n].key0 & np.uint64(buckets.shape[0] - 1)
         if buckets[bucket] == n:
@@ -158,7 +158,7 @@ def release(nodes: Any, buckets: Any, head: Any, sets: Any, n: int, kept: int) -
             _inherit(nodes, head, n, parent)
         else:
             _unlist(nodes, head, n)
-        set_holders(nodes, head, sets, n, NOBODY)
+        set_holders(nodes, head, sets, n, np.int64(NOBODY))
         sets[NOBODY, REFS] -= 1
         nodes[n].holders = FREED
         nodes[n].chain = head[FREE]
