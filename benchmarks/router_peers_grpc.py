@@ -62,6 +62,7 @@ class TrivialPrefillWorker(worker_pb2_grpc.PrefillWorkerServicer):
         self._server = WorkerServer("127.0.0.1", 0)
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self._server.grpc)
         self._queued_tokens = 0
+        self._num_queued = 0
         self._sequence = 0
         self._held: dict[bytes, None] = {}
         record = WorkerRecord(
@@ -137,7 +138,13 @@ class TrivialPrefillWorker(worker_pb2_grpc.PrefillWorkerServicer):
 
     def _load(self) -> worker_pb2.WorkerLoad:
         self._sequence += 1
-        return codec.load_to_wire(LoadReport(sequence=self._sequence, queued_prefill_tokens=self._queued_tokens))
+        load = LoadReport(
+            sequence=self._sequence,
+            num_running=min(1, self._num_queued),
+            num_waiting=max(0, self._num_queued - 1),
+            queued_prefill_tokens=self._queued_tokens,
+        )
+        return codec.load_to_wire(load)
 
     def _submit(self, stream: Outbox[Any], submit: worker_pb2.PrefillSubmit) -> None:
         request, now = submit.request, time.monotonic()
@@ -149,6 +156,7 @@ class TrivialPrefillWorker(worker_pb2_grpc.PrefillWorkerServicer):
         cached_tokens = served.hit_blocks * BLOCK_TOKENS
         computed_tokens = len(request.prompt_token_ids) - cached_tokens
         self._queued_tokens += computed_tokens
+        self._num_queued += 1
         accepted = worker_pb2.Accepted(request_id=request.request_id, cached_tokens=cached_tokens, load=self._load())
         stream.put(worker_pb2.PrefillReport(accepted=accepted))
         events: list[KvEvent] = []
@@ -171,6 +179,7 @@ class TrivialPrefillWorker(worker_pb2_grpc.PrefillWorkerServicer):
         self, stream: Outbox[Any], request_id: str, computed_tokens: int, cached_tokens: int, waited_s: float
     ) -> None:
         self._queued_tokens -= computed_tokens
+        self._num_queued -= 1
         token = worker_pb2.WorkOutput(request_id=request_id)
         token.tokens.add(index=0, token_id=5)
         token.finish.reason = codec.finish_reason_to_wire(FinishReason.LENGTH)
