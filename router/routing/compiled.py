@@ -15,3 +15,9 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         return cast("Callable[P, R]", njit(nogil=True, cache=True, error_model="numpy")(function))
     except RuntimeError:  # none of the places can be written to: a read-only image; every process compiles for itself
         return cast("Callable[P, R]", njit(nogil=True, error_model="numpy")(function))
+
+
+def inner(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function that only compiled ones of its file call: no way in from Python, nothing kept by itself."""
+    made = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return cast("Callable[P, R]", made)

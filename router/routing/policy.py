@@ -10,6 +10,7 @@ The estimate only orders the candidates; the worker's own accept or reject is th
 says how much busier its workers may be than thought before the next best would have won.
 """
 
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from router.routing.settings import settings_of
 from router.routing.table import WorkerTable
 from router.routing.topology import floor_class
 
+_log = logging.getLogger(__name__)
 _INF = math.inf
 # REFUSED before TOO_LONG: a worker that is busy now can take it later, so the request is worth keeping.
 _OBSTACLES = (
@@ -96,6 +98,7 @@ class CostPolicy:
 
     def warm(self) -> None:
         """Compile, or read what was compiled before: seconds once, which no request should wait for."""
+        _log.info("loading the compiled policy; where it is not yet, compiling it, once per machine")
         slots = np.zeros(1, np.int64)
         nothing, found = np.zeros(1, WORKER), np.zeros(1, FOUND)
         held, refused = np.zeros(1), np.zeros(1, np.bool_)
@@ -116,6 +119,7 @@ class CostPolicy:
         )
         pairs, classes = self._links.pairs, self._links.classes
         search(nothing, pairs, classes, self._query, self._settings, sides, slots, slots, found, self._top)
+        _log.info("the policy is ready")
 
     def choose(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Decision | NoCandidate:
         for fixed, role in ((query.reserved_decode, Role.DECODE), (query.bound_prefill, Role.PREFILL)):

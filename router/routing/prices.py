@@ -19,31 +19,33 @@ from typing import Any
 import numpy as np
 
 from router.routing.columns import RoleCode
-from router.routing.compiled import compiled
+from router.routing.compiled import compiled, inner
 
 TOO_LONG_BIT, REFUSED_BIT, NOT_LIVE_BIT = 1, 2, 4
 
-_PREFILL, _DECODE = int(RoleCode.PREFILL), int(RoleCode.DECODE)
+# As numpy scalars: plain ones are literals to the compiler, and make a copy of every function that they are passed to.
+_PREFILL, _DECODE = np.int64(RoleCode.PREFILL), np.int64(RoleCode.DECODE)
+_OPEN, _NO, _YES = np.int64(-1), np.bool_(False), np.bool_(True)
 
 
-@compiled
+@inner
 def queued_s(worker: Any, now: float) -> Any:
     """Return the seconds of prompts that wait at a worker."""
     reported = worker.queued_tokens * worker.s_per_token - max(0.0, now - worker.reported_at)
     return max(0.0, reported) + worker.credit_prefill_s + worker.peer_prefill_s
 
 
-@compiled
+@inner
 def prefill_seconds(worker: Any, uncached: float, held: float) -> Any:
     return worker.prefill_a + worker.prefill_b * uncached + worker.prefill_c * uncached * (held + uncached * 0.5)
 
 
-@compiled
+@inner
 def step_seconds(worker: Any, requests: float, context_tokens: float) -> Any:
     return worker.decode_c0 + worker.decode_c1 * requests + worker.decode_c2 * context_tokens
 
 
-@compiled
+@inner
 def batch_at(worker: Any, joins: Any, now: float, horizon_s: float, s: Any) -> tuple[float, float]:
     """Return the (requests, context tokens) that a decode worker will run at now + horizon."""
     if s.use_forecast and worker.running > 0.0:
@@ -70,7 +72,7 @@ def batch_at(worker: Any, joins: Any, now: float, horizon_s: float, s: Any) -> t
     return requests, tokens
 
 
-@compiled
+@inner
 def room_wait_s(worker: Any, missing_tokens: float, step_s: float) -> Any:
     """Return how long blocks for so many tokens will be waited for. A worker that reports no pool has room."""
     if worker.total_blocks <= 0.0:
@@ -84,7 +86,7 @@ def room_wait_s(worker: Any, missing_tokens: float, step_s: float) -> Any:
     return short / max(1.0, worker.total_blocks - free) * worker.mean_steps * step_s
 
 
-@compiled
+@inner
 def price_prompt(worker: Any, device: float, host: float, reuses: float, q: Any, s: Any, out: Any) -> None:
     """Fill what computing the prompt on one worker takes: waiting, whole and charged compute, loading, late TTFT."""
     most = q.prompt_tokens - 1.0  # the last token is computed, to sample the first
@@ -115,7 +117,7 @@ def price_prompt(worker: Any, device: float, host: float, reuses: float, q: Any,
     out.prompt_cost_s = s.weigh_queue * waiting_s + s.weigh_prefill * charged_s + load_s + out.ttft_slo_s
 
 
-@compiled
+@inner
 def price_decode(worker: Any, joins: Any, device: float, horizon_s: float, q: Any, s: Any, out: Any) -> None:
     """Fill the columns of decoding on one worker from `horizon_s` on."""
     requests, tokens = batch_at(worker, joins, q.now, horizon_s, s)
@@ -131,7 +133,7 @@ def price_decode(worker: Any, joins: Any, device: float, horizon_s: float, q: An
     out.decode_cost_s = s.weigh_decode * (out.steps_s + room_s) + out.tpot_slo_s
 
 
-@compiled
+@inner
 def eligible(
     rows: Any, refused: Any, num_slots: int, role: int, fixed: int, take_refused: bool, q: Any, s: Any, members: Any
 ) -> tuple[int, int, bool]:
@@ -185,10 +187,10 @@ def price_workers(
     """
     q, s, found = query[0], settings[0], out[0]
     count_p, found.prefill_obstacles, found.has_prefill_pool = eligible(
-        rows, refused, num_slots, _PREFILL, q.fixed_prefill, False, q, s, prefills
+        rows, refused, num_slots, _PREFILL, q.fixed_prefill, _NO, q, s, prefills
     )
     count_d, found.decode_obstacles, found.has_decode_pool = eligible(
-        rows, refused, num_slots, _DECODE, q.fixed_decode, False, q, s, decodes
+        rows, refused, num_slots, _DECODE, q.fixed_decode, _NO, q, s, decodes
     )
     is_open = (
         q.needs_decode
@@ -200,7 +202,7 @@ def price_workers(
     )
     took_refused = is_open and count_d == 0 and found.has_decode_pool
     if took_refused:  # they refused now, but will have room
-        count_d = eligible(rows, refused, num_slots, _DECODE, -1, True, q, s, decodes)[0]
+        count_d = eligible(rows, refused, num_slots, _DECODE, _OPEN, _YES, q, s, decodes)[0]
     found.num_prefill, found.num_decode, found.is_late = count_p, count_d, False
 
     horizon_s = np.inf

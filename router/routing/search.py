@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 
 from router.routing.columns import CANDIDATE, ModeCode, RoleCode
-from router.routing.compiled import compiled
+from router.routing.compiled import compiled, inner
 
 TIE_S = 1e-9
 LINK_STRIDE = 1 << 20  # more slots than a cluster has: the key of a pair does not depend on the size of the table
 LINK_PROBES = 8
 
-_PREFILL, _DECODE = int(RoleCode.PREFILL), int(RoleCode.DECODE)
+# As numpy scalars: plain ones are literals to the compiler, and make a copy of every function that they are passed to.
+_PREFILL, _NOBODY, _ZERO = np.int64(RoleCode.PREFILL), np.int64(-1), np.int64(0)
 _REMOTE, _LOCAL, _COLOCATED = int(ModeCode.REMOTE_PREFILL), int(ModeCode.LOCAL_PREFILL), int(ModeCode.COLOCATED)
 _MAX_LAYOUTS = 16
 
 
-@compiled
+@inner
 def jitter_s(seed: int, slot: int) -> float:
     """Return a random part of TIE_S, the same for the same seed and slot."""
     mixed = np.uint64(seed) + np.uint64(slot + 1) * np.uint64(0x9E3779B97F4A7C15)
@@ -36,24 +37,29 @@ def jitter_s(seed: int, slot: int) -> float:
     return np.float64(mixed >> np.uint64(11)) * (TIE_S / 9007199254740992.0)
 
 
-@compiled
-def cheapest(keys: Any, members: Any, limit: int) -> Any:
-    """Return the `limit` members with the smallest keys, smallest first: a heap, popped so often."""
-    heap = members.copy()
-    count = heap.shape[0]
+@inner
+def cheapest(rows: Any, keys: Any, members: Any, layout: int, limit: int, heap: Any, out: Any, start: int) -> Any:
+    """Write the `limit` members of a layout with the smallest keys, smallest first, from `start` on; return the end.
+
+    A heap, popped so often: of a thousand workers a few dozen are wanted.
+    """
+    count = _ZERO
+    for slot in members:
+        if rows[slot].layout == layout:
+            heap[count] = slot
+            count += 1
     for root in range(count // 2 - 1, -1, -1):
         _sift(heap, keys, root, count)
-    taken = min(limit, count)
-    order = np.empty(taken, np.int64)
-    for rank in range(taken):
-        order[rank] = heap[0]
+    end = start + min(limit, count)
+    for position in range(start, end):
+        out[position] = heap[0]
         count -= 1
         heap[0] = heap[count]
-        _sift(heap, keys, 0, count)
-    return order
+        _sift(heap, keys, _ZERO, count)
+    return end
 
 
-@compiled
+@inner
 def _sift(heap: Any, keys: Any, root: int, count: int) -> None:
     item = heap[root]
     while True:
@@ -69,7 +75,7 @@ def _sift(heap: Any, keys: Any, root: int, count: int) -> None:
     heap[root] = item
 
 
-@compiled
+@inner
 def class_of(one: Any, other: Any) -> Any:
     """Return the `LinkClass` of two workers; places that nobody told are far apart."""
     if one.host != 0 and one.host == other.host:
@@ -81,7 +87,7 @@ def class_of(one: Any, other: Any) -> Any:
     return 3
 
 
-@compiled
+@inner
 def link_at(links: Any, prefill: int, decode: int) -> Any:
     """Return where the pair's own link is in the open-addressed table, or -1."""
     key = prefill * LINK_STRIDE + decode + 1
@@ -94,7 +100,7 @@ def link_at(links: Any, prefill: int, decode: int) -> Any:
     return -1
 
 
-@compiled
+@inner
 def transfer_seconds(
     rows: Any, links: Any, classes: Any, p: int, d: int, raw_bytes: float, hidden_s: float, q: Any, s: Any
 ) -> tuple[float, float]:
@@ -116,7 +122,7 @@ def transfer_seconds(
     return max(tail_s, whole_s - hidden_s) * near.residual[floor], whole_s
 
 
-@compiled
+@inner
 def _insert(top: Any, count: int, total_s: float) -> Any:
     """Make a place in the list of the cheapest; return where, or -1."""
     limit = top.shape[0]
@@ -130,7 +136,7 @@ def _insert(top: Any, count: int, total_s: float) -> Any:
     return at
 
 
-@compiled
+@inner
 def _fill_prompt(candidate: Any, side: Any, waited_s: float, s: Any) -> None:
     candidate.queue_s = s.weigh_queue * side.queue_s
     candidate.prefill_s = s.weigh_prefill * side.charged_s
@@ -142,7 +148,7 @@ def _fill_prompt(candidate: Any, side: Any, waited_s: float, s: Any) -> None:
     candidate.held_tokens = side.held_tokens
 
 
-@compiled
+@inner
 def offer_pairs(
     rows: Any, links: Any, classes: Any, q: Any, s: Any, sides: Any, p_keys: Any, d_keys: Any, p_order: Any,
     d_order: Any, hide: bool, not_prefill: int, not_decode: int, top: Any, count: int,
@@ -184,7 +190,7 @@ def offer_pairs(
     return count
 
 
-@compiled
+@inner
 def price_alone(worker: Any, side: Any, q: Any, s: Any) -> Any:
     """Return (decode, slo, seconds per step, sum of terms) of one worker that does it all."""
     is_prefill = worker.role == _PREFILL
@@ -200,7 +206,7 @@ def price_alone(worker: Any, side: Any, q: Any, s: Any) -> Any:
     return decode_s, slo_s, tpot_s, prompt_s + decode_s + slo_s
 
 
-@compiled
+@inner
 def price_all_alone(
     rows: Any, q: Any, s: Any, sides: Any, prefills: Any, decodes: Any, found: Any, can_pair: bool, totals: Any,
     modes: Any, handicaps: Any,
@@ -233,7 +239,7 @@ def price_all_alone(
         totals[d] = terms_s + side.affinity_s + handicaps[d]
 
 
-@compiled
+@inner
 def offer_alone(
     rows: Any, q: Any, s: Any, sides: Any, members: Any, totals: Any, modes: Any, handicaps: Any, not_prompt: int,
     not_decode: int, top: Any, count: int,
@@ -260,39 +266,26 @@ def offer_alone(
     return count
 
 
-@compiled
-def orders_by_layout(rows: Any, prefills: Any, decodes: Any, p_keys: Any, d_keys: Any, limit: int) -> Any:
-    """Return the cheapest of both roles for every KV layout that both have: (p orders, d orders, their lengths)."""
+@inner
+def orders_by_layout(
+    rows: Any, prefills: Any, decodes: Any, p_keys: Any, d_keys: Any, limit: int, p_order: Any, d_order: Any, ends: Any
+) -> Any:
+    """Write the cheapest of both roles, layout after layout; return the number of layouts, and where each ends."""
     layouts = np.empty(_MAX_LAYOUTS, np.int64)
     num_layouts = 0
     for p in prefills:
         is_new = num_layouts < _MAX_LAYOUTS
-        for known in layouts[:num_layouts]:
-            is_new &= known != rows[p].layout
+        for idx in range(num_layouts):
+            is_new &= layouts[idx] != rows[p].layout
         if is_new:
             layouts[num_layouts] = rows[p].layout
             num_layouts += 1
-    p_orders = np.empty((num_layouts, min(limit, prefills.shape[0])), np.int64)
-    d_orders = np.empty((num_layouts, min(limit, decodes.shape[0])), np.int64)
-    lengths = np.zeros((num_layouts, 2), np.int64)
+    heap = np.empty(max(prefills.shape[0], decodes.shape[0]), np.int64)
+    ends[0, 0] = ends[0, 1] = 0
     for idx in range(num_layouts):
-        p_order = cheapest(p_keys, _of_layout(rows, prefills, layouts[idx]), limit)
-        d_order = cheapest(d_keys, _of_layout(rows, decodes, layouts[idx]), limit)
-        lengths[idx, 0], lengths[idx, 1] = p_order.shape[0], d_order.shape[0]
-        p_orders[idx, : p_order.shape[0]] = p_order
-        d_orders[idx, : d_order.shape[0]] = d_order
-    return p_orders, d_orders, lengths
-
-
-@compiled
-def _of_layout(rows: Any, members: Any, layout: int) -> Any:
-    kept = np.empty(members.shape[0], np.int64)
-    count = 0
-    for slot in members:
-        if rows[slot].layout == layout:
-            kept[count] = slot
-            count += 1
-    return kept[:count]
+        ends[idx + 1, 0] = cheapest(rows, p_keys, prefills, layouts[idx], limit, heap, p_order, ends[idx, 0])
+        ends[idx + 1, 1] = cheapest(rows, d_keys, decodes, layouts[idx], limit, heap, d_order, ends[idx, 1])
+    return num_layouts
 
 
 @compiled
@@ -317,25 +310,31 @@ def search(
         d_keys[d] = sides[d].decode_cost_s + s.weigh_transfer * moved_s + jitter_s(q.seed, d)
     is_fixed = q.fixed_prefill >= 0 or q.fixed_decode >= 0
     can_pair = q.needs_decode and (s.allow_remote or is_fixed) and prefills.shape[0] > 0 and decodes.shape[0] > 0
-    p_orders, d_orders, lengths = orders_by_layout(rows, prefills, decodes, p_keys, d_keys, s.candidates_per_role)
+    p_order, d_order = np.empty(prefills.shape[0], np.int64), np.empty(decodes.shape[0], np.int64)
+    ends = np.empty((_MAX_LAYOUTS + 1, 2), np.int64)
+    num_layouts = 0
+    if can_pair:
+        limit = s.candidates_per_role
+        num_layouts = orders_by_layout(rows, prefills, decodes, p_keys, d_keys, limit, p_order, d_order, ends)
     if not is_fixed:
         price_all_alone(rows, q, s, sides, prefills, decodes, found, can_pair, totals, modes, handicaps)
     one = np.empty(1, CANDIDATE)
     found.next_prefill_s = found.next_decode_s = np.inf
-    prompt_at, decode_at = -1, -1
+    prompt_at, decode_at = _NOBODY, _NOBODY
     for turn in range(3):  # the list; the best that spares the winner the prompt; the best that spares it the decoding
         room = top if turn == 0 else one
-        not_prompt = prompt_at if turn == 1 else -1
-        not_decode = decode_at if turn == 2 else -1
-        count = 0
-        for idx in range(lengths.shape[0] if can_pair else 0):
-            if lengths[idx, 1] > 0:
+        not_prompt = prompt_at if turn == 1 else _NOBODY
+        not_decode = decode_at if turn == 2 else _NOBODY
+        count = _ZERO
+        for idx in range(num_layouts):
+            if ends[idx + 1, 1] > ends[idx, 1]:
                 count = offer_pairs(
-                    rows, links, classes, q, s, sides, p_keys, d_keys, p_orders[idx, : lengths[idx, 0]],
-                    d_orders[idx, : lengths[idx, 1]], not found.is_late, not_prompt, not_decode, room, count,
+                    rows, links, classes, q, s, sides, p_keys, d_keys, p_order[ends[idx, 0] : ends[idx + 1, 0]],
+                    d_order[ends[idx, 1] : ends[idx + 1, 1]], not found.is_late, not_prompt, not_decode, room, count,
                 )  # fmt: skip
         if not is_fixed:
-            for members in (prefills, decodes):
+            for is_decode in range(2):
+                members = decodes if is_decode else prefills
                 count = offer_alone(
                     rows, q, s, sides, members, totals, modes, handicaps, not_prompt, not_decode, room, count
                 )
@@ -360,7 +359,7 @@ def search(
     bound(rows[prompt_at], rows[decode_at], q, s, top[0].total_s, found)
 
 
-@compiled
+@inner
 def bound(prompt: Any, decode: Any, q: Any, s: Any, total_s: float, found: Any) -> None:
     """Fill how much busier the winner's workers may be than thought before the next best would have won."""
     found.prefill_slack_s = max(0.0, found.next_prefill_s - total_s) + s.submit_slack_s
