@@ -1,0 +1,267 @@
+"""The dispatcher over doors without sockets: late news, shedding, the end of every request, and books that balance."""
+
+import asyncio
+import random
+
+import pytest
+
+from core.errors import Aborted, RejectedError, RejectReason, ServingError, WorkerLost
+from core.ids import TransferId, WorkerId
+from core.membership import LoadReport
+from core.request import Finish, FinishReason, TokenOutput
+from core.service_class import NO_SLO, ServiceClass
+from router import messages as m
+from router.forwarding.breaker import BreakerState
+from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.service_terms import ServiceTerms
+from router.stream import Completion, RequestStream
+from tests.fakes.doors import FakeGateway
+
+END = Finish(FinishReason.LENGTH)
+BATCH = ServiceTerms(ServiceClass.BATCH, 0, NO_SLO, "")
+REMOTE = {"modes": ["remote_prefill"], "late_binding": False}
+LATE = {"modes": ["remote_prefill"], "late_binding": True}
+
+
+def token(index: int) -> tuple[TokenOutput, ...]:
+    return (TokenOutput(index, 7),)
+
+
+async def read(stream: RequestStream) -> Completion:
+    async with asyncio.timeout(10.0):
+        while True:
+            _, completion = await stream.take()
+            if completion is not None:
+                return completion
+
+
+async def turn() -> None:
+    """Let what was put off for a moment happen."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_a_good_life_is_told_once_and_explained() -> None:
+    gateway = FakeGateway(routing=REMOTE, num_prefills=1, num_decodes=1)
+    ended: list[int] = []
+    stream = gateway.submit("r", on_concluded=ended.append)
+    [(decode, reservation)] = gateway.doors.sent
+    assert isinstance(reservation, DecodeOrder)
+    assert gateway.fleet.credit.of(gateway.prefills[0]).prefill_tokens == 16, "counted before it is even asked"
+    gateway.tell(decode, reservation.work_id, m.DecodeAccepted(0, LoadReport(sequence=1, num_reserved=1)))
+    prefill, prompt = gateway.doors.sent[-1]
+    assert isinstance(prompt, PrefillOrder)
+    assert prompt.decode is not None
+    assert (prompt.decode.worker_id, prompt.work_id) == (decode, reservation.work_id)
+    gateway.tell(prefill, prompt.work_id, m.PrefillAccepted(0), m.PrefillProduced(token(0)))
+    gateway.tell(prefill, prompt.work_id, m.PrefillMeasured(0.0, 0.1, 0), m.KvHandedOver(1e9, 1e-4, 0))
+    landed = m.KvLanded(0.01, 0.02, 0, 16, 16_000, "none", kv_lossless=True, kv_wire_bytes=17_000)
+    gateway.tell(decode, prompt.work_id, landed, m.DecodeProduced(token(1) + token(2)))
+    assert ended == []
+    gateway.tell(decode, prompt.work_id, m.DecodeFinished(token(3), END))
+    completion = await read(stream)
+    assert (completion.completion_tokens, ended) == (4, [4])
+    [explained] = gateway.dispatcher.placer.explanations.of(stream.request_id)
+    assert explained.outcome is not None
+    assert (explained.outcome.ttft_s, explained.outcome.transfer_s) == (completion.timing.ttft_s, 0.01)
+    assert explained.verdict() is not None
+    await turn()
+    gateway.check_books()
+
+
+async def test_what_comes_from_a_worker_that_holds_nothing_of_the_work_is_dropped() -> None:
+    gateway = FakeGateway(routing=LATE, num_prefills=1)
+    for sequence, decode in enumerate(gateway.decodes, 1):
+        gateway.report(decode, sequence, total_blocks=100, free_blocks=0, num_running=1, context_tokens=400)
+    stream = gateway.submit("r")
+    [(prefill, prompt)] = gateway.doors.sent
+    assert isinstance(prompt, PrefillOrder)
+    assert prompt.bind_later
+    gateway.tell(prefill, prompt.work_id, m.PrefillAccepted(0))
+    first = gateway.doors.sent[-1][0]
+    gateway.tell(first, prompt.work_id, m.DecodeLost(WorkerLost("not now")))
+    second = gateway.doors.sent[-1][0]
+    assert second != first
+    gateway.tell(first, prompt.work_id, m.DecodeAccepted(0))
+    assert gateway.doors.binds == [], "the late answer of a worker that was given up binds nothing"
+    gateway.tell(second, prompt.work_id, m.DecodeAccepted(0))
+    assert gateway.doors.binds == [(prefill, prompt.work_id, second)]
+    gateway.dispatcher.abandon(stream, Aborted("enough"))
+    await turn()
+    gateway.check_books()
+
+
+async def test_who_can_wait_is_sent_away_for_who_cannot() -> None:
+    gateway = FakeGateway(
+        num_prefills=0, num_decodes=0, max_queued_requests=4, admission={"reserved_ratio": 0.0}, retry_min_s=1.0
+    )
+    ended: list[int] = []
+    batch = [gateway.submit(f"b{index}", service=BATCH, on_concluded=ended.append) for index in range(4)]
+    gateway.submit("urgent")
+    assert ended == [0]
+    with pytest.raises(RejectedError) as refused:
+        await read(batch[3])
+    assert refused.value.reason is RejectReason.SHED, "the newest of the class that can wait"
+    with pytest.raises(RejectedError) as full:
+        gateway.submit("more", service=BATCH, on_concluded=ended.append)
+    assert full.value.reason is RejectReason.QUEUE_FULL
+    gateway.dispatcher.close(Aborted("enough"))
+    assert ended == [0] * 4, "one that never entered never ends"
+    await turn()
+    gateway.check_books()
+
+
+async def test_a_worker_that_does_not_answer_is_left_alone() -> None:
+    gateway = FakeGateway(
+        routing=REMOTE,
+        num_decodes=1,
+        workers={"accept_timeout_s": 0.01, "max_losses": 0},
+        forwarding={"breaker": {"failures": 2, "open_min_s": 60.0, "open_max_s": 60.0}},
+    )
+    for name in ("a", "b"):
+        with pytest.raises(ServingError):
+            await read(gateway.submit(name))
+    assert gateway.dispatcher.breakers.state_of(gateway.decodes[0], 0.0)[0] is BreakerState.OPEN
+    gateway.join(gateway.decodes[0], epoch=2)
+    assert list(gateway.dispatcher.breakers.not_closed()) == [], "another incarnation is trusted"
+    await turn()
+    gateway.check_books()
+
+
+class RandomWorkers:
+    """Answers orders at random, in any way that the contract allows, until nothing is left to answer."""
+
+    def __init__(self, gateway: FakeGateway, rng: random.Random) -> None:
+        self.gateway = gateway
+        self.rng = rng
+        self.sequence = 0
+        self.progress: dict[tuple[WorkerId, TransferId], int] = {}
+        self.landed: set[TransferId] = set()
+
+    def step(self) -> None:
+        orders = self.gateway.orders_at()
+        if not orders:
+            return
+        worker_id, order = self.rng.choice(orders)
+        key = (worker_id, order.work_id)
+        stage = self.progress.get(key, 0)
+        if stage == 0:
+            self.answer(worker_id, order)
+        elif self.rng.random() < 0.02:
+            self.drop(key)
+            lost = m.PrefillLost if isinstance(order, PrefillOrder) else m.DecodeLost
+            self.gateway.tell(worker_id, order.work_id, lost(WorkerLost("engine")))
+        elif isinstance(order, PrefillOrder):
+            self.prefill(worker_id, order, stage)
+        else:
+            self.decode(worker_id, order, stage)
+
+    def answer(self, worker_id: WorkerId, order: PrefillOrder | DecodeOrder) -> None:
+        self.sequence += 1
+        load = LoadReport(sequence=self.sequence, queued_prefill_tokens=self.rng.randrange(64), num_running=1)
+        is_prefill = isinstance(order, PrefillOrder)
+        if self.rng.random() < 0.25:
+            self.drop((worker_id, order.work_id))
+            error = RejectedError(self.rng.choice([RejectReason.BUSIER, RejectReason.NO_BLOCKS]))
+            event: m.Event = m.PrefillRejected(error, load) if is_prefill else m.DecodeRejected(error, load)
+        else:
+            self.progress[worker_id, order.work_id] = 1
+            event = m.PrefillAccepted(0, load) if is_prefill else m.DecodeAccepted(0, load)
+        self.gateway.tell(worker_id, order.work_id, event)
+
+    def prefill(self, worker_id: WorkerId, order: PrefillOrder, stage: int) -> None:
+        key, tell = (worker_id, order.work_id), self.gateway.tell
+        last = order.request.sampling.max_tokens - 1
+        bound = next((decode for who, work, decode in self.gateway.doors.binds if (who, work) == key), "")
+        is_alone = order.decode is None and (not order.bind_later or bound is None)
+        if stage == 1:
+            self.progress[key] = 2
+            if last == 0:
+                self.drop(key)
+                tell(worker_id, order.work_id, m.PrefillFinished(token(0), END))
+                return
+            tell(worker_id, order.work_id, m.PrefillProduced(token(0)), m.PrefillMeasured(0.0, 0.01, 0))
+        elif is_alone:
+            self.generate(worker_id, order, stage, m.PrefillProduced, m.PrefillFinished)
+        elif order.decode is not None or bound:
+            self.drop(key)
+            self.landed.add(order.work_id)
+            tell(worker_id, order.work_id, m.KvHandedOver())
+
+    def decode(self, worker_id: WorkerId, order: DecodeOrder, stage: int) -> None:
+        if order.generate and stage == 1:
+            self.progress[worker_id, order.work_id] = 2
+            self.gateway.tell(worker_id, order.work_id, m.DecodeProduced(token(0)))
+        elif not order.generate and stage == 1:
+            if order.work_id in self.landed:
+                self.progress[worker_id, order.work_id] = 2
+                landed = m.KvLanded(0.0, 0.0, 0, 16, 16_000, "none", kv_lossless=True, kv_wire_bytes=16_000)
+                self.gateway.tell(worker_id, order.work_id, landed)
+        else:
+            self.generate(worker_id, order, stage, m.DecodeProduced, m.DecodeFinished)
+
+    def generate(
+        self,
+        worker_id: WorkerId,
+        order: PrefillOrder | DecodeOrder,
+        stage: int,
+        produced: type[m.PrefillProduced] | type[m.DecodeProduced],
+        finished: type[m.PrefillFinished] | type[m.DecodeFinished],
+    ) -> None:
+        """The token after those that `stage` counts."""
+        index, last = stage - 1, order.request.sampling.max_tokens - 1
+        self.progress[worker_id, order.work_id] = stage + 1
+        if index == last:
+            self.drop((worker_id, order.work_id))
+            self.gateway.tell(worker_id, order.work_id, finished(token(index), END))
+        else:
+            self.gateway.tell(worker_id, order.work_id, produced(token(index)))
+
+    def drop(self, key: tuple[WorkerId, TransferId]) -> None:
+        self.progress.pop(key, None)
+        self.gateway.doors.orders.pop(key, None)
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_whatever_workers_answer_every_request_ends_and_the_books_balance(seed: int) -> None:
+    rng = random.Random(seed)
+    modes = [["remote_prefill"], ["remote_prefill", "local_prefill", "colocated"]][seed % 2]
+    gateway = FakeGateway(
+        num_prefills=3,
+        num_decodes=3,
+        seed=seed,
+        routing={"modes": modes},
+        workers={"hold_timeout_s": 0.02, "max_losses": 1},
+        forwarding={"max_late_bound": 4, "breaker": {"failures": 2, "open_min_s": 0.002}},
+    )
+    workers = RandomWorkers(gateway, rng)
+    ended: list[int] = []
+    reads = []
+    for index in range(40):
+        if gateway.decodes and rng.random() < 0.3:  # no room, as far as is told
+            workers.sequence += 1
+            full = {"total_blocks": 100, "free_blocks": rng.choice([0, 90]), "num_running": 1, "context_tokens": 40}
+            gateway.report(rng.choice(gateway.decodes), workers.sequence, **full)
+        stream = gateway.submit(f"r{index}", max_tokens=rng.choice([1, 2, 5]), on_concluded=ended.append)
+        reads.append(asyncio.create_task(read(stream)))
+        for _ in range(rng.randrange(20)):
+            workers.step()
+        if rng.random() < 0.1:
+            gateway.dispatcher.abandon(stream, Aborted("left"))
+        if rng.random() < 0.05:
+            loser = rng.choice([*gateway.prefills, *gateway.decodes])
+            gateway.lose(loser)
+            gateway.join(loser, epoch=2 + index)
+        await asyncio.sleep(0)
+    async with asyncio.timeout(20.0):
+        while not await gateway.dispatcher.wait_idle(0.0):
+            for _ in range(50):
+                workers.step()
+            await asyncio.sleep(0.0005)
+    outcomes = await asyncio.gather(*reads, return_exceptions=True)
+    assert len(ended) == 40
+    assert all(isinstance(one, Completion | ServingError) for one in outcomes), outcomes
+    assert sum(isinstance(one, Completion) for one in outcomes) > 15
+    assert not any("protocol" in str(one) for one in outcomes)
+    await turn()
+    gateway.check_books()
