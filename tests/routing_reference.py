@@ -75,8 +75,13 @@ class Reference:
         queue += row["credit_prefill_s"] + row["peer_prefill_s"]
         ready = queue + seconds(held) + load_s
         late = 0.0 if query.slo.ttft_s is None else max(0.0, query.waited_s + ready - query.slo.ttft_s)
+        charged = seconds(held) - part * (1 - 1 / (1 + reuses))
+        rows = [self._row(one) for one in self._prefills]
+        counts = [one["requests"] + one["credit_requests"] + one["peer_requests"] for one in rows]
+        crowd = sum(counts) / len(counts) if counts else 0.0
         return {
-            "queue": queue, "compute": seconds(held), "charged": seconds(held) - part * (1 - 1 / (1 + reuses)),
+            "crowding": self._config.crowding_weight * crowd * charged,
+            "queue": queue, "compute": seconds(held), "charged": charged,
             "load": load_s, "ready": ready, "slo": self._config.slo_weight * late, "held": held, "uncached": n - held,
         }  # fmt: skip
 
@@ -119,7 +124,7 @@ class Reference:
         wire = raw / near["ratio"][floor] / near["goodput"]
         exposed = max(near["rtt_s"] + self._config.links.tail_ratio * wire, near["rtt_s"] + wire - prompt["compute"])
         exposed *= near["residual"][floor]
-        total = prompt["queue"] + prompt["charged"] + prompt["load"] + prompt["slo"] + exposed
+        total = prompt["queue"] + prompt["charged"] + prompt["crowding"] + prompt["load"] + prompt["slo"] + exposed
         total += decode["steps"] + decode["room"] + decode["slo"]
         total += self._affinity(p, query.session.prefill) + self._affinity(d, query.session.decode)
         ends = query.waited_s + prompt["ready"] + exposed + decode["room"] + decode["steps"]
@@ -134,7 +139,7 @@ class Reference:
         stall = 0.0 if is_prefill else self._config.stall_weight * self._row(name)["running"] * prompt["compute"]
         ends = query.waited_s + prompt["ready"] + decode["room"] + slower * decode["steps"]
         slow = 0.0 if query.slo.tpot_s is None else max(0.0, slower * decode["tpot"] - query.slo.tpot_s)
-        total = prompt["queue"] + prompt["charged"] + prompt["load"] + prompt["slo"]
+        total = prompt["queue"] + prompt["charged"] + prompt["crowding"] + prompt["load"] + prompt["slo"]
         total += slower * decode["steps"] + decode["room"] + stall
         total += self._config.slo_weight * self._steps * slow + self._late(ends)
         wanted = query.session.prefill if is_prefill else query.session.decode

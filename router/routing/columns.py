@@ -139,6 +139,7 @@ SETTINGS = np.dtype(
         ("weigh_prefill", np.float64),
         ("weigh_transfer", np.float64),
         ("weigh_decode", np.float64),
+        ("crowding_weight", np.float64),
         ("use_hot", np.bool_),
         ("use_forecast", np.bool_),
         ("allow_remote", np.bool_),
@@ -173,6 +174,7 @@ SIDE = np.dtype(
         ("queue_s", np.float64),
         ("compute_s", np.float64),  # of what it does not hold
         ("charged_s", np.float64),  # of that, less the discount on a hot prefix
+        ("crowding_s", np.float64),  # what that takes from those behind it
         ("load_s", np.float64),  # host tier to device
         ("ready_s", np.float64),  # from now to the first token
         ("ttft_slo_s", np.float64),
@@ -192,7 +194,17 @@ SIDE = np.dtype(
     align=True,
 )
 
-TERM_NAMES = ("queue_s", "prefill_s", "host_tier_s", "transfer_s", "decode_s", "slo_s", "affinity_s", "handicap_s")
+TERM_NAMES = (
+    "queue_s",
+    "prefill_s",
+    "crowding_s",
+    "host_tier_s",
+    "transfer_s",
+    "decode_s",
+    "slo_s",
+    "affinity_s",
+    "handicap_s",
+)
 
 CANDIDATE = np.dtype(
     [

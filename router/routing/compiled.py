@@ -1,12 +1,18 @@
 """Compiles the loops of the policy. The first call takes seconds where no cache can be kept: see `CostPolicy.warm`."""
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from numba import njit
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_INNER: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
@@ -19,5 +25,4 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 def inner(function: Callable[P, R]) -> Callable[P, R]:
     """Compile a function that only compiled ones of its file call: no way in from Python, nothing kept by itself."""
-    made = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
-    return cast("Callable[P, R]", made)
+    return cast("Callable[P, R]", njit(**_INNER)(function))

@@ -16,6 +16,7 @@ class Term(StrEnum):
 
     QUEUE = "queue"
     PREFILL = "prefill"
+    CROWDING = "crowding"  # what computing a prompt takes from those who come behind it
     TRANSFER = "transfer"
     DECODE = "decode"
     HOT = "hot"  # the discount on missing a prefix that everybody uses
@@ -69,6 +70,9 @@ class RoutingConfig(ConfigModel):
     priors: ModelPriors = ModelPriors()
     links: LinkPriors = LinkPriors()
     expected_output_tokens: int = Field(64, ge=1, description="where no history tells")
+    crowding_weight: float = Field(
+        5.0, ge=0, description="of what computing a prompt takes from those behind it, per prompt that a worker has"
+    )
     local_prefill_max_tokens: int = Field(2048, ge=1, description="rest of a prompt that a decode worker may compute")
     local_prefill_min_held_ratio: float = Field(0.5, ge=0, le=1, description="of the prompt that it must hold for that")
     stall_weight: float = Field(0.25, ge=0, description="of the time for which a prompt stops each running request")

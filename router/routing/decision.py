@@ -45,6 +45,7 @@ class CostTerms:
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    crowding_s: float = 0.0
     host_tier_s: float = 0.0
     transfer_s: float = 0.0
     decode_s: float = 0.0
@@ -55,7 +56,7 @@ class CostTerms:
     @property
     def total_s(self) -> float:
         return (
-            self.queue_s + self.prefill_s + self.host_tier_s + self.transfer_s
+            self.queue_s + self.prefill_s + self.crowding_s + self.host_tier_s + self.transfer_s
             + self.decode_s + self.slo_s + self.affinity_s + self.handicap_s
         )  # fmt: skip
 

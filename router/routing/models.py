@@ -92,6 +92,7 @@ class Models:
             priors.half_life,
         )
         self.links = LinkModel(config.links, table)
+        _Fit(np.ones(3)).observe(np.ones(3), 1.0, 1.0, 1.0)  # compiles now, and not at the first report
         table.on_reset.append(self._reset)
 
     def observe_prefill(

@@ -3,6 +3,8 @@
     queue     prompt seconds accepted there, drained since the report, plus credit of this and of other gateways
     prefill   a + b*u + c*u*(h + u/2) of the u tokens that it does not hold after the h that it does; of the part that
               is missing of a hot prefix only the share of one use, since others will use it there
+    crowding  the same again for those who will come while it is computed, and wait behind it: by how many prompts the
+              prefill workers have on average, wherever it goes, so that it moves no work between the pools
     host      loading what it holds in its host tier, where that is quicker than computing it
     decode    steps * step of its batch as it will be when the prefill ends, plus the wait for blocks
     slo       weighted seconds beyond the targets of the request
@@ -24,8 +26,11 @@ from router.routing.compiled import compiled, inner
 TOO_LONG_BIT, REFUSED_BIT, NOT_LIVE_BIT = 1, 2, 4
 
 # As numpy scalars: plain ones are literals to the compiler, and make a copy of every function that they are passed to.
-_PREFILL, _DECODE = np.int64(RoleCode.PREFILL), np.int64(RoleCode.DECODE)
-_OPEN, _NO, _YES = np.int64(-1), np.bool_(False), np.bool_(True)
+_PREFILL: Any = np.int64(RoleCode.PREFILL)
+_DECODE: Any = np.int64(RoleCode.DECODE)
+_OPEN: Any = np.int64(-1)
+_NO: Any = np.bool_(False)
+_YES: Any = np.bool_(True)
 
 
 @inner
@@ -87,7 +92,9 @@ def room_wait_s(worker: Any, missing_tokens: float, step_s: float) -> Any:
 
 
 @inner
-def price_prompt(worker: Any, device: float, host: float, reuses: float, q: Any, s: Any, out: Any) -> None:
+def price_prompt(
+    worker: Any, device: float, host: float, reuses: float, crowd: float, q: Any, s: Any, out: Any
+) -> None:
     """Fill what computing the prompt on one worker takes: waiting, whole and charged compute, loading, late TTFT."""
     most = q.prompt_tokens - 1.0  # the last token is computed, to sample the first
     held = min(device, most)
@@ -114,7 +121,9 @@ def price_prompt(worker: Any, device: float, host: float, reuses: float, q: Any,
     out.uncached_tokens = q.prompt_tokens - held
     out.held_tokens = held
     out.ready_s = ready_s
-    out.prompt_cost_s = s.weigh_queue * waiting_s + s.weigh_prefill * charged_s + load_s + out.ttft_slo_s
+    out.crowding_s = s.crowding_weight * crowd * charged_s
+    out.prompt_cost_s = s.weigh_queue * waiting_s + s.weigh_prefill * charged_s + out.crowding_s
+    out.prompt_cost_s += load_s + out.ttft_slo_s
 
 
 @inner
@@ -205,13 +214,17 @@ def price_workers(
         count_d = eligible(rows, refused, num_slots, _DECODE, _OPEN, _YES, q, s, decodes)[0]
     found.num_prefill, found.num_decode, found.is_late = count_p, count_d, False
 
+    crowd = 0.0
+    for position in range(count_p):
+        worker = rows[prefills[position]]
+        crowd += (worker.requests + worker.credit_requests + worker.peer_requests) / count_p
     horizon_s = np.inf
     for position in range(count_p):
         slot = prefills[position]
         side = sides[slot]
-        price_prompt(rows[slot], device[slot], host[slot], q.hot_reuses / count_p, q, s, side)
+        price_prompt(rows[slot], device[slot], host[slot], q.hot_reuses / count_p, crowd, q, s, side)
         if q.fixed_prefill >= 0:  # under way: only what is left of it counts
-            side.queue_s, side.load_s, side.ttft_slo_s = 0.0, 0.0, 0.0
+            side.queue_s, side.load_s, side.ttft_slo_s, side.crowding_s = 0.0, 0.0, 0.0, 0.0
             side.compute_s = side.charged_s = side.ready_s = q.remaining_prefill_s
             side.prompt_cost_s = s.weigh_prefill * q.remaining_prefill_s
         horizon_s = min(horizon_s, side.ready_s)
@@ -221,7 +234,7 @@ def price_workers(
     for position in range(count_d):
         slot = decodes[position]
         side = sides[slot]
-        price_prompt(rows[slot], device[slot], host[slot], q.hot_reuses / count_d, q, s, side)
+        price_prompt(rows[slot], device[slot], host[slot], q.hot_reuses / count_d, crowd, q, s, side)
         price_decode(
             rows[slot], joins[slot], device[slot], min(horizon_s, 1e6) if count_p else side.ready_s, q, s, side
         )

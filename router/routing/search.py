@@ -22,7 +22,9 @@ LINK_STRIDE = 1 << 20  # more slots than a cluster has: the key of a pair does n
 LINK_PROBES = 8
 
 # As numpy scalars: plain ones are literals to the compiler, and make a copy of every function that they are passed to.
-_PREFILL, _NOBODY, _ZERO = np.int64(RoleCode.PREFILL), np.int64(-1), np.int64(0)
+_PREFILL: Any = np.int64(RoleCode.PREFILL)
+_NOBODY: Any = np.int64(-1)
+_ZERO: Any = np.int64(0)
 _REMOTE, _LOCAL, _COLOCATED = int(ModeCode.REMOTE_PREFILL), int(ModeCode.LOCAL_PREFILL), int(ModeCode.COLOCATED)
 _MAX_LAYOUTS = 16
 
@@ -140,6 +142,7 @@ def _insert(top: Any, count: int, total_s: float) -> Any:
 def _fill_prompt(candidate: Any, side: Any, waited_s: float, s: Any) -> None:
     candidate.queue_s = s.weigh_queue * side.queue_s
     candidate.prefill_s = s.weigh_prefill * side.charged_s
+    candidate.crowding_s = side.crowding_s
     candidate.host_tier_s = side.load_s
     candidate.ready_in_s = side.ready_s
     candidate.compute_s = side.compute_s + side.load_s
@@ -202,7 +205,7 @@ def price_alone(worker: Any, side: Any, q: Any, s: Any) -> Any:
     slo_s = side.ttft_slo_s + s.slo_weight * (
         q.steps * max(0.0, tpot_s - q.slo_tpot_s) + max(0.0, ends_s - q.slo_deadline_s)
     )
-    prompt_s = s.weigh_queue * side.queue_s + s.weigh_prefill * side.charged_s + side.load_s
+    prompt_s = s.weigh_queue * side.queue_s + s.weigh_prefill * side.charged_s + side.crowding_s + side.load_s
     return decode_s, slo_s, tpot_s, prompt_s + decode_s + slo_s
 
 

@@ -16,6 +16,7 @@ def settings_of(config: RoutingConfig) -> np.ndarray:
         "weigh_prefill": float(Term.PREFILL not in ignored),
         "weigh_transfer": float(Term.TRANSFER not in ignored),
         "weigh_decode": float(Term.DECODE not in ignored),
+        "crowding_weight": 0.0 if Term.CROWDING in ignored else config.crowding_weight,
         "use_hot": Term.HOT not in ignored,
         "use_forecast": Term.FORECAST not in ignored,
         "allow_remote": Mode.REMOTE_PREFILL in config.modes,

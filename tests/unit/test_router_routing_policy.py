@@ -295,6 +295,26 @@ def test_what_is_in_the_host_tier_is_loaded_only_where_that_is_quicker() -> None
     assert (computed.terms.host_tier_s, computed.winner.held_tokens) == (0.0, 0)
 
 
+def test_in_a_crowd_a_prefix_is_worth_more_than_a_short_queue() -> None:
+    """What is computed twice is waited for by all who come behind it."""
+    world = World("p1", "p2", "d1", **REMOTE)
+    world.set("p1", queued_tokens=2000)
+    query = world.query(held={"p1": 900})
+    assert world.place(query).prefill == "p2", "0.4 s of queue against 0.18 s of computing"
+    assert world.place(query).terms.crowding_s == 0.0
+    for name in ("p1", "p2"):
+        world.set(name, requests=1, credit_requests=1)
+    decision = world.place(query)
+    assert decision.prefill == "p1"
+    assert decision.terms.crowding_s == pytest.approx(world.config.crowding_weight * 2 * decision.terms.prefill_s)
+    assert decision.ttft_s == decision.terms.queue_s + decision.terms.prefill_s, "a price, not a prediction"
+    without = World("p1", "p2", "d1", ignored_terms=["crowding"], **REMOTE)
+    for name in ("p1", "p2"):
+        without.set(name, requests=1, credit_requests=1)
+    without.set("p1", queued_tokens=2000)
+    assert without.place(without.query(held={"p1": 900})).prefill == "p2"
+
+
 def test_targets_that_will_be_missed_cost_by_how_much() -> None:
     world = World("p1", "d1", **REMOTE)
     plain = world.place()
