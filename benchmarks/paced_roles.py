@@ -161,6 +161,7 @@ class PacedDecode(PacedWorker):
         finally:
             self._floor.landings.pop(transfer_id, None)
         num_tokens = len(work.request.prompt_token_ids)
+        self.remember(tuple(work.request.block_hashes))
         landed = pb.KvLanded(
             request_id=work.work_id,
             exposed_s=self._pace.transfer_s,

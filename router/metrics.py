@@ -1,8 +1,11 @@
 """The gateway's metrics: `tandem_gateway_*` (requests as clients meet them) and `tandem_router_*` (decisions)."""
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core.errors import RejectedError, ServingError
+from core.service_class import ServiceClass
 from core.telemetry import LATENCY_BUCKETS_S
 from router.explain.outcome import Verdict
 from router.routing.decision import Decision
@@ -28,6 +31,20 @@ class GatewayMetrics:
         self.active = Gauge("tandem_gateway_active_requests", "Requests in the gateway now.", registry=registry)
         self.queued = Gauge(
             "tandem_gateway_queued_requests", "Requests that no workers accepted yet.", registry=registry
+        )
+        self._queued_by_class = Gauge(
+            "tandem_gateway_queued_by_class",
+            "Requests that no workers accepted yet.",
+            ["service_class"],
+            registry=registry,
+        )
+        self._late_bound = Gauge(
+            "tandem_router_late_bound_prompts", "Prompts under way without a decode worker yet.", registry=registry
+        )
+        self._open_breakers = Gauge(
+            "tandem_router_open_breakers",
+            "Workers that are left alone, or tried again, for failures.",
+            registry=registry,
         )
         self._ttft = self._latency("tandem_gateway_time_to_first_token_seconds", "Arrival to first token.")
         self._tpot = self._latency("tandem_gateway_time_per_output_token_seconds", "Mean gap between tokens.")
@@ -84,8 +101,24 @@ class GatewayMetrics:
         self.staleness = Gauge(
             "tandem_router_store_staleness_seconds", "Age of the mirror of the shared store.", registry=registry
         )
+        self.replicas = Gauge(
+            "tandem_router_replicas", "Gateways of the cluster as known here, this one included.", registry=registry
+        )
+        self.replica_silence = Gauge(
+            "tandem_router_replica_silence_seconds", "Since the quietest other gateway was heard.", registry=registry
+        )
+        self.quotas_alone = Gauge(
+            "tandem_router_quotas_alone", "1 while this gateway counts tenants' quotas alone.", registry=registry
+        )
         self.index_bytes = Gauge("tandem_router_prefix_index_bytes", "Memory of the prefix index.", registry=registry)
         self.workers = Gauge("tandem_router_live_workers", "Ready and connected workers.", ["role"], registry=registry)
+
+    def forwarding(self, queued: Mapping[ServiceClass, int], late_bound: int, open_breakers: int) -> None:
+        """What waits, and what is avoided."""
+        for service_class, count in queued.items():
+            self._queued_by_class.labels(service_class).set(count)
+        self._late_bound.set(late_bound)
+        self._open_breakers.set(open_breakers)
 
     def rejected(self, error: ServingError) -> None:
         """A request was refused before it entered."""

@@ -202,7 +202,11 @@ class Gateway:
             news = self._fleet.changed.next()
             await server.set_serving(serving=front.is_serving())
             self._metrics.staleness.set(self._fleet.staleness_s)
+            self._metrics.replicas.set(self._replicas.num_replicas)
+            self._metrics.replica_silence.set(self._replicas.age_s)
+            self._metrics.quotas_alone.set(self._quotas.is_store_lost)
             self._metrics.index_bytes.set(self._fleet.index.num_bytes)
+            self._dispatcher.observe()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_OBSERVE_S):
                     await news.wait()
