@@ -19,25 +19,27 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from pathlib import Path
 
 from benchmarks import router_simulation_arms as arms
 from benchmarks import router_simulation_classes as classes
-from simulator.comparison import Measure, Row, compare, serving_values
+from simulator.comparison import Measure, Row, compare, processes, serving_values
 from simulator.tables import DEFAULT_COLUMNS, table
 
 QUESTIONS = ("policies", "ablations", "stale", "oscillation", "classes", "replicas")
-_QUICK_REQUESTS, _QUICK_SEEDS = 1500, 3
+_QUICK_REQUESTS, _QUICK_SEEDS = 1200, 3
 _FULL_SEEDS = 5
 
 
 class Report:
     """Prints tables and keeps the rows."""
 
-    def __init__(self, output: Path | None, seeds: Sequence[int], processes: int) -> None:
+    def __init__(self, output: Path | None, seeds: Sequence[int], pool: Executor | None) -> None:
         self._output = output
         self._seeds = seeds
-        self._processes = processes
+        self._pool = pool
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text("")
@@ -51,7 +53,7 @@ class Report:
         """Run all arms of a question."""
         began = time.perf_counter()
         rows = []
-        for row in compare(question.arms, question.workload, self._seeds, measure=measure, processes=self._processes):
+        for row in compare(question.arms, question.workload, self._seeds, measure=measure, pool=self._pool):
             rows.append(row)
             if self._output is not None:
                 with self._output.open("a") as lines:
@@ -65,9 +67,14 @@ class Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the questions that were asked."""
     options = _parser().parse_args(argv)
+    with nullcontext() if options.processes == 1 else processes(options.processes) as pool:
+        return _answer_all(options, pool)
+
+
+def _answer_all(options: argparse.Namespace, pool: Executor | None) -> int:
     max_requests = None if options.full else options.requests
     seeds = range(options.seeds or (_FULL_SEEDS if options.full else _QUICK_SEEDS))
-    report = Report(options.output, seeds, options.processes)
+    report = Report(options.output, seeds, pool)
     conversation, code, speed = options.trace, options.code_trace, options.speed
 
     def stale() -> None:
@@ -78,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if conversation is not None:
         asked = {
             "policies": lambda: report.answer(arms.policies(conversation, max_requests, speed)),
-            "ablations": lambda: report.answer(arms.ablations(conversation, max_requests, speed)),
+            "ablations": lambda: report.answer(
+                arms.ablations(conversation, max_requests, speed), arms.ABLATION_COLUMNS
+            ),
             "oscillation": lambda: report.answer(
                 classes.oscillation(conversation, max_requests), classes.OSCILLATION_COLUMNS, classes.oscillation_values
             ),

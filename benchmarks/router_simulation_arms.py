@@ -18,6 +18,7 @@ from simulator.outcomes import Run
 from simulator.traffic import ClassShare, Workload
 
 PUBLISHED_ORDER: tuple[PolicyName, ...] = ("random", "round_robin", "least_loaded", "cache_aware_local", "cost")
+ABLATION_COLUMNS = ("ttft_s", "ttft_p99_s", "tpot_s", "second_gap_s", "mooncake", "hit_ratio", "asked")
 STALE_LOADS = (0.7, 0.8, 0.9, 1.0, 1.1)
 
 INTERACTIVE = ClassShare(ServiceClass.INTERACTIVE, 1.0, Slo(ttft_s=30.0, tpot_s=0.1))  # Mooncake's thresholds
@@ -31,6 +32,8 @@ UNBOUNDED = 10**9
 _SEVENTY = MACHINES["llama70b-a800x8"]
 _THIRTEEN = MACHINES["opt13b-a100-tp2"]
 _CODE_TARGETS = Targets(ttft_s=1.0, tpot_s=0.1, tbt_s=0.1, max_gap_s=1.0)
+_BETWEEN_RACKS = 25e9 / 8
+_ANSWERING = WorkerTerms(max_queued_tokens=UNBOUNDED)
 _STALE_WORKERS = WorkerTerms(max_queued_tokens=UNBOUNDED, heartbeat_s=1.0, reports_changes=False, honours_bounds=False)
 
 
@@ -46,7 +49,11 @@ class Question:
 
 def routing(machine: Machine, policy: PolicyName = "cost", **changes: Any) -> RoutingConfig:
     """A routing configuration as an operator of such machines has it: the links are known, the speeds are learned."""
-    links = LinkPriors(same_zone_bytes_per_s=machine.link.bytes_per_s, same_zone_rtt_s=machine.link.message_s)
+    links = LinkPriors(
+        same_rack_bytes_per_s=machine.link.bytes_per_s,
+        same_rack_rtt_s=machine.link.message_s,
+        same_zone_bytes_per_s=min(machine.link.bytes_per_s, machine.link.far_bytes_per_s),
+    )
     return RoutingConfig(policy=policy, links=links, **changes)
 
 
@@ -58,7 +65,7 @@ def scenario(machine: Machine, policy: PolicyName = "cost", **changes: Any) -> S
     """
     chosen = {"modes": (Mode.REMOTE_PREFILL,), **changes}
     config = router_config(routing(machine, policy, **chosen), admission=OPEN_DOOR)
-    return Scenario(config=config, machine=machine, terms=WorkerTerms(max_queued_tokens=UNBOUNDED))
+    return Scenario(config=config, machine=machine, terms=_ANSWERING)
 
 
 def policies(conversation: Path, max_requests: int | None, speed: float) -> Question:
@@ -70,10 +77,20 @@ def policies(conversation: Path, max_requests: int | None, speed: float) -> Ques
 
 
 def ablations(conversation: Path, max_requests: int | None, speed: float) -> Question:
-    """Each term of the cost left out alone."""
-    arms = [Arm("ours", scenario(_SEVENTY))]
-    arms += [Arm(f"without {term}", scenario(_SEVENTY, ignored_terms=frozenset({term}))) for term in Term]
-    title = f"each term of the cost left out, conversation trace at {speed:g}x"
+    """Each term of the cost left out alone, where it has something to say: two racks, 25 Gbit/s between them.
+
+    What workers tell with every answer makes credit needless; it is left out where they report once a second, too.
+    """
+
+    def arm(name: str, *ignored: Term, terms: WorkerTerms = _ANSWERING) -> Arm:
+        machine = replace(_SEVENTY, link=replace(_SEVENTY.link, far_bytes_per_s=_BETWEEN_RACKS))
+        built = scenario(machine, ignored_terms=frozenset(ignored))
+        return Arm(name, replace(built, num_racks=2, terms=terms))
+
+    arms = [arm("ours"), *(arm(f"without {term}", term) for term in Term)]
+    arms += [arm("reports every 1 s", terms=_STALE_WORKERS)]
+    arms += [arm("reports every 1 s, without credit", Term.CREDIT, terms=_STALE_WORKERS)]
+    title = f"each term of the cost left out, 8+8 workers in two racks, conversation trace at {speed:g}x"
     return Question("ablations", title, _replay(conversation, max_requests, speed), tuple(arms))
 
 

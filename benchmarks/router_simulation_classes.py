@@ -33,17 +33,17 @@ CLASSES = (
 _SEVENTY = MACHINES["llama70b-a800x8"]
 _TPOT_S = 0.030
 _TARGETS = Targets(ttft_s=30.0, tpot_s=_TPOT_S, tbt_s=1.2 * _TPOT_S, max_gap_s=1.0)
-_LAGS = range(16)
 
 
 def oscillation(conversation: Path, max_requests: int | None) -> Question:
-    """Fourteen prefill and two decode workers, at more than these two can bear (Mooncake, early rejection).
+    """Thirteen prefill and three decode workers, at more than either pool can bear (Mooncake, early rejection).
 
     What is refused by what decodes now, while prompts compute that will decode soon, comes too late and then too much.
+    Arrivals are drawn, not replayed: what swings then, swings by the refusals.
     """
     slo = Slo(ttft_s=30.0, tpot_s=_TPOT_S)
     workload = Workload(
-        conversation, max_requests, speed=2.3, classes=(ClassShare(ServiceClass.INTERACTIVE, 1.0, slo),)
+        conversation, max_requests, rate_per_s=12.0, classes=(ClassShare(ServiceClass.INTERACTIVE, 1.0, slo),)
     )
 
     def arm(name: str, door: DoorMode, *ignored: Term, reports_reserved: bool = True) -> Arm:
@@ -51,7 +51,7 @@ def oscillation(conversation: Path, max_requests: int | None) -> Question:
         routed = routing(_SEVENTY, modes=(Mode.REMOTE_PREFILL,), ignored_terms=frozenset(ignored))
         config = router_config(routed, admission=admission)
         terms = WorkerTerms(max_queued_tokens=UNBOUNDED, reports_reserved=reports_reserved)
-        return Arm(name, Scenario(config=config, machine=_SEVENTY, terms=terms, num_prefill=14, num_decode=2))
+        return Arm(name, Scenario(config=config, machine=_SEVENTY, terms=terms, num_prefill=13, num_decode=3))
 
     arms = (
         arm("no refusal", DoorMode.OFF),
@@ -59,17 +59,17 @@ def oscillation(conversation: Path, max_requests: int | None) -> Question:
         arm("by all that is promised", DoorMode.ENFORCE, Term.FORECAST),
         arm("by the load predicted", DoorMode.ENFORCE),
     )
-    title = f"14+2 workers {_SEVENTY.name}, conversation trace at 2.3x, TPOT target {_TPOT_S * 1e3:.0f} ms"
+    title = f"13+3 workers {_SEVENTY.name}, conversation trace drawn at 12/s, TPOT target {_TPOT_S * 1e3:.0f} ms"
     return Question("oscillation", title, workload, arms)
 
 
 def oscillation_values(run: Run) -> Mapping[str, float]:
-    """How the two pools' loads move, and against each other: the strongest anti-phase within some seconds."""
+    """How the two pools' loads move, and against each other: below 0 they swing in anti-phase."""
     prefill = [float(sum(sample.queued_tokens)) for sample in run.samples]
     decode = [float(sum(sample.decoding)) for sample in run.samples]
     return {
         **serving_values(run, _TARGETS),
-        "p_d_correlation": min(cross_correlation(prefill, decode, lag) for lag in _LAGS),
+        "p_d_correlation": cross_correlation(prefill, decode),
         "decode_swing": _swing(decode),
         "prefill_swing": _swing(prefill),
         "good_per_s": goodput.good_requests_per_s(run, partial(goodput.meets_mooncake, targets=_TARGETS)),

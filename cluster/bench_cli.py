@@ -4,6 +4,7 @@ Loads the simulator only when the command runs.
 """
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -52,6 +53,7 @@ def bench(
     if not simulate:
         raise ConfigError("bench measures simulated clusters only: add --simulate")
     from simulator.comparison import compare
+    from simulator.comparison import processes as start_processes
     from simulator.machines import get_machine
     from simulator.tables import table
     from simulator.traffic import Workload
@@ -60,7 +62,8 @@ def bench(
     block_tokens = workload.block_tokens  # a trace that cannot be read says so before anything runs
     kind = get_machine(machine)
     arms = [_arm(name, kind, workers, gateways, block_tokens) for name in _checked(policy)]
-    rows = list(compare(arms, workload, range(seeds), processes=processes))
+    with nullcontext() if processes == 1 else start_processes(processes) as pool:
+        rows = list(compare(arms, workload, range(seeds), pool=pool))
     rate_text = f"Poisson at {rate:g}/s" if rate is not None else f"replayed at {speed:g}x"
     print(f"{trace.stem}, {rate_text}, on {workers} workers {kind.name}, {gateways} gateway(s), {seeds} seed(s)")
     print("\n".join(table(rows)))
@@ -87,7 +90,7 @@ def _arm(name: "PolicyName", machine: "Machine", workers: str, gateways: int, bl
     counts = _WORKERS.match(workers)
     if counts is None:
         raise ConfigError(f"workers are prefill+decode, as 8+8, not {workers!r}")
-    links = LinkPriors(same_zone_bytes_per_s=machine.link.bytes_per_s, same_zone_rtt_s=machine.link.message_s)
+    links = LinkPriors(same_rack_bytes_per_s=machine.link.bytes_per_s, same_rack_rtt_s=machine.link.message_s)
     scenario = Scenario(
         config=router_config(RoutingConfig(policy=name, links=links)),
         num_prefill=int(counts[1]),

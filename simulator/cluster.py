@@ -42,6 +42,7 @@ class Scenario:
     """What is simulated, but for the traffic.
 
     Attributes:
+        num_racks: over which the workers of either role are spread evenly.
         shares_news: several gateways tell each other what they sent where, through a store.
         wire_delay_s: one way between gateway and worker.
         kv_event_delay_s: from a change of a worker's cache to a gateway's index.
@@ -53,6 +54,7 @@ class Scenario:
     num_decode: int = 8
     machine: Machine = MACHINES["llama70b-a800x8"]
     terms: WorkerTerms = _TERMS
+    num_racks: int = 1
     num_gateways: int = 1
     shares_news: bool = True
     wire_delay_s: float = 0.0005
@@ -132,6 +134,7 @@ class _Cluster:
                     state=WorkerState.READY,
                     address=f"{role}-{number}.simulated:1",
                     host=f"{role}-{number}.simulated",
+                    rack=f"rack-{number % scenario.num_racks}",
                     zone="simulated",
                     layout_fingerprint=_WEIGHTS,
                     weights_version=_WEIGHTS,

@@ -4,7 +4,7 @@ Runs are independent, so they go to several processes; the order of the results 
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -58,11 +58,13 @@ def serving_values(run: Run, targets: Targets = MOONCAKE_TARGETS) -> Values:
     ttfts = sorted(outcome.ttft_s for outcome in run.outcomes if outcome.is_served and outcome.ttft_s is not None)
     num_requests = max(1, len(run.outcomes))
     tpots = [outcome.tpot_s for outcome in run.outcomes if outcome.is_served and outcome.num_tokens > 1]
+    firsts = [outcome.gaps[0][0] for outcome in run.outcomes if outcome.gaps]
     return {
         "ttft_s": goodput.mean_ttft_s(run, miss_s=max(targets.ttft_s, ttfts[-1] if ttfts else 0.0)),
         "ttft_p50_s": _quantile(ttfts, 0.5),
         "ttft_p99_s": _quantile(ttfts, 0.99),
         "tpot_s": sum(tpots) / len(tpots) if tpots else 0.0,
+        "second_gap_s": sum(firsts) / len(firsts) if firsts else 0.0,
         "missed": 1 - sum(outcome.is_served for outcome in run.outcomes) / num_requests,
         "hit_ratio": goodput.hit_ratio(run),
         "distserve": goodput.attainment(run, partial(goodput.meets_distserve, targets=targets)),
@@ -81,15 +83,20 @@ def compare(
     seeds: Sequence[int],
     *,
     measure: Measure = serving_values,
-    processes: int = 1,
+    pool: Executor | None = None,
 ) -> Iterator[Row]:
-    """Run every arm under every seed; yield a row as soon as all seeds of an arm are there, in order."""
+    """Run every arm under every seed; yield a row as soon as all seeds of an arm are there, in order.
+
+    Args:
+        pool: where to run (`processes`); None: here, one run after the other.
+    """
     jobs = [(arm, arm.workload or workload, seed, measure) for arm in arms for seed in seeds]
-    if processes == 1:
-        yield from _rows(map(_measure, jobs), arms, seeds)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from _rows(pool.map(_measure, jobs), arms, seeds)
+    yield from _rows(map(_measure, jobs) if pool is None else pool.map(_measure, jobs), arms, seeds)
+
+
+def processes(count: int) -> Executor:
+    """Return a pool of fresh processes; the caller shuts it down."""
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
 
 
 def steady(run: Run) -> Run:

@@ -24,6 +24,7 @@ class HandOver:
         self._unsent: list[tuple[int, int, float]] = []  # (first token, token after the last, ready from)
         self._num_ready = 0
         self._held_tokens: int | None = None  # at the receiver; None: not bound
+        self._bytes_per_s = 0.0  # to there
         self._num_sent_bytes = 0
         self._landed_at = loop.now()
         self._is_over = False
@@ -32,10 +33,11 @@ class HandOver:
     def is_bound(self) -> bool:
         return self._held_tokens is not None
 
-    def bind(self, held_tokens: int) -> None:
-        """It is known where the KV goes, and how many leading tokens are there already."""
+    def bind(self, held_tokens: int, bytes_per_s: float) -> None:
+        """It is known where the KV goes, how many leading tokens are there already, and how fast it gets there."""
         assert not self.is_bound
         self._held_tokens = held_tokens
+        self._bytes_per_s = bytes_per_s
         pieces, self._unsent = self._unsent, []
         for first, after, ready_from in pieces:
             self._send(first, after, ready_from)
@@ -59,7 +61,8 @@ class HandOver:
         num_bytes = max(0, after - max(first, self._held_tokens)) * self._bytes_per_token
         if num_bytes and not self._is_over:
             self._num_sent_bytes += num_bytes
-            self._landed_at = self._link.send(num_bytes, ready_from=ready_from, ready_at=self._loop.now())
+            now = self._loop.now()
+            self._landed_at = self._link.send(num_bytes, self._bytes_per_s, ready_from=ready_from, ready_at=now)
 
     def _end_if_complete(self) -> None:
         if self._num_ready == self._num_tokens and not self._is_over:

@@ -4,6 +4,7 @@ Source: DistServe (OSDI'24), profiles of its simulator: prefill = A + B*sum(len)
 A + B*context + C*batch, with other coefficients for large batches; the quadratic term is kept here per pair of a
 computed token and one before it, so that it holds for prompts of which a part is cached."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -60,8 +61,12 @@ class DecodeLatency:
 
 @dataclass(frozen=True, slots=True)
 class LinkLatency:
-    """A transfer: seconds per message, bytes per second, and how many layers the KV has, each sent when computed."""
+    """A transfer: seconds per message, bytes per second, and how many layers the KV has, each sent when computed.
+
+    `far_bytes_per_s`: between racks.
+    """
 
     message_s: float
     bytes_per_s: float
     num_layers: int
+    far_bytes_per_s: float = math.inf

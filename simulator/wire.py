@@ -34,23 +34,22 @@ class Wire(Generic[T]):
 
 
 class KvLink:
-    """What leaves one prefill worker, first come first served: its network card is the narrowest place."""
+    """What leaves one prefill worker, first come first served: its network card is the narrowest place near by."""
 
     def __init__(self, latency: LinkLatency) -> None:
         self._latency = latency
         self._free_at = 0.0
-        self.sent_bytes = 0
 
-    def send(self, num_bytes: int, *, ready_from: float, ready_at: float) -> float:
+    def send(self, num_bytes: int, bytes_per_s: float, *, ready_from: float, ready_at: float) -> float:
         """Return when the last byte has landed.
 
         Layer by layer: bytes become ready evenly from `ready_from` to `ready_at`, those of the last layer at its end.
         """
-        wire_s = num_bytes / self._latency.bytes_per_s
+        wire_s = num_bytes / bytes_per_s
         started_at = max(self._free_at, ready_from)
         self._free_at = max(started_at + wire_s, ready_at + wire_s / self._latency.num_layers)
-        self.sent_bytes += num_bytes
         return self._free_at + self._latency.message_s
 
-    def queued_bytes(self, now: float) -> int:
-        return int(max(0.0, self._free_at - now) * self._latency.bytes_per_s)
+    def queued_s(self, now: float) -> float:
+        """Return for how long what waits keeps it busy."""
+        return max(0.0, self._free_at - now)

@@ -283,7 +283,12 @@ class SimulatedWorker:
     def _bind(self, work: _Work, decode: WorkerId) -> None:
         assert work.hand_over is not None
         work.receiver = decode
-        work.hand_over.bind(self._peers[decode].reserved_from(work.work_id))
+        receiver = self._peers[decode]
+        work.hand_over.bind(receiver.reserved_from(work.work_id), self._bytes_per_s(receiver.record))
+
+    def _bytes_per_s(self, receiver: WorkerRecord) -> float:
+        link = self.machine.link
+        return link.bytes_per_s if receiver.rack == self.record.rack else link.far_bytes_per_s
 
     def reserved_from(self, work_id: TransferId) -> int:
         """Return how many leading tokens of a reserved prompt are held here already."""
@@ -295,9 +300,10 @@ class SimulatedWorker:
         assert work.receiver is not None
         assert work.first_token_at is not None
         self._peers[work.receiver].land(work.work_id, sent_bytes, work.first_token_at)
-        link = self.machine.link
-        queued_bytes = self._link.queued_bytes(self._loop.now())
-        work.say.send([(work.work_id, m.KvHandedOver(link.bytes_per_s, link.message_s, queued_bytes))])
+        bytes_per_s = self._bytes_per_s(self._peers[work.receiver].record)
+        queued_bytes = int(self._link.queued_s(self._loop.now()) * bytes_per_s)
+        handed_over = m.KvHandedOver(bytes_per_s, self.machine.link.message_s, queued_bytes)
+        work.say.send([(work.work_id, handed_over)])
         self._free(work)
 
     def land(self, work_id: TransferId, sent_bytes: int, first_token_at: float) -> None:

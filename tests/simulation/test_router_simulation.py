@@ -17,10 +17,10 @@ from simulator.cluster import Scenario, router_config, simulate
 from simulator.comparison import MOONCAKE_TARGETS, steady
 from simulator.machines import MACHINES
 from simulator.outcomes import Run, SimulatedRequest
-from simulator.traffic import ClassShare, in_classes
+from simulator.traffic import ClassShare, block_hash, in_classes
 
 _MACHINE = MACHINES["llama70b-a800x8"]
-_LINKS = LinkPriors(same_zone_bytes_per_s=_MACHINE.link.bytes_per_s)
+_LINKS = LinkPriors(same_rack_bytes_per_s=_MACHINE.link.bytes_per_s)
 
 
 def _scenario(policy: PolicyName = "cost", **changes: object) -> Scenario:
@@ -36,7 +36,7 @@ def _sessions(seed: int, *, rate_per_s: float, count: int, num_sessions: int = 4
     for number, arrival_s in enumerate(poisson(rate_per_s, count, rng)):
         session = rng.randrange(num_sessions)
         lengths[session] = 4 if lengths[session] > 40 else lengths[session] + rng.randrange(0, 3)
-        hashes = tuple(f"{session if depth else 0:08d}{depth:08d}".encode() for depth in range(lengths[session]))
+        hashes = tuple(block_hash(1000 * session * (depth > 0) + depth) for depth in range(lengths[session]))
         prompt_tokens = 512 * lengths[session] + rng.randrange(1, 512)
         made.append(SimulatedRequest(f"q{number}", arrival_s, prompt_tokens, rng.randrange(1, 300), hashes))
     return made
