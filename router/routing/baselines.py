@@ -45,9 +45,9 @@ class BaselinePolicy:
         self._pricer.warm()
 
     def choose(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Decision | NoCandidate:
-        priced = self._pricer.price(table, query, rng)
+        self._pricer.price(table, query, rng)
         rows = table.rows
-        prefills, decodes = _shuffled(priced.prefills, rng), _shuffled(priced.decodes, rng)
+        prefills, decodes = (_shuffled(slots, rng) for slots in self._pricer.eligible())
         prefill = self._rule.pick(prefills, rows, query.held.device, query) if len(prefills) else None
         decode = self._rule.pick(decodes, rows, None, query) if len(decodes) else None
         found = self._pricer.weigh_pair(table, prefill, decode)

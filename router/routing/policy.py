@@ -14,7 +14,6 @@ import logging
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -62,15 +61,6 @@ class Found(NamedTuple):
     has_longest_prefix: bool
     max_queued_tokens: int
     max_requests_held: int
-
-
-@dataclass(frozen=True, slots=True)
-class Priced:
-    """Slots that can be asked, and what each would cost (`columns.SIDE`, by slot)."""
-
-    prefills: np.ndarray
-    decodes: np.ndarray
-    sides: np.ndarray
 
 
 class RoutingPolicy(Protocol):
@@ -132,21 +122,26 @@ class CostPolicy:
         position = self._draw(found.num_candidates, rng)
         return self.decision(table, found, position, _pick_reason(found, position), query)
 
-    def price(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Priced:
-        """Price every worker that can be asked. The arrays are the policy's: valid until the next call."""
+    def price(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> None:
+        """Price every worker that can be asked."""
         rows, held = table.rows, query.held
         table.forecast.advance(rows, query.now)
         self._fit_buffers(len(rows))
         self._ask(table, query, rng)
         refused = [slot for name in query.refused if (slot := table.find(name)) is not None]
-        self._refused[refused] = True
+        for slot in refused:
+            self._refused[slot] = True
         price_workers(
             rows, table.forecast.joins, held.device, held.host, self._refused, len(rows), self._query, self._settings,
             self._sides, self._prefills, self._decodes, self._found,
         )  # fmt: skip
-        self._refused[refused] = False
+        for slot in refused:
+            self._refused[slot] = False
+
+    def eligible(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the slots of the prefill and of the decode workers that were priced; valid until the next call."""
         found = self._found[0]
-        return Priced(self._prefills[: found["num_prefill"]], self._decodes[: found["num_decode"]], self._sides)
+        return self._prefills[: found["num_prefill"]], self._decodes[: found["num_decode"]]
 
     def weigh(self, table: WorkerTable) -> Found:
         """Search the cheapest placements over what was priced."""
