@@ -104,6 +104,11 @@ class Dispatcher:
     def num_queued(self) -> int:
         return len(self._queue)
 
+    def observe(self) -> None:
+        """Set the gauges that no event sets."""
+        shut = self.breakers.not_closed()
+        self._metrics.forwarding(self._queue.queued_by_class(), len(self._late_bound), len(shut))
+
     def num_on_worker(self, worker_id: WorkerId) -> int:
         """Requests that hold something on a worker."""
         return len(self._requests.on_worker(worker_id))
@@ -127,8 +132,7 @@ class Dispatcher:
             DuplicateRequest, RejectedError: refused now; nothing was kept, and `on_concluded` will not be called.
         """
         now = self._clock.now()
-        for key in self._fleet.hash_keys():
-            self._fleet.index.observe(hashes.of(key), now)
+        self._fleet.note_prompt(hashes)
         claim = self._entrance.claim(request, service, arrived_at)
         try:
             self._check_open(request.request_id)
@@ -190,9 +194,8 @@ class Dispatcher:
         """End everything that is in flight."""
         for active in self._requests.all():
             self._feed(active, m.AbortRequested(error))
-        self._gate_alarm.disarm()
-        self._gone_alarm.disarm()
-        self._breaker_alarm.disarm()
+        for alarm in (self._gate_alarm, self._gone_alarm, self._breaker_alarm):
+            alarm.disarm()
 
     # --- what the fleet tells ---
 
@@ -215,8 +218,7 @@ class Dispatcher:
     def on_worker_down(self, worker_id: WorkerId, error: ServingError) -> None:
         self._metrics.worker_lost()
         lost = WorkerLost(f"lost worker {worker_id}: {error}")
-        losers = self._requests.on_worker(worker_id)
-        if losers:
+        if losers := self._requests.on_worker(worker_id):
             self._blame(worker_id)
         for active in losers:
             is_decode = active.machine.decode == worker_id

@@ -17,7 +17,7 @@ from router.forwarding.doors import WorkerDoors
 from router.index.prefix_index import PrefixIndex
 from router.index.slots import WorkerSlots
 from router.messages import WorkEvents
-from router.prompt_hashes import HashKey
+from router.prompt_hashes import HashKey, PromptHashes
 from router.routing.config import RoutingConfig
 from router.routing.credit import CreditLedger
 from router.routing.models import Models
@@ -103,6 +103,12 @@ class Fleet:
         return set(self._hash_keys.values())
 
     # --- what it is told ---
+
+    def note_prompt(self, hashes: PromptHashes) -> None:
+        """A prompt arrived: what is hot follows from all of them."""
+        now = self._clock.now()
+        for key in self.hash_keys():
+            self.index.observe(hashes.of(key), now)
 
     def records_changed(self) -> None:
         """More than the loads in the records is other than before."""

@@ -43,7 +43,7 @@ class GatewayMetrics:
         )
         self._open_breakers = Gauge(
             "tandem_router_open_breakers",
-            "Workers that are left alone, or tried again, for failures.",
+            "Workers left alone, or tried again, for failures.",
             registry=registry,
         )
         self._ttft = self._latency("tandem_gateway_time_to_first_token_seconds", "Arrival to first token.")

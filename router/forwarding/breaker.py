@@ -11,7 +11,7 @@ caller owns the time.
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -134,7 +134,7 @@ class CircuitBreakers:
             return B.CLOSED, 0.0
         return breaker.state, max(0.0, breaker.open_until - now) if breaker.state is B.OPEN else 0.0
 
-    def not_closed(self) -> Iterable[WorkerId]:
+    def not_closed(self) -> Sequence[WorkerId]:
         """Return the workers that are not simply trusted now."""
         return [worker_id for worker_id, breaker in self._breakers.items() if breaker.state is not B.CLOSED]
 
