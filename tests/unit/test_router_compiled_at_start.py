@@ -1,0 +1,39 @@
+"""A gateway compiles before it serves: a loop that is compiled or loaded later stops every request meanwhile."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import random
+from numba.core.dispatcher import Dispatcher
+import router.index.rewrites, router.index.table, router.routing.fit, router.routing.prices, router.routing.search
+from tests.routing_world import World, WorkerId, load_report
+
+MODULES = (router.index.rewrites, router.index.table, router.routing.fit, router.routing.prices, router.routing.search)
+
+def loaded():
+    found = {}
+    for module in MODULES:
+        for name, function in vars(module).items():
+            if isinstance(function, Dispatcher):
+                found[f"{module.__name__}.{name}"] = len(function.signatures)
+    return found
+
+world = World("p0", "p1", "d0", "d1")
+before = loaded()
+world.models.observe_prefill(WorkerId("p0"), 100, 0, 0.1)
+world.models.observe_load(WorkerId("d0"), load_report(num_running=2, context_tokens=50, decode_step_s=0.01))
+world.place()
+after = loaded()
+print(*(name for name in after if after[name] > before[name]))
+"""
+
+
+def test_nothing_is_compiled_once_requests_come() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
