@@ -97,6 +97,7 @@ class Reference:
         requests = row["running"] * stays + max(0.0, row["reserved"] - row["own_reserved"]) + row["peer_requests"]
         tokens = row["context_tokens"] * stays + row["peer_context_tokens"]
         tokens += max(0.0, row["reserved_tokens"] - row["own_reserved_tokens"])
+        requests, tokens = max(row["running"], requests), max(row["context_tokens"], tokens)
         tpot = step(requests + 1, tokens + n)
         held = min(float(query.held.device[slot]), n)
         coming = math.ceil((row["credit_context_tokens"] + row["peer_context_tokens"]) / row["block_size"])
@@ -136,9 +137,12 @@ class Reference:
         horizon = prompt["ready"] if is_prefill or not self._prefills else self._horizon
         decode = self._decode(name, horizon)
         slower = self._config.colocated_slowdown if is_prefill else 1.0
-        stall = 0.0 if is_prefill else self._config.stall_weight * self._row(name)["running"] * prompt["compute"]
+        running = 0.0 if is_prefill else self._row(name)["running"]
+        stall = self._config.stall_weight * running * prompt["compute"]
         ends = query.waited_s + prompt["ready"] + decode["room"] + slower * decode["steps"]
-        slow = 0.0 if query.slo.tpot_s is None else max(0.0, slower * decode["tpot"] - query.slo.tpot_s)
+        tpot = slower * decode["tpot"] + min(1.0, running) * prompt["compute"] / self._steps
+        slow = 0.0 if query.slo.tpot_s is None else max(0.0, tpot - query.slo.tpot_s)
+        slow *= 1.0 + self._config.stall_weight * running
         total = prompt["queue"] + prompt["charged"] + prompt["crowding"] + prompt["load"] + prompt["slo"]
         total += slower * decode["steps"] + decode["room"] + stall
         total += self._config.slo_weight * self._steps * slow + self._late(ends)

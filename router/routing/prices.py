@@ -52,28 +52,31 @@ def step_seconds(worker: Any, requests: float, context_tokens: float) -> Any:
 
 @inner
 def batch_at(worker: Any, joins: Any, now: float, horizon_s: float, s: Any) -> tuple[float, float]:
-    """Return the (requests, context tokens) that a decode worker will run at now + horizon."""
+    """Return the (requests, context tokens) that a decode worker will run at now + horizon.
+
+    Some of those who run will have left, and those who are known to come will have joined. But others will come of whom
+    nobody knows yet, and in a steady state they replace who leaves: so it is never less than what runs now.
+    """
+    stays = 1.0
     if s.use_forecast and worker.running > 0.0:
         life_s = worker.mean_steps * step_seconds(worker, worker.running, worker.context_tokens)
         stays = np.exp(-horizon_s / max(life_s, 1e-9))
-    else:
-        stays = 1.0
-    requests = worker.running * stays + worker.due_requests + worker.peer_requests
-    tokens = worker.context_tokens * stays + worker.due_tokens + worker.peer_context_tokens
-    requests += max(0.0, worker.reserved - worker.own_reserved)
+    requests = worker.due_requests + worker.peer_requests + max(0.0, worker.reserved - worker.own_reserved)
+    tokens = worker.due_tokens + worker.peer_context_tokens
     tokens += max(0.0, worker.reserved_tokens - worker.own_reserved_tokens)
-    if worker.role != _DECODE:
-        return requests, tokens  # nobody joins by a hand-off
-    num_buckets = joins.shape[0]
-    first = int(np.floor(now / s.bucket_s))
-    last = first + num_buckets - 1
-    if s.use_forecast:
-        last = min(last, int(np.floor((now + horizon_s) / s.bucket_s)))
-    place = first % num_buckets
-    for _ in range(first, last + 1):
-        requests += joins[place, 0]
-        tokens += joins[place, 1]
-        place = place + 1 if place + 1 < num_buckets else 0
+    if worker.role == _DECODE:
+        num_buckets = joins.shape[0]
+        first = int(np.floor(now / s.bucket_s))
+        last = first + num_buckets - 1
+        if s.use_forecast:
+            last = min(last, int(np.floor((now + horizon_s) / s.bucket_s)))
+        place = first % num_buckets
+        for _ in range(first, last + 1):
+            requests += joins[place, 0]
+            tokens += joins[place, 1]
+            place = place + 1 if place + 1 < num_buckets else 0
+    requests = max(worker.running, worker.running * stays + requests)
+    tokens = max(worker.context_tokens, worker.context_tokens * stays + tokens)
     return requests, tokens
 
 

@@ -195,16 +195,22 @@ def offer_pairs(
 
 @inner
 def price_alone(worker: Any, side: Any, q: Any, s: Any) -> Any:
-    """Return (decode, slo, seconds per step, sum of terms) of one worker that does it all."""
+    """Return (decode, slo, seconds per step, sum of terms) of one worker that does it all.
+
+    A prompt stops everybody who decodes on the same worker. What it does to them, others will do to it: so the wait is
+    in its own seconds per step, too, and the targets that it breaks are theirs as well.
+    """
     is_prefill = worker.role == _PREFILL
     slower = s.colocated_slowdown if is_prefill else 1.0
-    stall_s = 0.0 if is_prefill else s.stall_weight * worker.running * side.compute_s
-    steps_s, tpot_s = slower * side.steps_s, slower * side.tpot_s
-    decode_s = s.weigh_decode * (steps_s + side.room_s + stall_s)
+    running = 0.0 if is_prefill else worker.running
+    steps_s = slower * side.steps_s
+    tpot_s = 0.0
+    if q.needs_decode:
+        tpot_s = slower * side.tpot_s + min(1.0, running) * side.compute_s / q.steps
+    decode_s = s.weigh_decode * (steps_s + side.room_s + s.stall_weight * running * side.compute_s)
     ends_s = q.waited_s + side.ready_s + side.room_s + steps_s
-    slo_s = side.ttft_slo_s + s.slo_weight * (
-        q.steps * max(0.0, tpot_s - q.slo_tpot_s) + max(0.0, ends_s - q.slo_deadline_s)
-    )
+    slow_s = q.steps * max(0.0, tpot_s - q.slo_tpot_s) * (1.0 + s.stall_weight * running)
+    slo_s = side.ttft_slo_s + s.slo_weight * (slow_s + max(0.0, ends_s - q.slo_deadline_s))
     prompt_s = s.weigh_queue * side.queue_s + s.weigh_prefill * side.charged_s + side.crowding_s + side.load_s
     return decode_s, slo_s, tpot_s, prompt_s + decode_s + slo_s
 

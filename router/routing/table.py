@@ -96,6 +96,7 @@ class WorkerTable:
             self._reset(slot, _ROLES[record.role])
             self.rows[slot]["heard_at"] = now
         row = self.rows[slot]
+        row["role"] = _ROLES[record.role]
         row["hash_key"] = self._hash_code(HashKey(record.weights_version, record.block_size))
         row["layout"] = self._layouts.of(record.layout_fingerprint)
         row["block_size"] = record.block_size

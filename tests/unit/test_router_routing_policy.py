@@ -315,6 +315,32 @@ def test_in_a_crowd_a_prefix_is_worth_more_than_a_short_queue() -> None:
     assert without.place(without.query(held={"p1": 900})).prefill == "p2"
 
 
+def test_those_who_leave_a_batch_are_replaced() -> None:
+    """A far horizon does not make a busy worker look idle: nobody knows yet who will come, but somebody will."""
+    world = World("p1", "d1", **REMOTE)
+    world.set("d1", running=20, context_tokens=20_000)
+    soon = world.place().tpot_s
+    world.set("p1", queued_tokens=1_000_000)
+    assert world.place().tpot_s == pytest.approx(soon)
+    world.set("d1", due_requests=30, due_tokens=30_000)
+    late = world.place().tpot_s
+    world.set("p1", queued_tokens=0)
+    assert soon < late < world.place().tpot_s, "by then some of both will have left"
+
+
+def test_a_prompt_on_a_decode_worker_slows_those_who_run_there_against_their_targets() -> None:
+    world = World("d1", "d2")
+    world.set("d1", running=10)
+    query = world.query(slo=Slo(tpot_s=0.017))
+    decision = world.place(query)
+    assert (decision.decode, decision.terms.slo_s) == ("d2", 0.0)
+    world.set("d2", running=10)
+    crowded = world.place(query)
+    assert crowded.tpot_s == pytest.approx(0.0157 + crowded.winner.compute_s / 64, rel=0.02)
+    assert crowded.terms.slo_s > 0.0
+    assert world.place(replace(query, needs_decode=False)).tpot_s == 0.0
+
+
 def test_targets_that_will_be_missed_cost_by_how_much() -> None:
     world = World("p1", "d1", **REMOTE)
     plain = world.place()
