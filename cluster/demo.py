@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.config import ClusterConfig
-from cluster.demo_report import DemoTotals, problems, request_table, totals_table
+from cluster.demo_report import DemoTotals, placement_table, problems, request_table, totals_table
 from cluster.demo_traffic import WAVES, DemoRequest
 from cluster.launcher import Launcher, launcher_of
 from cluster.memory import MemoryWatch
@@ -84,11 +84,14 @@ async def run_demo(console: Console) -> int:
         found.append(f"processes were left running: {', '.join(str(process.pid) for process in left)}")
     totals = DemoTotals(up - began, served - up, ended - served, memory.peak_bytes, memory.num_processes)
     console.print(request_table(results))
+    console.print(placement_table(results))
     console.print(totals_table(results, totals))
     for problem in found:
         console.print(f"[red]broken:[/] {escape(problem)}")
     if not found:
-        console.print("[green]all held:[/] contiguous streams, repeatable tokens, KV across processes, a clean end")
+        console.print(
+            "[green]all held:[/] contiguous streams, repeatable tokens, modes that keep their word, a clean end"
+        )
     return 1 if found else 0
 
 
