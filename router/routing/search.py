@@ -225,9 +225,13 @@ def price_all_alone(
     needs_nobody = not found.has_prefill_pool and (s.allow_colocated or not q.needs_decode)
     for p in prefills:
         totals[p] = np.inf
-        if (s.allow_colocated and (can_pair or lone_prefill)) or not q.needs_decode:
+        if (s.allow_colocated and (can_pair or lone_prefill or not s.allow_remote)) or not q.needs_decode:
             modes[p] = _COLOCATED
-            handicaps[p] = 0.0 if lone_prefill else s.handicap_ratio * price_alone(rows[p], sides[p], q, s)[3]
+            handicaps[p] = (
+                0.0
+                if lone_prefill or not s.allow_remote
+                else s.handicap_ratio * price_alone(rows[p], sides[p], q, s)[3]
+            )
             totals[p] = price_alone(rows[p], sides[p], q, s)[3] + sides[p].affinity_s + handicaps[p]
     for d in decodes:
         totals[d] = np.inf
@@ -238,12 +242,12 @@ def price_all_alone(
             continue  # nobody decodes now
         if s.allow_local and is_short and side.held_tokens >= max(1.0, s.local_min_held_ratio * q.prompt_tokens):
             modes[d] = _LOCAL
-        elif needs_nobody or (s.allow_colocated and can_pair):
+        elif needs_nobody or (s.allow_colocated and (can_pair or not s.allow_remote)):
             modes[d] = _COLOCATED
         else:
             continue
         terms_s = price_alone(rows[d], side, q, s)[3]
-        if modes[d] == _COLOCATED and found.has_prefill_pool:
+        if modes[d] == _COLOCATED and found.has_prefill_pool and s.allow_remote:
             handicaps[d] = s.handicap_ratio * terms_s
         totals[d] = terms_s + side.affinity_s + handicaps[d]
 

@@ -151,6 +151,14 @@ def test_a_request_of_one_token_needs_no_decode_worker() -> None:
         assert (decision.decode, decision.terms.decode_s, decision.max_requests_held) == (None, 0.0, None)
 
 
+def test_where_only_one_worker_may_serve_a_request_any_of_both_pools_does() -> None:
+    world = World(*PAIRS, modes=["colocated"], colocated_slowdown=1.0)
+    decisions = [world.place() for _ in range(60)]
+    assert {one.prefill or one.decode for one in decisions} == set(PAIRS)
+    assert {(one.mode, one.mode_reason) for one in decisions} == {(Mode.COLOCATED, ModeReason.ONLY_POSSIBLE)}
+    assert {one.terms.handicap_s for one in decisions} == {0.0}
+
+
 def test_modes_that_are_not_allowed_leave_nobody() -> None:
     assert World(*PAIRS, modes=["local_prefill"]).refuse() == (Role.DECODE, "mode")
 
