@@ -10,7 +10,7 @@ from router.explain.outcome import Outcome, Verdict, judge
 from router.routing.decision import Decision
 
 _RECORD_BYTES = 1_400
-"""Cost of one explanation beside its array of candidates: objects of the decision, and its place in the ring."""
+"""Of one explanation beside its array of candidates: objects of the decision, place in the ring. Rounded up."""
 
 
 @dataclass(slots=True)
