@@ -10,6 +10,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import grpc
 
@@ -18,6 +19,7 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
 
 _FIRST_ID, _LAST_ID = 300, 4000  # ordinary tokens of the tiny model
+_LOOK_S = 0.02
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
@@ -86,6 +88,38 @@ class Result:
     error: str = ""
     indices: list[int] = field(default_factory=list)
     finished: pb.Finished | None = None
+
+
+class Lateness:
+    """How late this process itself was woken, all the while: what a busy machine adds to every figure.
+
+    Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._late_s: list[float] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> Self:
+        self._task = asyncio.create_task(self._watch(), name="lateness")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+
+    def facts(self) -> dict[str, float]:
+        ordered = sorted(self._late_s) or [0.0]
+        return {
+            "late_p99_ms": round(1000 * ordered[int(0.99 * (len(ordered) - 1))], 1),
+            "late_max_ms": round(1000 * ordered[-1], 1),
+        }
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due_at = loop.time() + _LOOK_S
+            await asyncio.sleep(_LOOK_S)
+            self._late_s.append(loop.time() - due_at)
 
 
 class Client:

@@ -6,7 +6,8 @@
 3. `warm`: how long after it listens a new gateway is connected to everybody and finds the sessions' prefixes.
 
 Workers count what happened among them: `doubled` are prompts that a prefill worker accepted behind others while another
-one had none. Prints one JSON line per result. Run ``python -m benchmarks.router_replicas --help``.
+one had none; `late_*_ms` is how late this very process was woken, so a figure from a busy machine can be told from one
+from a quiet one. Prints one JSON line per result. Run ``python -m benchmarks.router_replicas --help``.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 from benchmarks.paced_worker import Pace
 from benchmarks.replica_bed import Bed, GatewayProcess, bed
-from benchmarks.replica_load import Arrival, Client, Result, Targets, Workload, summary
+from benchmarks.replica_load import Arrival, Client, Lateness, Result, Targets, Workload, summary
 
 TARGETS = Targets(ttft_s=0.3, tpot_s=0.06)
 
@@ -49,8 +50,10 @@ async def attainment(options: argparse.Namespace) -> None:
         arrivals = Workload(options.rate, options.duration, options.seed + repetition).arrivals()
         for num_gateways in found:
             async with bed(num_gateways, options.prefills, options.decodes, Pace()) as one:
-                facts = summary(await measure(one, arrivals), TARGETS)
+                with Lateness() as lateness:
+                    facts = summary(await measure(one, arrivals), TARGETS)
                 found[num_gateways].append(float(facts["attainment_percent"]))
+                facts |= lateness.facts()
                 tell("attainment", gateways=num_gateways, repetition=repetition, **facts, **seen_by_workers(one))
     one_mean, many_mean = (sum(values) / len(values) for values in found.values())
     tell(
@@ -144,7 +147,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--prefills", type=int, default=6)
     parser.add_argument("--decodes", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=32.0, help="requests per second")
+    parser.add_argument("--rate", type=float, default=44.0, help="requests per second")
     parser.add_argument("--duration", type=float, default=24.0, help="seconds of arrivals per run")
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
