@@ -190,15 +190,17 @@ async def test_all_refuse_for_a_while_then_the_queue_drains_in_order(checkpoint:
 
 
 async def test_a_burst_spreads_by_in_flight_credit(checkpoint: Path) -> None:
-    async with fake_cluster(checkpoint, num_prefills=4, num_decodes=4) as cluster:
+    slow = {"modes": ["remote_prefill"], "priors": {"prefill_per_token_s": 1.0}}  # nothing is over before the burst is
+    async with fake_cluster(checkpoint, num_prefills=4, num_decodes=4, routing=slow) as cluster:
         for worker in cluster.prefills:
             worker.script.go.clear()
-        calls = [cluster.inference.Generate(text_request(max_tokens=2)) for _ in range(32)]
+        # Different prompts: where one is, its siblings follow.
+        calls = [cluster.inference.Generate(text_request(f"{index:04}.", max_tokens=2)) for index in range(32)]
         results = [asyncio.ensure_future(collect(call)) for call in calls]
         for worker in cluster.prefills:
-            await worker.wait_submitted(8)
-        assert [len(worker.submits) for worker in cluster.prefills] == [8] * 4
-        assert [len(worker.submits) for worker in cluster.decodes] == [8] * 4
+            await worker.wait_until(lambda worker=worker: len(worker.held) >= 8)  # type: ignore[misc]
+        assert [len(worker.held) for worker in cluster.prefills] == [8] * 4
+        assert [len(worker.held) for worker in cluster.decodes] == [8] * 4
         for worker in cluster.prefills:
             worker.script.go.set()
         await asyncio.gather(*results)
