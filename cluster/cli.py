@@ -35,9 +35,6 @@ config_app = typer.Typer(no_args_is_help=True, help="The configuration file.")
 app.add_typer(config_app, name="config")
 app.add_typer(profile_app, name="profile")
 
-client_cli.add_commands(app, profile_app)
-app.command()(bench)
-
 
 @app.command()
 def up(
@@ -106,6 +103,10 @@ def demo() -> None:
 
     enter_own_session()
     _launch(run_demo(client_cli.page()))
+
+
+client_cli.add_commands(app, profile_app)
+app.command()(bench)
 
 
 @config_app.command("schema")

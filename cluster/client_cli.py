@@ -67,28 +67,38 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message of a chat.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="System message of the chat.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1)] = 128,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="At most so many.")] = 128,
     temperature: Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from this part of the probability.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Equal seeds, equal samples.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
-    deadline_s: Annotated[float | None, typer.Option("--deadline", help="Seconds for all of it.")] = None,
+    deadline_s: Annotated[
+        float | None, typer.Option("--deadline", help="End it after so many seconds, retries included.")
+    ] = None,
     kv_quality: Annotated[
         str | None,
         typer.Option("--kv-quality", help="Of the KV cache on its way: exact, high, balanced, or 0 to 1."),
     ] = None,
     tenant: Annotated[str, typer.Option("--tenant", help="On whose account.")] = "",
-    service_class: Annotated[str, typer.Option("--class", help="interactive, deadline or batch.")] = "",
-    priority: Annotated[int | None, typer.Option("--priority", help="Within the class; larger goes first.")] = None,
-    ttft_s: Annotated[float | None, typer.Option("--ttft", help="Target: seconds to the first token.")] = None,
+    service_class: Annotated[
+        str, typer.Option("--class", help="interactive, deadline or batch; else the tenant's.")
+    ] = "",
+    priority: Annotated[
+        int | None, typer.Option("--priority", help="-10 to 10, against the same tenant's; larger goes first.")
+    ] = None,
+    ttft_s: Annotated[
+        float | None, typer.Option("--ttft", help="Target: seconds to the first token; refused if foreseen to miss it.")
+    ] = None,
     tpot_s: Annotated[float | None, typer.Option("--tpot", help="Target: seconds per token after it.")] = None,
     finish_s: Annotated[float | None, typer.Option("--finish", help="Target: seconds to the last token.")] = None,
-    session: Annotated[str, typer.Option("--session", help="Requests of one session stay together.")] = "",
+    session: Annotated[str, typer.Option("--session", help="Its requests rather go to the same workers.")] = "",
     why: Annotated[bool, typer.Option("--why", help="Say on standard error who served it and why.")] = False,
     cluster: Cluster = None,
     address: Address = None,
 ) -> None:
     """Stream a generation to standard output.
+
+    What is refused for now is tried twice more, after as long as the gateway says.
 
     Examples:
 
@@ -98,7 +108,7 @@ def generate(
 
         tandem generate "Return a list of" --kv-quality balanced      # and say on standard error how the KV went
 
-        tandem generate "import os" --class batch --why
+        tandem generate "import os" --class batch --why               # and who served it, and why
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     roles = [Message("system", system)] if system else []
@@ -139,6 +149,8 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: with every candidate's terms.")] = False,
 ) -> None:
     """Tell why requests were placed where they were, what else was possible, and how it turned out.
+
+    Each gateway keeps its last decisions. What the terms mean is in docs/router.md.
 
     Examples:
 

@@ -13,20 +13,22 @@ _SHOWN_CANDIDATES = 12
 
 
 def decision_view(decision: RouteDecision) -> Group:
-    """Show everything about one decision; times in milliseconds."""
+    """Show everything about one decision."""
     facts = (
         f"request {decision.request_id}, {decision.age_s:.0f} s ago: {decision.mode} ({decision.mode_reason}), "
         f"{decision.binding} binding, because {decision.reason}\n"
         f"prompt {decision.num_prompt_tokens} tokens, output expected {decision.expected_output_tokens}; "
         f"{decision.num_eligible} workers could be asked; shared state {decision.staleness_s:.2f} s old; "
-        f"decided in {decision.decision_s * 1e6:.0f} us"
+        f"decided in {decision.decision_s * 1e6:.0f} us\n"
+        "terms of the cost and predictions in ms:"
     )
     return Group(Text(facts), _candidates(decision), Text(_outcome(decision)))
 
 
 def route_table(decisions: Sequence[RouteDecision]) -> Table:
-    """Show one row per decision; times in milliseconds but for the age."""
+    """Show one row per decision."""
     table = _table("request", "age", "mode", "prefill > decode", "why", "TTFT predicted", "observed", "regret")
+    table.caption = "times in ms; regret: what it turned out to cost, less what the best other candidate was to cost"
     for one in decisions:
         outcome = one.outcome
         table.add_row(
@@ -69,9 +71,9 @@ def _outcome(decision: RouteDecision) -> str:
     if outcome.failure:
         return f"failed: {outcome.failure}"
     return (
-        f"observed TTFT {_ms(outcome.ttft_s)} ({_ms(outcome.ttft_error_s)} against the prediction), "
+        f"observed in ms: TTFT {_ms(outcome.ttft_s)} ({outcome.ttft_error_s * 1e3:+.1f} against the prediction), "
         f"TPOT {_ms(outcome.tpot_s)}, exposed transfer {_ms(outcome.transfer_s)}, "
-        f"regret against the best other candidate {_ms(outcome.regret_s)} ms"
+        f"regret against the best other candidate {_ms(outcome.regret_s)}"
     )
 
 
