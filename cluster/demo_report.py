@@ -163,7 +163,7 @@ def placement_problems(summary: Summary) -> Iterator[str]:
     elif placement.kv_tokens_sent or placement.kv_tokens_held or placement.kv_wire_bytes or placement.kv_profile:
         yield "KV went somewhere, though one worker did it all"
     if not is_handed_over and placement.mode != "remote_prefill" and placement.binding:
-        yield "a binding without a hand-over"
+        yield "a binding without a hand-off"
     if not placement.kv_lossless:
         yield "its KV came under a lossy profile, which nobody allowed"
     if placement.predicted_ttft_s <= 0.0:

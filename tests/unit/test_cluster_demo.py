@@ -118,7 +118,7 @@ def test_what_a_mode_promises_is_no_problem(result: Generation) -> None:
         (placed(COLOCATED, decode_worker="decode-0"), "one worker's"),
         (placed(ELSEWHERE, decode_worker=""), "one worker's"),
         (placed(COLOCATED, kv_wire_bytes=3), "though one worker did it all"),
-        (placed(COLOCATED, binding="early"), "without a hand-over"),
+        (placed(COLOCATED, binding="early"), "without a hand-off"),
     ],
 )
 def test_what_breaks_the_promises_of_a_mode_is_found(result: Generation, problem: str) -> None:
