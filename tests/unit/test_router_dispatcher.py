@@ -225,7 +225,7 @@ class RandomWorkers:
 @pytest.mark.parametrize("seed", range(12))
 async def test_whatever_workers_answer_every_request_ends_and_the_books_balance(seed: int) -> None:
     rng = random.Random(seed)
-    modes = [["remote_prefill"], ["remote_prefill", "local_prefill", "colocated"]][seed % 2]
+    modes = [["remote_prefill"], ["remote_prefill", "local_prefill", "colocated"], ["colocated"]][seed % 3]
     gateway = FakeGateway(
         num_prefills=3,
         num_decodes=3,
