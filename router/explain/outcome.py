@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from router.routing.decision import Decision
+from router.routing.decision import Candidate, Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,17 @@ def judge(decision: Decision, outcome: Outcome, expected_output_tokens: int) -> 
     has_decoded = outcome.tpot_s > 0.0 and winner.tpot_s > 0.0
     decode_error_s = expected_output_tokens * (outcome.tpot_s - winner.tpot_s) if has_decoded else 0.0
     cost_error_s = ttft_error_s + transfer_error_s + decode_error_s
-    mine = (winner.mode, winner.prefill, winner.decode)
-    others = [one.terms.total_s for one in decision.candidates() if (one.mode, one.prefill, one.decode) != mine]
-    regret_s = winner.terms.total_s + cost_error_s - min(others) if others else 0.0
+    best_other = _best_other(decision)
+    regret_s = winner.terms.total_s + cost_error_s - best_other.terms.total_s if best_other is not None else 0.0
     return Verdict(ttft_error_s, cost_error_s, regret_s)
+
+
+def _best_other(decision: Decision) -> Candidate | None:
+    """Return the cheapest candidate that is not the winner; they are ranked."""
+    winner = decision.winner
+    mine = (winner.mode, winner.prefill, winner.decode)
+    for position in range(len(decision.ranked)):
+        one = decision.ranked.at(position)
+        if (one.mode, one.prefill, one.decode) != mine:
+            return one
+    return None
