@@ -29,7 +29,7 @@ from simulator.comparison import Measure, Row, compare, processes, serving_value
 from simulator.tables import DEFAULT_COLUMNS, table
 
 QUESTIONS = ("policies", "ablations", "stale", "oscillation", "classes", "replicas")
-_QUICK_REQUESTS, _QUICK_SEEDS = 1200, 3
+_QUICK_REQUESTS, _QUICK_SEEDS = 1000, 3
 _FULL_SEEDS = 5
 
 
