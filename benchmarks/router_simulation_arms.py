@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from core.service_class import ServiceClass, Slo
-from router.admission.config import AdmissionConfig, ClassConfig, DoorMode
 from router.routing.config import LinkPriors, PolicyName, RoutingConfig, Term
 from router.routing.modes import Mode
 from simulator.answers import WorkerTerms
-from simulator.cluster import Scenario, router_config
+from simulator.cluster import OPEN_DOOR, Scenario, router_config
 from simulator.comparison import Arm, serving_values
 from simulator.goodput import Targets
 from simulator.machines import MACHINES, Machine
@@ -22,12 +21,6 @@ ABLATION_COLUMNS = ("ttft_s", "ttft_p99_s", "tpot_s", "second_gap_s", "mooncake"
 STALE_LOADS = (0.7, 0.8, 0.9, 1.0, 1.1)
 
 INTERACTIVE = ClassShare(ServiceClass.INTERACTIVE, 1.0, Slo(ttft_s=30.0, tpot_s=0.1))  # Mooncake's thresholds
-OPEN_DOOR = AdmissionConfig(
-    interactive=ClassConfig(door=DoorMode.OFF),
-    deadline=ClassConfig(door=DoorMode.OFF),
-    batch=ClassConfig(door=DoorMode.OFF),
-)
-
 UNBOUNDED = 10**9
 _SEVENTY = MACHINES["llama70b-a800x8"]
 _THIRTEEN = MACHINES["opt13b-a100-tp2"]

@@ -12,6 +12,7 @@ from core.kv_events import KvEventBatch
 from core.membership import Role, WorkerRecord, WorkerState
 from core.request import GenerateRequest, SamplingParams
 from core.store_memory import MemoryStore
+from router.admission.config import AdmissionConfig, ClassConfig, DoorMode
 from router.config import RouterConfig
 from router.prompt_hashes import HashKey, PromptHashes
 from router.routing.config import RoutingConfig
@@ -29,6 +30,11 @@ from simulator.worker import MAX_OUTPUT_TOKENS, SimulatedWorker
 _WEIGHTS = "simulated"
 _EPOCH = Epoch(1)
 _TERMS = WorkerTerms()
+
+
+_OFF = ClassConfig(door=DoorMode.OFF)
+OPEN_DOOR = AdmissionConfig(interactive=_OFF, deadline=_OFF, batch=_OFF)
+"""Nobody is refused for what is predicted: to compare how requests are placed."""
 
 
 def router_config(routing: RoutingConfig | None = None, **changes: object) -> RouterConfig:
