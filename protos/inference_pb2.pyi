@@ -344,7 +344,7 @@ class GenerateRequest(_message.Message):
     """on whose account: prefix caches are its own, and the cluster may set it a floor"""
     service_class: Global___ServiceClass.ValueType
     priority: _builtins.int
-    """within the class, larger first; 0 by default"""
+    """against the tenant's own requests, -10 to 10, larger first; 0 by default"""
     session_id: _builtins.str
     """requests of one session go to the same workers while that costs nothing"""
     @_builtins.property
@@ -712,12 +712,13 @@ class Placement(_message.Message):
     PREDICTED_TPOT_S_FIELD_NUMBER: _builtins.int
     STALENESS_S_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
+    """empty: a decode worker did it all"""
     decode_worker: _builtins.str
-    """empty: the prefill worker's first token was the last"""
+    """empty: a prefill worker did it all, or its first token was the last"""
     reason: _builtins.str
-    """why this pair"""
+    """why these workers"""
     attempts: _builtins.int
-    """hand-offs tried, refusals included"""
+    """placements tried, refused ones included"""
     kv_bytes: _builtins.int
     """of KV that the decode worker was sent, before compression"""
     kv_tokens_sent: _builtins.int
@@ -732,6 +733,7 @@ class Placement(_message.Message):
     mode: _builtins.str
     """remote_prefill, local_prefill or colocated"""
     mode_reason: _builtins.str
+    """docs/router.md 4"""
     binding: _builtins.str
     """of a remote prefill: when the decode worker was chosen, early or late"""
     predicted_ttft_s: _builtins.float

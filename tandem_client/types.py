@@ -60,7 +60,7 @@ class Service:
 
     Attributes:
         service_class: interactive, deadline or batch.
-        priority: within the class, larger first.
+        priority: against the tenant's own requests, -10 to 10, larger first.
         ttft_s, tpot_s: targets for the time to first token and per token after it. Seconds.
         deadline_s: target for the whole answer, from arrival. (How long the call may take is another thing.)
         session_id: requests of one session go to the same workers while that costs nothing.
