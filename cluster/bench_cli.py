@@ -50,9 +50,10 @@ def bench(
 ) -> None:
     """Compare routing policies on recorded traffic, in virtual time: the router itself before simulated workers.
 
-    Columns: mean, median and 99th percentile of TTFT; mean TPOT; share within Mooncake's targets; share that was
-    refused or did not end (in the mean TTFT as the longest one, at least 30 s); share of prompt tokens found in
-    caches; orders per request. With two seeds or more: and half the 95 % interval.
+    Columns: mean, median and 99th percentile of TTFT; mean TPOT; share within the targets as Mooncake counts (TTFT, and
+    the slowest tenth of the gaps); share that was refused or did not end (in the mean TTFT as the longest one, at least
+    the target); share of prompt tokens found in caches; orders per request. With two seeds or more: and half the 95 %
+    interval.
 
     Examples:
 
