@@ -13,7 +13,7 @@ from router.forwarding.config import AffinityConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Binding:
+class SessionBinding:
     """Workers of a session's last request; None: there was none of that role."""
 
     prefill: WorkerId | None
@@ -30,7 +30,7 @@ class SessionAffinity:
 
     def __init__(self, config: AffinityConfig) -> None:
         self._config = config
-        self._bindings: OrderedDict[str, Binding] = OrderedDict()
+        self._bindings: OrderedDict[str, SessionBinding] = OrderedDict()
         self.on_bound: Callable[[str], None] | None = None
 
     def __len__(self) -> int:
@@ -38,7 +38,7 @@ class SessionAffinity:
 
     def bind(self, session_id: str, prefill: WorkerId | None, decode: WorkerId | None, now: float) -> None:
         """These workers serve the session now."""
-        self._put(session_id, Binding(prefill, decode, now + self._config.ttl_s))
+        self._put(session_id, SessionBinding(prefill, decode, now + self._config.ttl_s))
         if self.on_bound is not None:
             self.on_bound(session_id)
 
@@ -47,11 +47,11 @@ class SessionAffinity:
     ) -> None:
         """Another gateway bound the session. A binding of later use is kept."""
         known = self._bindings.get(session_id)
-        adopted = Binding(prefill, decode, now + min(expires_in_s, self._config.ttl_s))
+        adopted = SessionBinding(prefill, decode, now + min(expires_in_s, self._config.ttl_s))
         if adopted.expires_at > now and (known is None or known.expires_at < adopted.expires_at):
             self._put(session_id, adopted)
 
-    def of(self, session_id: str, now: float) -> Binding | None:
+    def of(self, session_id: str, now: float) -> SessionBinding | None:
         """Return who served the session last."""
         binding = self._bindings.get(session_id)
         if binding is not None and binding.expires_at <= now:
@@ -59,13 +59,13 @@ class SessionAffinity:
             return None
         return binding
 
-    def items(self, now: float) -> Iterator[tuple[str, Binding]]:
+    def items(self, now: float) -> Iterator[tuple[str, SessionBinding]]:
         """Yield the sessions that live, the last used first."""
         for session_id, binding in reversed(self._bindings.items()):
             if binding.expires_at > now:
                 yield session_id, binding
 
-    def _put(self, session_id: str, binding: Binding) -> None:
+    def _put(self, session_id: str, binding: SessionBinding) -> None:
         self._bindings[session_id] = binding
         self._bindings.move_to_end(session_id)
         if len(self._bindings) > self._config.max_sessions:
