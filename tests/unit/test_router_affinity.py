@@ -1,7 +1,7 @@
 """Session affinity: bounded, forgets by time and by use, the later binding wins."""
 
 from core.ids import WorkerId
-from router.forwarding.affinity import SessionBinding, SessionAffinity
+from router.forwarding.affinity import SessionAffinity, SessionBinding
 from router.forwarding.config import AffinityConfig
 
 P, D, OTHER = (WorkerId(name) for name in ("p", "d", "other"))
