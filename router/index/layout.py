@@ -4,6 +4,7 @@ Numba keeps compiled code beside the sources and looks at the file of a function
 changes this file or `table` deletes ``router/index/__pycache__``.
 """
 
+import mmap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,7 +54,9 @@ def new_table(num_blocks: int) -> Table:
     head = np.zeros(8, dtype=np.int64)
     head[[FREE, OLDEST, NEWEST, BARE, ADOPTED]] = NONE
     buckets = np.full(1 << (num_blocks - 1).bit_length(), NONE, dtype=np.int32)
-    return Table(np.empty(num_blocks, dtype=NODE), buckets, head)
+    # Mapped here rather than by NumPy, which asks for huge pages: making one stops a decision for milliseconds.
+    nodes = np.frombuffer(mmap.mmap(-1, num_blocks * NODE.itemsize), dtype=NODE)
+    return Table(nodes, buckets, head)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
