@@ -125,10 +125,12 @@ def stale_reports(code: Path, max_requests: int | None) -> list[Question]:
 
 def replicas(conversation: Path, max_requests: int | None, speed: float) -> Question:
     """Three gateways that share the traffic, and one that has it all."""
+    shared = replace(scenario(_SEVENTY), num_gateways=3)
     arms = (
         Arm("1 gateway", scenario(_SEVENTY)),
-        Arm("3 gateways", replace(scenario(_SEVENTY), num_gateways=3)),
-        Arm("3 that tell nothing", replace(scenario(_SEVENTY), num_gateways=3, shares_news=False)),
+        Arm("3 gateways", shared),
+        Arm("3, store gone for a minute", replace(shared, store_outage_s=(60.0, 120.0))),
+        Arm("3 that tell nothing", replace(shared, shares_news=False)),
     )
     title = f"gateways, conversation trace at {speed:g}x"
     return Question("replicas", title, _replay(conversation, max_requests, speed), arms)

@@ -50,6 +50,7 @@ class Scenario:
     Attributes:
         num_racks: over which the workers of either role are spread evenly.
         shares_news: several gateways tell each other what they sent where, through a store.
+        store_outage_s: from when to when that store is gone.
         wire_delay_s: one way between gateway and worker.
         kv_event_delay_s: from a change of a worker's cache to a gateway's index.
         max_model_len: longest prompt and output together.
@@ -63,6 +64,7 @@ class Scenario:
     num_racks: int = 1
     num_gateways: int = 1
     shares_news: bool = True
+    store_outage_s: tuple[float, float] | None = None
     wire_delay_s: float = 0.0005
     kv_event_delay_s: float = 0.05
     block_tokens: int = MOONCAKE_BLOCK_TOKENS
@@ -96,6 +98,10 @@ class _Cluster:
         scenario = self._scenario
         self._workers = {worker.worker_id: worker for worker in self._make_workers(loop)}
         store = MemoryStore(loop) if scenario.shares_news and scenario.num_gateways > 1 else None
+        if store is not None and scenario.store_outage_s is not None:
+            gone_at, back_at = scenario.store_outage_s
+            loop.call_at(gone_at, store.set_available, False)
+            loop.call_at(back_at, store.set_available, True)
         for number in range(scenario.num_gateways):
             gateway = SimulatedGateway(
                 loop,
