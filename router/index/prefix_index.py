@@ -7,7 +7,8 @@ and removing one takes what is below it, since that could not be used. So holder
 a prompt is matched against all workers by bisection: a few look-ups for each different depth, none per worker.
 
 1. The mirror of the KV events calls `store`, `remove`, `forget` and `sweep`; the dispatcher `observe` for every prompt
-   that arrives, `match` for every decision and `predict` for every prompt it sends.
+   that arrives, `match` for every decision, `predict` for every prompt it sends, and `withdraw` for every one that
+   the worker did not take.
 2. A worker that is forgotten (it restarted, cleared its cache, or left) is out of every match at once. `sweep` takes
    its bits out of the entries a bounded piece at a time; until then they stay with a bit of the index that is no
    worker's, so the worker may come back before.
@@ -18,6 +19,7 @@ Knows nothing of epochs and sequence numbers; `router.index.kv_feed` does.
 """
 
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -135,21 +137,40 @@ class PrefixIndex:
         self._forest.cut(known, edit, bit, is_deep=tier is Tier.DEVICE)
         self._forest.settle()
 
-    def predict(self, worker_id: WorkerId, hashes: Sequence[bytes], now: float, ttl_s: float) -> None:
+    def predict(self, worker_id: WorkerId, hashes: Sequence[bytes], now: float, ttl_s: float) -> int:
         """Note that a prompt with these blocks is on its way to `worker_id`, which will hold them on the device.
 
         A block lapses `ttl_s` from now, rounded up to a tick, unless an event confirms it or another prompt with it
         goes there. Says nothing more when the share of the cap for predictions is used up.
+
+        Returns:
+            How many leading blocks the worker had already, or was promised: the others can be withdrawn.
         """
         if not hashes or self._wheel.num_bytes > self._max_wheel_bytes:
-            return
+            return len(hashes)
         deepest = self._thread(hashes, NONE)
-        if deepest != NONE:
-            tick = self._wheel.tick(now + ttl_s)
-            changed = self._forest.climb(deepest, promised(1 << self._bits.of(worker_id), tick))
-            if len(changed):
-                self._wheel.add(tick, changed)
-            self._forest.settle()
+        if deepest == NONE:
+            return len(hashes)
+        bit, tick = 1 << self._bits.of(worker_id), self._wheel.tick(now + ttl_s)
+        nodes, _ = self._forest.ancestry(deepest, min(len(hashes), self._forest.depth(deepest) + 1))
+        num_known = bisect_left(nodes[::-1], True, key=lambda node: not self._forest.holders(node).ready & bit)
+        changed = self._forest.climb(deepest, promised(bit, tick))
+        if len(changed):
+            self._wheel.add(tick, changed)
+        self._forest.settle()
+        return num_known
+
+    def withdraw(self, worker_id: WorkerId, hashes: Sequence[bytes], kept: int) -> None:
+        """The prompt does not go there: take back what was predicted of its blocks after the first `kept`.
+
+        What an event has confirmed stays.
+        """
+        index_bit = self._bits.find(worker_id)
+        if index_bit is None:
+            return
+        known = [node for node in self._forest.find(hashes)[kept:] if node != NONE]
+        first = kept + bisect_left(known, True, key=lambda node: not self._forest.holders(node).device >> index_bit & 1)
+        self.remove(worker_id, hashes[first : first + 1])
 
     def expire(self, now: float, max_blocks: int = sys.maxsize) -> None:
         """Let the predictions lapse whose time is over, at least `max_blocks` blocks of them if there are so many.

@@ -52,6 +52,11 @@ class Held:
             if prefix not in self.device:
                 self.coming[prefix] = max(tick, self.coming.get(prefix, tick))
 
+    def withdraw(self, tokens: Prefix, kept: int) -> None:
+        for prefix in prefixes(tokens)[kept:]:
+            if prefix not in self.device:
+                self.coming = {one: until for one, until in self.coming.items() if one[: len(prefix)] != prefix}
+
     def remove(self, block: Prefix, tier: Tier) -> None:
         if tier is Tier.HOST:
             if block not in self.host:
@@ -104,8 +109,15 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(worker=workers, tokens=prompts, ttl_s=st.floats(0.1, 8.0))
     def predict(self, worker: WorkerId, tokens: Prefix, ttl_s: float) -> None:
-        self.index.predict(worker, hashes_of(tokens), self.now, ttl_s)
+        known = self.held(worker).depth(tokens, Tier.DEVICE)
+        assert self.index.predict(worker, hashes_of(tokens), self.now, ttl_s) == known
         self.held(worker).predict(tokens, math.ceil((self.now + ttl_s) / TICK_S))
+
+    @rule(worker=workers, tokens=prompts, kept=st.integers(0, 6))
+    def withdraw(self, worker: WorkerId, tokens: Prefix, kept: int) -> None:
+        self.index.withdraw(worker, hashes_of(tokens), kept)
+        if worker in self.model:
+            self.held(worker).withdraw(tokens, kept)
 
     @rule(worker=workers, tokens=prompts, tier=tiers)
     def remove(self, worker: WorkerId, tokens: Prefix, tier: Tier) -> None:

@@ -144,6 +144,27 @@ def test_a_prediction_counts_at_once_and_lapses_or_comes_true() -> None:
     index.check()
 
 
+def test_a_prediction_is_withdrawn_as_far_as_it_added_something() -> None:
+    index = big()
+    hashes = chain(1, 2, 3, 4, 5)
+    index.store(A, hashes[:1])
+    assert index.predict(A, hashes[:3], 0.0, 5.0) == 1
+    assert index.predict(A, hashes, 0.0, 5.0) == 3
+    assert index.predict(A, hashes, 0.0, 5.0) == 5, "nothing is new"
+    index.withdraw(A, hashes, 3)
+    assert index.match(hashes).holders() == {A: 3}
+    index.store(A, hashes[:2])
+    index.withdraw(A, hashes[:3], 1)
+    assert index.match(hashes).holders() == {A: 2}, "what came true stays"
+    index.withdraw(B, hashes, 0)
+    index.withdraw(A, hashes, 0)
+    index.check()
+    index.expire(9.0)
+    assert index.match(hashes).holders() == {A: 2}
+    assert len(index) == 2
+    index.check()
+
+
 def test_predictions_lapse_in_pieces_as_prompts_arrive() -> None:
     index = big()
     bursts = [chain(number, *range(1000)) for number in range(8)]
