@@ -18,7 +18,8 @@ import random
 import statistics
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +37,8 @@ from router.routing.models import Models
 from router.routing.placer import Placer
 from router.routing.table import WorkerTable
 
+Prompt = tuple[tuple[bytes, ...], int]
+"""Block hashes, and how many tokens."""
 _STEPS = ("observe", "place", "predict", "credit")
 _PREDICTED_S = 5.0
 _IN_FLIGHT_PER_WORKER = 8
@@ -55,10 +58,14 @@ class _Clock:
         self.at += seconds
 
 
-class _Gateway:
-    """What one gateway has for deciding, with workers that hold part of the shared contexts."""
+class Deciding:
+    """The parts of a gateway that decide, before workers that only exist as records. Half of them are prefill workers.
 
-    def __init__(self, num_workers: int, num_blocks: int, block_size: int, cap_mib: int, rng: random.Random) -> None:
+    Args:
+        block_size: tokens per block.
+    """
+
+    def __init__(self, num_workers: int, block_size: int, cap_mib: int, rng: random.Random) -> None:
         config = RoutingConfig(prefix_index_bytes=cap_mib * 2**20)
         self.clock, self.rng, self.key = _Clock(), rng, HashKey("weights", block_size)
         slots = WorkerSlots()
@@ -67,14 +74,10 @@ class _Gateway:
         self.models = Models(config, self.table, self.clock)
         self.credit = CreditLedger(config, self.table)
         self.placer = Placer(config, self.clock, rng, self.table, self.models.links, self.index, staleness=lambda: 0.0)
-        self.shared = [_blocks(rng, num_blocks // 2) for _ in range(64)]
         self.workers = [WorkerId(f"w{number}") for number in range(num_workers)]
         for number, worker in enumerate(self.workers):
             self.table.put(_record(worker, number, block_size), self.clock.at)
             self.table.connected(worker, Epoch(1))
-            for _ in range(4):
-                context = rng.choice(self.shared)
-                self.index.store(worker, context)
 
     def report(self, worker: WorkerId, sequence: int) -> None:
         load = LoadReport(
@@ -114,23 +117,34 @@ def _blocks(rng: random.Random, count: int) -> tuple[bytes, ...]:
     return tuple(rng.randbytes(16) for _ in range(count))
 
 
-def time_decisions(options: argparse.Namespace, num_workers: int, num_tokens: int, block_size: int) -> dict[str, Any]:
-    rng = random.Random(0)
-    num_blocks = num_tokens // block_size
-    gateway = _Gateway(num_workers, num_blocks, block_size, options.cap_mib, rng)
-    token_ids = (0,) * num_tokens
+def shared_contexts(gateway: Deciding, num_blocks: int) -> Iterator[Prompt]:
+    """Yield prompts that are one of 64 shared contexts and as much of their own; each worker holds four contexts."""
+    shared = [_blocks(gateway.rng, num_blocks // 2) for _ in range(64)]
+    for worker in gateway.workers:
+        for _ in range(4):
+            gateway.index.store(worker, gateway.rng.choice(shared))
+    while True:
+        hashes = gateway.rng.choice(shared) + _blocks(gateway.rng, num_blocks - num_blocks // 2)
+        yield hashes, num_blocks * gateway.key.block_size
+
+
+def time_decisions(gateway: Deciding, prompts: Iterable[Prompt], num_warm: int) -> dict[str, float]:
+    """Decide on every prompt and return the figures of all but the first `num_warm`.
+
+    Prompts come as fast as the prefill workers could compute them at 20,000 tokens per second.
+    """
     sampling = SamplingParams(max_tokens=512)
     in_flight: deque[tuple[str, Decision]] = deque()
-    per_decision_s = num_tokens / (num_workers / 2 * 20_000.0)  # as many as the prefill workers could compute
+    num_workers = len(gateway.workers)
     reports_due, sequence = 0.0, 1
     timings: list[tuple[float, ...]] = []
     gc.collect()
     gc.freeze()
-    for number in range(options.prompts + options.prompts // 10):
-        own = gateway.rng.choice(gateway.shared) + _blocks(rng, num_blocks - num_blocks // 2)
-        request = GenerateRequest(RequestId(f"request-{number}"), token_ids, sampling)
+    for number, (own, num_tokens) in enumerate(prompts):
+        request = GenerateRequest(RequestId(f"request-{number}"), (0,) * num_tokens, sampling)
         hashes = PromptHashes.known({gateway.key: own})
-        gateway.clock.at += per_decision_s
+        gap_s = num_tokens / (num_workers / 2 * 20_000.0)
+        gateway.clock.at += gap_s
         now = gateway.clock.at
         started = time.perf_counter()
         gateway.index.observe(own, now)
@@ -155,17 +169,15 @@ def time_decisions(options: argparse.Namespace, num_workers: int, num_tokens: in
                 if worker is not None:
                     gateway.credit.drop(worker, old_id)
         gateway.index.expire(now)
-        reports_due += num_workers * per_decision_s
+        reports_due += num_workers * gap_s
         while reports_due >= 1.0:
             reports_due -= 1.0
             sequence += 1
-            gateway.report(rng.choice(gateway.workers), sequence)
+            gateway.report(gateway.rng.choice(gateway.workers), sequence)
     gc.unfreeze()
-    kept = timings[options.prompts // 10 :]
+    kept = timings[num_warm:]
     wholes = sorted(sum(timing) for timing in kept)
-    result: dict[str, Any] = {"workers": num_workers, "tokens": num_tokens, "block_size": block_size}
-    result["decisions/s"] = 1.0 / statistics.fmean(wholes)
-    result["p50 us"], result["p99 us"] = _at(wholes, 0.5), _at(wholes, 0.99)
+    result = {"decisions/s": 1.0 / statistics.fmean(wholes), "p50 us": _at(wholes, 0.5), "p99 us": _at(wholes, 0.99)}
     for position, step in enumerate(_STEPS):
         result[f"{step} p50 us"] = _at(sorted(timing[position] for timing in kept), 0.5)
     return result
@@ -187,7 +199,11 @@ def main() -> None:
     for num_workers in options.workers:
         for num_tokens in options.tokens:
             for block_size in options.block_size:
-                result = time_decisions(options, num_workers, num_tokens, block_size)
+                gateway = Deciding(num_workers, block_size, options.cap_mib, random.Random(0))
+                num_warm = options.prompts // 10
+                prompts = islice(shared_contexts(gateway, num_tokens // block_size), options.prompts + num_warm)
+                figures = time_decisions(gateway, prompts, num_warm)
+                result = {"workers": num_workers, "tokens": num_tokens, "block_size": block_size, **figures}
                 print(json.dumps({"benchmark": "router_decisions", **result}), flush=True)
                 if not shown.columns:
                     for name in result:

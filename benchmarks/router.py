@@ -1,15 +1,17 @@
 """Our router against those that install from the package index, in one run, on the same trace and workers.
 
-Three questions, each a table:
+Four questions, each a table:
 
     hits    The trace over 4 workers with LRU caches at concurrency 16, large and small caches: hit ratio against the
             ceiling (one cache as large as all four together), and how evenly the work fell.
-    speed   Prompts through a router in front of workers that answer at once: requests per second of the router's own
-            CPU time, since load and workers share the machine with it. Of the parts alone: Ray's prefix tree (match
-            and insert, no load term, no actor around it) and our whole decision (`benchmarks.router_decisions`).
+    decide  The choice alone, in one process, on the prompts of the trace: our whole decision (match, load, cost of all
+            pairs and modes, explanation, prediction, credit) against Ray Serve's prefix tree (match and insert, no
+            load term, no actor around it). Per second, p50, p99, growth of resident memory.
+    wire    Prompts through a router in front of workers that answer at once: requests per second of the router's own
+            CPU time, since load and workers share the machine with it.
     memory  Resident memory of the routers while prompts keep coming that share nothing.
 
-    python -m benchmarks.router_peers --trace ../shared/traces/mooncake_conversation.jsonl
+    python -m benchmarks.router --trace ../shared/traces/mooncake_conversation.jsonl
 
 A block of the trace (512 tokens) is 16 tokens for us and 64 characters for routers that look at text: the structure is
 the trace's, the bytes are fewer for everybody. Peers: sglang-router 0.3.2 and vllm-router 0.1.17 (HTTP, cache_aware,
@@ -40,6 +42,7 @@ from benchmarks.router_peers_venv import PeersUnavailable, peers_python
 
 _MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"
 _TREE = Path(__file__).resolve().parent / "router_peers_tree.py"
+_PARTS = ["hits", "decide", "wire", "memory"]
 _CHURN_BLOCKS = 24  # of a prompt that shares nothing: as many as the trace's prompts have in the mean
 _IDLE = WorkerShape(cache_blocks=1_000_000, request_s=0.0, block_s=0.0)
 
@@ -140,14 +143,47 @@ class Comparison:
             await self._each(4, shape, measure)
         self._console.print(table)
 
-    async def _speed(self, prompts: Sequence[Sequence[int]]) -> None:
-        table = Table("workers", "router", "req/s of wall", "req/s of its CPU", "CPU us/req", "p99 ms", "failures")
+    async def _decide(self, prompts: Sequence[Sequence[int]]) -> None:
+        table = Table("workers", "who decides", "decisions/s", "p50 us", "p99 us", "MiB grown")
         for count in self._options.workers:
+            told = await asyncio.to_thread(self._ours, count)
+            self._decided(table, "tandem", count, told)
+            if self._python is not None:
+                for name, more in (("ray tree", ()), ("ray tree, evicting", ("--max-chars", "400000"))):
+                    self._decided(table, name, count, await asyncio.to_thread(self._tree, prompts, count, more))
+        self._console.print(table)
+
+    def _decided(self, table: Table, name: str, count: int, told: dict[str, float]) -> None:
+        self._write({"part": "decide", "router": name, "workers": count, **told})
+        numbers = (told["decisions_per_s"], told["p50_s"] * 1e6, told["p99_s"] * 1e6, told["rss_growth"] / 2**20)
+        table.add_row(f"{count}", name, *(f"{number:,.0f}" for number in numbers))
+
+    def _ours(self, count: int) -> dict[str, float]:
+        """In a process of its own, so that its memory can be told."""
+        options = self._options
+        command = [
+            sys.executable, "-m", "benchmarks.router_trace_decisions", "--workers", str(count), "--trace",
+            str(options.trace), "--prompts", str(options.decide_prompts),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+        told: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return told
+
+    def _tree(self, prompts: Sequence[Sequence[int]], count: int, more: Sequence[str]) -> dict[str, float]:
+        lines = "".join(json.dumps(list(prompt)) + "\n" for prompt in prompts[: self._options.decide_prompts])
+        command = [str(self._python), str(_TREE), "--workers", str(count), *more]
+        done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=600, check=True)
+        told: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return told
+
+    async def _wire(self, prompts: Sequence[Sequence[int]]) -> None:
+        table = Table("workers", "router", "req/s of wall", "req/s of its CPU", "CPU us/req", "p99 ms", "failures")
+        for count in self._options.wire_workers:
 
             async def measure(side: Side, count: int = count) -> None:
                 await side.send(prompts[:200], 32)  # warm
-                measured = await side.send(prompts[: self._options.speed_prompts], 32)
-                self._record("speed", side, measured, workers=count)
+                measured = await side.send(prompts[: self._options.wire_prompts], 32)
+                self._record("wire", side, measured, workers=count)
                 table.add_row(
                     f"{count}", side.name, f"{measured.done / measured.wall_s:,.0f}",
                     f"{measured.done / measured.router_cpu_s:,.0f}",
@@ -156,21 +192,7 @@ class Comparison:
                 )  # fmt: skip
 
             await self._each(count, _IDLE, measure)
-            if self._python is not None:
-                told = self._tree(prompts, count)
-                name = "ray prefix tree (in process)"
-                table.add_row(
-                    f"{count}", name, "", f"{told['decisions_per_s']:,.0f}", "", f"{told['p99_s'] * 1e3:.2f}", ""
-                )
         self._console.print(table)
-
-    def _tree(self, prompts: Sequence[Sequence[int]], count: int) -> dict[str, float]:
-        lines = "".join(json.dumps(list(prompt)) + "\n" for prompt in prompts[: self._options.speed_prompts])
-        command = [str(self._python), str(_TREE), "--workers", str(count)]
-        done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=600, check=True)
-        told: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        self._write({"part": "tree", "workers": count, **told})
-        return told
 
     async def _memory(self, prompts: Sequence[Sequence[int]]) -> None:
         rounds, size = self._options.churn_rounds, self._options.churn_prompts
@@ -209,18 +231,20 @@ def _cpu() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True, help="of Mooncake: JSON lines with hash_ids")
-    parser.add_argument("--parts", nargs="+", choices=["hits", "speed", "memory"], default=["hits", "speed", "memory"])
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS)
     parser.add_argument("--policies", nargs="+", default=["cost"], help="of our router")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--prompts", type=int, default=12_031, help="of the trace, for the hits")
     parser.add_argument("--caches", type=int, nargs="+", default=[50_000, 2_500], help="blocks per worker")
     parser.add_argument("--block-ms", type=float, default=0.25, help="time per block computed")
-    parser.add_argument("--workers", type=int, nargs="+", default=[8, 64], help="for the speed")
-    parser.add_argument("--speed-prompts", type=int, default=3_000)
+    parser.add_argument("--workers", type=int, nargs="+", default=[8, 64, 1000], help="of the choice alone")
+    parser.add_argument("--decide-prompts", type=int, default=5_000)
+    parser.add_argument("--wire-workers", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--wire-prompts", type=int, default=3_000)
     parser.add_argument("--churn-prompts", type=int, default=5_000, help="per round")
     parser.add_argument("--churn-rounds", type=int, default=4)
     today = datetime.datetime.now(datetime.UTC).date()
-    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/router_peers_{today}.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/router_{today}.jsonl"))
     asyncio.run(Comparison(parser.parse_args()).run())
 
 
