@@ -77,7 +77,7 @@ class Reference:
         late = 0.0 if query.slo.ttft_s is None else max(0.0, query.waited_s + ready - query.slo.ttft_s)
         charged = seconds(held) - part * (1 - 1 / (1 + reuses))
         rows = [self._row(one) for one in self._prefills]
-        counts = [one["requests"] + one["credit_requests"] + one["peer_requests"] for one in rows]
+        counts = [one["prompts"] + one["credit_requests"] + one["peer_requests"] for one in rows]
         crowd = sum(counts) / len(counts) if counts else 0.0
         return {
             "crowding": self._config.crowding_weight * crowd * charged,

@@ -59,6 +59,7 @@ WORKER = np.dtype(
         ("reported_at", np.float64),
         ("queued_tokens", np.float64),
         ("requests", np.float64),  # all that it holds
+        ("prompts", np.float64),  # of those, to be computed: one behind the other
         ("running", np.float64),  # in the batch, or waiting for it with their KV
         ("context_tokens", np.float64),
         ("reserved", np.float64),  # accepted, KV not landed

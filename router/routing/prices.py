@@ -220,7 +220,7 @@ def price_workers(
     crowd = 0.0
     for position in range(count_p):
         worker = rows[prefills[position]]
-        crowd += (worker.requests + worker.credit_requests + worker.peer_requests) / count_p
+        crowd += (worker.prompts + worker.credit_requests + worker.peer_requests) / count_p
     horizon_s = np.inf
     for position in range(count_p):
         slot = prefills[position]

@@ -138,6 +138,8 @@ class WorkerTable:
         row["heard_at"] = row["reported_at"] = now
         row["queued_tokens"] = load.queued_prefill_tokens
         row["requests"] = load.num_running + load.num_waiting
+        # A batch may hold requests that generate, and nobody waits for those to be computed: it counts as one prompt.
+        row["prompts"] = landed_waiting + (load.num_running > 0 and load.queued_prefill_tokens > 0)
         row["running"] = load.num_running + (landed_waiting if row["role"] == RoleCode.DECODE else 0)
         row["context_tokens"] = load.context_tokens
         row["reserved"] = load.num_reserved

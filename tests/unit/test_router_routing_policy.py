@@ -311,16 +311,34 @@ def test_in_a_crowd_a_prefix_is_worth_more_than_a_short_queue() -> None:
     assert world.place(query).prefill == "p2", "0.4 s of queue against 0.18 s of computing"
     assert world.place(query).terms.crowding_s == 0.0
     for name in ("p1", "p2"):
-        world.set(name, requests=1, credit_requests=1)
+        world.set(name, prompts=1, credit_requests=1)
     decision = world.place(query)
     assert decision.prefill == "p1"
     assert decision.terms.crowding_s == pytest.approx(world.config.crowding_weight * 2 * decision.terms.prefill_s)
     assert decision.ttft_s == decision.terms.queue_s + decision.terms.prefill_s, "a price, not a prediction"
     without = World("p1", "p2", "d1", ignored_terms=["crowding"], **REMOTE)
     for name in ("p1", "p2"):
-        without.set(name, requests=1, credit_requests=1)
+        without.set(name, prompts=1, credit_requests=1)
     without.set("p1", queued_tokens=2000)
     assert without.place(without.query(held={"p1": 900})).prefill == "p2"
+
+
+@pytest.mark.parametrize(
+    ("load", "num_prompts"),
+    [
+        ({"num_running": 16, "context_tokens": 16_000}, 0),
+        ({"num_running": 16, "num_waiting": 3, "queued_prefill_tokens": 4000}, 4),
+        ({"num_running": 1, "queued_prefill_tokens": 1}, 1),
+        ({"num_waiting": 2, "queued_prefill_tokens": 2000}, 2),
+    ],
+)
+def test_who_only_decodes_is_no_crowd(load: dict[str, int], num_prompts: int) -> None:
+    """Prefill workers that generate, too: nobody who does that waits for a prompt to be computed."""
+    world = World("p1", "p2")
+    for name in ("p1", "p2"):
+        world.table.report(WorkerId(name), load_report(2, **load), world.clock.at)
+    terms = world.place().terms
+    assert terms.crowding_s == pytest.approx(world.config.crowding_weight * num_prompts * terms.prefill_s)
 
 
 def test_those_who_leave_a_batch_are_replaced() -> None:
