@@ -20,6 +20,8 @@ class Forecast:
         gateway_wait_s: in the gateway's own queue, from arrival.
         ttft_s: from its release there to the first token.
         worker_wait_s: the part of `ttft_s` that is waiting for the workers' earlier requests.
+        transfer_s: of KV, after the first token.
+        room_wait_s: for blocks to decode in, after that.
         tpot_s: mean gap between later tokens.
         output_tokens: expected length of the answer.
     """
@@ -27,6 +29,8 @@ class Forecast:
     gateway_wait_s: float
     ttft_s: float
     worker_wait_s: float
+    transfer_s: float
+    room_wait_s: float
     tpot_s: float
     output_tokens: int
 
@@ -64,7 +68,8 @@ class Door:
         rules = self._config.of(terms.service_class)
         waits_s = forecast.gateway_wait_s + forecast.worker_wait_s
         ttft_s = forecast.gateway_wait_s + forecast.ttft_s
-        total_s = ttft_s + forecast.tpot_s * max(0, forecast.output_tokens - 1)
+        gaps_s = forecast.tpot_s * max(0, forecast.output_tokens - 1)
+        total_s = ttft_s + forecast.transfer_s + forecast.room_wait_s + gaps_s
         verdict = Verdict(None, rules.door is DoorMode.ENFORCE, ttft_s, total_s)
         if rules.door is DoorMode.OFF:
             return verdict
@@ -73,7 +78,7 @@ class Door:
         targets = (
             (RejectReason.SLO_TTFT, "the first token", slo.ttft_s, ttft_s, waits_s),
             (RejectReason.SLO_TPOT, "each further token", slo.tpot_s, forecast.tpot_s, None),
-            (RejectReason.DEADLINE, "the last token", slo.deadline_s, total_s, waits_s),
+            (RejectReason.DEADLINE, "the last token", slo.deadline_s, total_s, waits_s + forecast.room_wait_s),
         )
         for reason, what, target_s, predicted_s, drains_s in targets:
             if target_s is not None and predicted_s > target_s * allowed:

@@ -67,6 +67,8 @@ class Entrance:
             gateway_wait_s=waited_s + self._queue.expected_wait_s(claim, now),
             ttft_s=decision.winner.ready_in_s,
             worker_wait_s=decision.terms.queue_s,
+            transfer_s=decision.terms.transfer_s,
+            room_wait_s=decision.winner.room_s,
             tpot_s=decision.tpot_s,
             output_tokens=claim.expected_output_tokens,
         )

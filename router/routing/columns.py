@@ -214,6 +214,7 @@ CANDIDATE = np.dtype(
         ("ttft_s", np.float64),
         ("tpot_s", np.float64),
         ("transfer_total_s", np.float64),
+        ("room_s", np.float64),  # wait for blocks where it decodes
         ("ready_in_s", np.float64),
         ("compute_s", np.float64),
         ("uncached_tokens", np.float64),

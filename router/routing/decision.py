@@ -70,6 +70,7 @@ class Candidate:
         ttft_s: predicted, from arrival.
         tpot_s: predicted seconds per decode step; 0 when nothing is to decode.
         transfer_total_s: of the KV, hidden part included.
+        room_s: wait for blocks where it decodes, counted in `decode_s`.
         ready_in_s: from now to the first token, of which `compute_s` are not waiting.
         uncached_tokens, held_tokens: of the prompt, on the worker that computes it.
         decode_held_tokens: of the prompt, on the worker that decodes.
@@ -82,6 +83,7 @@ class Candidate:
     ttft_s: float
     tpot_s: float
     transfer_total_s: float
+    room_s: float
     ready_in_s: float
     compute_s: float
     uncached_tokens: int
@@ -106,9 +108,9 @@ class CandidateList:
     def at(self, position: int) -> Candidate:
         values = self.array[position].item()
         num_terms = len(TERM_NAMES)
-        ttft_s, tpot_s, whole_s, ready_s, compute_s, uncached, held, decode_held, mode, prefill, decode = values[
-            num_terms + 1 :
-        ]
+        ttft_s, tpot_s, whole_s, room_s, ready_s, compute_s, uncached, held, decode_held, mode, prefill, decode = (
+            values[num_terms + 1 :]
+        )
         return Candidate(
             _MODES[mode],
             self.names.get(prefill),
@@ -117,6 +119,7 @@ class CandidateList:
             ttft_s,
             tpot_s,
             whole_s,
+            room_s,
             ready_s,
             compute_s,
             int(uncached),

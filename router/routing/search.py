@@ -188,6 +188,7 @@ def offer_pairs(
             one.handicap_s = 0.0
             one.tpot_s = decode.tpot_s
             one.transfer_total_s = whole_s
+            one.room_s = decode.room_s
             one.decode_held_tokens = decode.decode_held_tokens
             one.mode, one.prefill, one.decode = _REMOTE, p, d
     return count
@@ -272,6 +273,7 @@ def offer_alone(
         _fill_prompt(one, side, q.waited_s, s)
         one.decode_s, one.slo_s, one.tpot_s, _ = price_alone(rows[slot], side, q, s)
         one.transfer_s, one.transfer_total_s = 0.0, 0.0
+        one.room_s = side.room_s
         one.affinity_s, one.handicap_s = side.affinity_s, handicaps[slot]
         one.decode_held_tokens = side.held_tokens
         one.mode = modes[slot]

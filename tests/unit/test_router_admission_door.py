@@ -19,7 +19,15 @@ CONFIG = AdmissionConfig(
     deadline=ClassConfig(door=DoorMode.OBSERVE, tolerance_ratio=0.0),
     batch=ClassConfig(door=DoorMode.OFF),
 )
-FORECAST = Forecast(gateway_wait_s=1.0, ttft_s=0.5, worker_wait_s=0.2, tpot_s=0.05, output_tokens=101)
+FORECAST = Forecast(
+    gateway_wait_s=1.0,
+    ttft_s=0.5,
+    worker_wait_s=0.2,
+    transfer_s=0.0,
+    room_wait_s=0.0,
+    tpot_s=0.05,
+    output_tokens=101,
+)
 
 
 def terms(slo: Slo, service_class: ServiceClass = ServiceClass.INTERACTIVE) -> ServiceTerms:
@@ -53,6 +61,15 @@ def test_what_would_be_missed_is_refused(slo: Slo, reason: RejectReason | None, 
         assert verdict.refusal.retry_after_s == pytest.approx(retry_after_s)
 
 
+def test_the_deadline_counts_the_hand_off_and_the_wait_for_blocks() -> None:
+    full = replace(FORECAST, transfer_s=0.5, room_wait_s=3.0)
+    verdict = Door(CONFIG).judge(terms(Slo(ttft_s=1.5, deadline_s=8.0)), full)
+    assert (verdict.ttft_s, verdict.total_s) == (pytest.approx(1.5), pytest.approx(10.0))
+    assert verdict.refusal is not None
+    assert verdict.refusal.reason is RejectReason.DEADLINE
+    assert verdict.refusal.retry_after_s == pytest.approx(2.0), "blocks become free: waiting helps"
+
+
 def test_a_class_may_only_be_observed_or_left_alone() -> None:
     door, tight = Door(CONFIG), Slo(ttft_s=0.1)
     observed = door.judge(terms(tight, ServiceClass.DEADLINE), FORECAST)
@@ -70,7 +87,7 @@ SECONDS = st.floats(0.0, 1e4)
 
 @given(
     slo=st.builds(Slo, *[st.none() | st.floats(1e-3, 1e4)] * 3),
-    forecast=st.builds(Forecast, SECONDS, SECONDS, SECONDS, SECONDS, st.integers(1, 10_000)),
+    forecast=st.builds(Forecast, *[SECONDS] * 6, st.integers(1, 10_000)),
     longer=st.floats(0.0, 100.0),
 )
 def test_more_waiting_never_opens_the_door(slo: Slo, forecast: Forecast, longer: float) -> None:

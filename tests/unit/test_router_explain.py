@@ -57,7 +57,7 @@ def test_candidates_are_read_when_somebody_asks() -> None:
         row = decision.ranked.array[position]
         assert [getattr(one.terms, name) for name in TERM_NAMES] == [row[name] for name in TERM_NAMES]
         assert one.terms.total_s == pytest.approx(row["total_s"], abs=4e-9)
-        for name in ("ttft_s", "tpot_s", "transfer_total_s", "ready_in_s", "compute_s", "held_tokens"):
+        for name in ("ttft_s", "tpot_s", "transfer_total_s", "room_s", "ready_in_s", "compute_s", "held_tokens"):
             assert getattr(one, name) == row[name], name
 
 

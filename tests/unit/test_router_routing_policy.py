@@ -434,3 +434,18 @@ def test_the_bound_is_what_is_known_to_wait_and_the_lead_over_the_next_best() ->
     assert decision.max_requests_held in range(4, 10)
     only = World("p1", "d1", **REMOTE).place()
     assert (only.max_queued_tokens, only.max_requests_held) == (None, None), "there is nobody else"
+
+
+@pytest.mark.parametrize("mode", ["remote_prefill", "colocated"])
+def test_the_wait_for_blocks_is_told_apart(mode: str) -> None:
+    """The door adds it to what a request takes to its last token."""
+    worker = "d1" if mode == "remote_prefill" else "p1"
+    world = World("p1", "d1", modes=[mode], late_binding=False)
+    if mode == "colocated":
+        world.table.disconnected(WorkerId("d1"))
+    query = replace(world.query(), expected_output_tokens=10)
+    assert world.place(query).winner.room_s == 0.0
+    world.set(worker, free_blocks=0)
+    winner = world.place(query).winner
+    assert winner.room_s > 0.0
+    assert winner.terms.decode_s == pytest.approx(winner.room_s + 10 * winner.tpot_s)
