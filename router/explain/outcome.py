@@ -27,7 +27,7 @@ class Verdict:
     """Seconds; of a decision whose request ended well.
 
     Attributes:
-        ttft_error_s: observed less predicted time to first token.
+        ttft_error_s: observed less predicted time to first token; 0 for what was decided after that.
         cost_error_s: what the placement turned out to cost, less what it was predicted to.
         regret_s: what it turned out to cost, less what the best other candidate was predicted to: negative when even in
             hindsight the choice was right by the knowledge of the time. 0 without another candidate.
@@ -41,7 +41,8 @@ class Verdict:
 def judge(decision: Decision, outcome: Outcome, expected_output_tokens: int) -> Verdict:
     """Compare. The parts of the cost that cannot be observed (targets, handicaps) count as predicted. Pure."""
     winner = decision.winner
-    ttft_error_s = outcome.ttft_s - winner.ttft_s
+    decided_s = winner.ttft_s - winner.ready_in_s  # after arrival
+    ttft_error_s = outcome.ttft_s - winner.ttft_s if outcome.ttft_s >= decided_s else 0.0
     transfer_error_s = outcome.transfer_s - winner.terms.transfer_s
     has_decoded = outcome.tpot_s > 0.0 and winner.tpot_s > 0.0
     decode_error_s = expected_output_tokens * (outcome.tpot_s - winner.tpot_s) if has_decoded else 0.0

@@ -70,7 +70,7 @@ class ExplanationRing:
     def observed(self, request_id: RequestId, outcome: Outcome) -> ExplainedDecision | None:
         """Note what came of a request: of its last decision, the one that was carried out; return it if it is kept."""
         known = self._of_request.get(request_id)
-        if known is None:
+        if known is None or known[-1].outcome is not None:  # of a request before this one that had the same id
             return None
         known[-1].outcome = outcome
         return known[-1]

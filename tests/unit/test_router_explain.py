@@ -1,5 +1,6 @@
 """Why a request went where it went, and what came of it: the ring and the arithmetic of regret."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,3 +95,28 @@ def test_the_ring_is_bounded_in_bytes_and_drops_the_oldest(requests: list[int], 
 def test_a_candidate_without_a_name_any_more_is_nobody() -> None:
     decision = decide("p1", "d1")
     assert CandidateList(decision.ranked.array, {}).at(0).prefill is None
+
+
+def test_an_outcome_is_of_one_request_only() -> None:
+    """A client may use an id again; a request that ends in the queue says nothing of its namesake's decisions."""
+    ring, decision = ExplanationRing(10**6), decide("p1", "p2", "d1")
+    ring.add(R, decision, START, 1000, 64)
+    ended = Outcome(1.0, 0.01)
+    assert ring.observed(R, ended) is not None
+    assert ring.observed(R, Outcome(0.0, failure="RejectedError")) is None
+    assert ring.of(R)[0].outcome == ended
+    ring.add(R, decision, START + 9, 1000, 64)
+    assert ring.observed(R, Outcome(2.0)) is ring.of(R)[1]
+
+
+def test_what_is_decided_after_the_first_token_did_not_predict_it() -> None:
+    """A decode worker that is chosen late, or anew after a loss."""
+    world = World("p1", "p2", "d1", **REMOTE)
+    query = replace(world.query(), waited_s=3.0)
+    decision = world.place(query)
+    winner = decision.winner
+    verdict = judge(decision, Outcome(1.0, winner.tpot_s, winner.terms.transfer_s), 64)
+    assert (verdict.ttft_error_s, verdict.cost_error_s) == (0.0, pytest.approx(0.0))
+    assert verdict.regret_s == pytest.approx(winner.terms.total_s - decision.candidates()[1].terms.total_s)
+    early = judge(decision, Outcome(3.0 + winner.ready_in_s / 2, winner.tpot_s, winner.terms.transfer_s), 64)
+    assert early.ttft_error_s == pytest.approx(-winner.ready_in_s / 2)
