@@ -39,6 +39,7 @@ from router.forwarding.entrance import Entrance
 from router.forwarding.findings import Findings
 from router.forwarding.late_bound import LateBound
 from router.forwarding.placing import Placing
+from router.forwarding.predictions import Predictions
 from router.forwarding.sender import Sender
 from router.in_flight import ActiveRequest, InFlight
 from router.lifecycle import RequestState
@@ -77,11 +78,10 @@ class Dispatcher:
         self._queue = AdmissionQueue(queue_rules(config), rng)
         self._entrance = Entrance(config.admission, self._queue, self.placer, metrics)
         self._requests = InFlight()
-        self._sender = Sender(
-            fleet, self._requests, self.breakers, clock, predicted_ttl_s=config.forwarding.predicted_ttl_s
-        )
+        self.predictions = Predictions(fleet.index, config.forwarding.predicted_ttl_s)
+        self._sender = Sender(fleet, self._requests, self.breakers, self.predictions, clock)
         self._placing = Placing(config, self.placer, self.affinity, clock, rng, metrics)
-        self._findings = Findings(fleet, self.breakers, self.placer.explanations, metrics)
+        self._findings = Findings(fleet, self.breakers, self.predictions, self.placer.explanations, metrics)
         self._late_bound = LateBound(config.forwarding.max_late_bound)
         self._is_pump_due = False
         self._gate_alarm = Alarm(clock, self._pump)

@@ -7,6 +7,7 @@ from router.explain.outcome import Outcome
 from router.explain.ring import ExplanationRing
 from router.fleet import Fleet
 from router.forwarding.breaker import CircuitBreakers
+from router.forwarding.predictions import Predictions
 from router.in_flight import ActiveRequest
 from router.metrics import GatewayMetrics
 
@@ -15,10 +16,16 @@ class Findings:
     """Told of every event of a living work before its machine is, and of how each request ended."""
 
     def __init__(
-        self, fleet: Fleet, breakers: CircuitBreakers, explanations: ExplanationRing, metrics: GatewayMetrics
+        self,
+        fleet: Fleet,
+        breakers: CircuitBreakers,
+        predictions: Predictions,
+        explanations: ExplanationRing,
+        metrics: GatewayMetrics,
     ) -> None:
         self._fleet = fleet
         self._breakers = breakers
+        self._predictions = predictions
         self._explanations = explanations
         self._metrics = metrics
 
@@ -40,6 +47,7 @@ class Findings:
             case m.PrefillProduced() | m.PrefillFinished() | m.DecodeProduced() | m.DecodeFinished():
                 if machine.num_tokens == 0:
                     fleet.credit.computed(worker_id, work_id)
+                    self._predictions.came_true(worker_id, work_id)
                     if machine.decode is None or machine.prefill is None:  # alone: nothing else will prove it
                         self._breakers.proved(worker_id)
             case m.PrefillMeasured(compute_s=compute_s, cached_tokens=cached_tokens):
@@ -70,6 +78,7 @@ class Findings:
 
     def _landed(self, worker_id: WorkerId, active: ActiveRequest, event: m.KvLanded) -> None:
         self._fleet.credit.landed(worker_id, active.work_id)
+        self._predictions.came_true(worker_id, active.work_id)
         self._breakers.proved(worker_id)
         prefill = active.machine.prefill_worker
         if prefill is None:

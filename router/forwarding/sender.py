@@ -1,8 +1,8 @@
 """Carries out what request machines ask of workers: orders and aborts, and the books that go with them.
 
 Whatever is sent counts at once as the worker's load (`router.routing.credit`), and its prompt as what the worker's
-prefix cache will hold (`PrefixIndex.predict`): the next request of a burst must see neither an idle worker nor a cold
-one.
+prefix cache will hold (`router.forwarding.predictions`): the next request of a burst must see neither an idle worker
+nor a cold one. What a worker does not keep ends both.
 """
 
 from core.clock import Clock
@@ -13,6 +13,7 @@ from router import messages as m
 from router.fleet import Fleet
 from router.forwarding.breaker import CircuitBreakers
 from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.forwarding.predictions import Predictions
 from router.in_flight import ActiveRequest, InFlight
 from router.routing.decision import Decision
 
@@ -21,13 +22,18 @@ class Sender:
     """From machine to doors. Every method that sends returns the loss when the worker cannot be reached, else None."""
 
     def __init__(
-        self, fleet: Fleet, requests: InFlight, breakers: CircuitBreakers, clock: Clock, *, predicted_ttl_s: float
+        self,
+        fleet: Fleet,
+        requests: InFlight,
+        breakers: CircuitBreakers,
+        predictions: Predictions,
+        clock: Clock,
     ) -> None:
         self._fleet = fleet
         self._requests = requests
         self._breakers = breakers
+        self._predictions = predictions
         self._clock = clock
-        self._predicted_ttl_s = predicted_ttl_s
 
     def reserve(self, active: ActiveRequest, effect: m.SubmitDecode) -> m.Event | None:
         """Ask a decode worker for room. The prefill worker, if it was chosen with it, counts as asked from now on."""
@@ -110,6 +116,7 @@ class Sender:
     def let_go(self, active: ActiveRequest, worker_id: WorkerId) -> None:
         """The worker holds nothing of the request any more."""
         self._fleet.credit.drop(worker_id, active.work_id)
+        self._predictions.withdrawn(worker_id, active.work_id)
         self._breakers.withdrawn(worker_id, active.work_id)
         self._requests.let_go(active, worker_id)
 
@@ -118,7 +125,7 @@ class Sender:
         self._requests.hold(active, worker_id)
 
     def _predict(self, active: ActiveRequest, worker_id: WorkerId) -> None:
-        self._fleet.index.predict(worker_id, self._hashes(active, worker_id), self._clock.now(), self._predicted_ttl_s)
+        self._predictions.sent(worker_id, active.work_id, self._hashes(active, worker_id), self._clock.now())
 
     def _hashes(self, active: ActiveRequest, worker_id: WorkerId) -> tuple[bytes, ...]:
         """Return the block hashes that this worker's cache is keyed by."""

@@ -133,7 +133,7 @@ class FakeGateway:
         for worker_id in self.source.records:
             assert self.dispatcher.num_on_worker(worker_id) == 0
             assert self.fleet.credit.of(worker_id).num_requests == 0, worker_id
-        assert self.dispatcher.num_active == self.dispatcher.num_queued == 0
+        assert self.dispatcher.num_active == self.dispatcher.num_queued == len(self.dispatcher.predictions) == 0
         self.fleet.table.check()
         self.fleet.index.check()
         self.dispatcher.breakers.check()
