@@ -89,7 +89,9 @@ def _answer_all(options: argparse.Namespace, pool: Executor | None) -> int:
                 arms.ablations(conversation, max_requests, speed), arms.ABLATION_COLUMNS
             ),
             "oscillation": lambda: report.answer(
-                classes.oscillation(conversation, max_requests), classes.OSCILLATION_COLUMNS, classes.oscillation_values
+                classes.oscillation(conversation, None if options.full else 2 * options.requests),  # a swing takes long
+                classes.OSCILLATION_COLUMNS,
+                classes.oscillation_values,
             ),
             "classes": lambda: report.answer(
                 classes.overload(conversation, max_requests), classes.CLASS_COLUMNS, classes.class_values
