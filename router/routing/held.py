@@ -17,11 +17,11 @@ def held_prefixes(index: PrefixIndex, table: WorkerTable, hashes: PromptHashes) 
     """Match the prompt once for every way to hash that workers use."""
     rows, keys = table.rows, table.hash_keys
     if len(keys) == 1:  # nearly always: no rollout is under way
-        match = index.match(hashes.of(keys[0]))
-        size = keys[0].block_size
+        (key,) = keys
+        match, size = index.match(hashes.of(key)), key.block_size
         return _held(match, table, float(size), match.hot_blocks * size, match.hot_reuses)
     found = HeldPrefixes(np.zeros(len(rows)), np.zeros(len(rows)))
-    for code, key in enumerate(keys):
+    for key, code in keys.items():
         match = index.match(hashes.of(key))
         own = _held(match, table, (rows["hash_key"] == code) * float(key.block_size), 0, 0.0)
         hot = max((found.hot_tokens, found.hot_reuses), (match.hot_blocks * key.block_size, match.hot_reuses))

@@ -6,7 +6,8 @@ write columns here, and are told when an incarnation ends. A decision reads the 
 so nothing is copied for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,8 @@ class WorkerTable:
         self._records: dict[WorkerId, WorkerRecord] = {}
         self._loads: dict[WorkerId, LoadReport] = {}
         self._connected: dict[WorkerId, Epoch] = {}
-        self._hash_keys: list[HashKey] = []
+        self._hash_codes: dict[HashKey, int] = {}
+        self._hash_users: Counter[HashKey] = Counter()
         self._layouts, self._hosts, self._racks, self._zones = Codes(), Codes(), Codes(), Codes()
         self.rows = np.zeros(0, WORKER)
         self.forecast = DecodeForecast(config.forecast_bucket_s)
@@ -76,9 +78,9 @@ class WorkerTable:
         return self._slots
 
     @property
-    def hash_keys(self) -> Sequence[HashKey]:
-        """Every way to hash prompts that some worker uses, or used; the position is the code in the rows."""
-        return self._hash_keys
+    def hash_keys(self) -> Mapping[HashKey, int]:
+        """Every way to hash prompts that some worker uses, with its code in the rows."""
+        return self._hash_codes
 
     def find(self, worker_id: WorkerId) -> int | None:
         """Return the slot of a worker that has a row."""
@@ -88,6 +90,9 @@ class WorkerTable:
         """A record came or changed. Another epoch than before forgets all that was known of the old incarnation."""
         worker_id = record.worker_id
         known = self._records.get(worker_id)
+        hash_code = self._hash_code(_hash_key(record))  # before the old one is free: the same more often than not
+        if known is not None:
+            self._leave_hash_key(known)
         slot = self._slots.of(worker_id)
         self._ensure(slot)
         self._records[worker_id] = record
@@ -97,7 +102,7 @@ class WorkerTable:
             self.rows[slot]["heard_at"] = now
         row = self.rows[slot]
         row["role"] = _ROLES[record.role]
-        row["hash_key"] = self._hash_code(HashKey(record.weights_version, record.block_size))
+        row["hash_key"] = hash_code
         row["layout"] = self._layouts.of(record.layout_fingerprint)
         row["block_size"] = record.block_size
         row["max_model_len"] = record.max_model_len
@@ -113,7 +118,7 @@ class WorkerTable:
         slot = self.find(worker_id)
         if slot is None:
             return
-        self._records.pop(worker_id)
+        self._leave_hash_key(self._records.pop(worker_id))
         self._loads.pop(worker_id, None)
         self._reset(slot, RoleCode.NONE)
         self._slots.release(worker_id)
@@ -207,14 +212,19 @@ class WorkerTable:
         assert (self.forecast.joins >= 0).all()
 
     def _hash_code(self, key: HashKey) -> int:
-        if key not in self._hash_keys:
-            used = {int(code) for code in self.rows["hash_key"][self.rows["role"] > 0]}
-            for code in range(len(self._hash_keys)):
-                if code not in used:  # of versions that were rolled out long ago
-                    self._hash_keys[code] = key
-                    return code
-            self._hash_keys.append(key)
-        return self._hash_keys.index(key)
+        """Count one more worker that uses `key`; return its code."""
+        self._hash_users[key] += 1
+        code = self._hash_codes.get(key)
+        if code is None:
+            taken = self._hash_codes.values()
+            code = self._hash_codes[key] = next(code for code in range(len(taken) + 1) if code not in taken)
+        return code
+
+    def _leave_hash_key(self, record: WorkerRecord) -> None:
+        key = _hash_key(record)
+        self._hash_users[key] -= 1
+        if not self._hash_users[key]:
+            del self._hash_users[key], self._hash_codes[key]
 
     def _refresh_live(self, worker_id: WorkerId) -> None:
         slot = self.find(worker_id)
@@ -238,3 +248,7 @@ class WorkerTable:
         self.forecast.clear(slot)
         for call in self.on_reset:
             call(slot)
+
+
+def _hash_key(record: WorkerRecord) -> HashKey:
+    return HashKey(record.weights_version, record.block_size)

@@ -72,9 +72,11 @@ def test_the_outcome_belongs_to_the_decision_that_was_carried_out() -> None:
     assert carried_out is second
     assert (first.outcome, first.verdict()) == (None, None)
     assert second.verdict() is not None
-    ring.observed(R, Outcome(1.0, failure="lost"))
-    assert second.verdict() is None, "what failed says nothing about seconds"
-    assert [one.decided_at for one in ring.last(5)] == [START + 1, START]
+    ring.add(R, decision, START + 2, 1000, 64)
+    failed = ring.observed(R, Outcome(1.0, failure="lost"))
+    assert failed is not None
+    assert failed.verdict() is None, "what failed says nothing about seconds"
+    assert [one.decided_at for one in ring.last(5)] == [START + 2, START + 1, START]
     assert ring.of(RequestId("nobody")) == []
 
 

@@ -243,11 +243,16 @@ def test_only_a_ready_worker_with_a_stream_to_this_incarnation_is_live() -> None
 def test_every_way_to_hash_that_is_in_use_has_a_code_of_its_own() -> None:
     world = World("p1", record("p2", block_size=32), record("p3", weights_version="next"))
     keys = [HashKey("weights", 16), HashKey("weights", 32), HashKey("next", 16)]
-    assert list(world.table.hash_keys) == keys
+    assert world.table.hash_keys == {key: code for code, key in enumerate(keys)}
     assert [int(world.table.rows[world.slot(name)]["hash_key"]) for name in ("p1", "p2", "p3")] == [0, 1, 2]
+    world.join(record("p2", block_size=32, state=WorkerState.DRAINING))
     world.table.drop(WorkerId("p2"))
+    assert world.table.hash_keys == {keys[0]: 0, keys[2]: 2}, "no prompt is hashed for workers that are gone"
     world.join(record("p4", weights_version="newest"))
-    assert list(world.table.hash_keys) == [keys[0], HashKey("newest", 16), keys[2]]
+    assert world.table.hash_keys == {keys[0]: 0, keys[2]: 2, HashKey("newest", 16): 1}
+    world.join(record("p1", weights_version="newest", epoch=Epoch(2)))
+    assert world.table.hash_keys == {keys[2]: 2, HashKey("newest", 16): 1}
+    assert int(world.table.rows[world.slot("p1")]["hash_key"]) == 1
 
 
 class LedgerMachine(RuleBasedStateMachine):
