@@ -73,7 +73,7 @@ class Dispatcher:
             config.routing, clock, rng, fleet.table, fleet.models.links, fleet.index, lambda: fleet.staleness_s
         )
         self.affinity = SessionAffinity(config.forwarding.affinity)
-        self.breakers = CircuitBreakers(config.forwarding.breaker, rng, fleet.table.set_breaker)
+        self.breakers = CircuitBreakers(config.forwarding.breaker, rng, self._gate_worker)
         fleet.table.on_reset.append(self._forget_breaker)
         self._queue = AdmissionQueue(queue_rules(config), rng)
         self._entrance = Entrance(config.admission, self._queue, self.placer, metrics)
@@ -208,8 +208,6 @@ class Dispatcher:
                 continue
             self._findings.note(worker_id, active, event, now)
             self._feed(active, event)
-            if isinstance(event, m.PrefillLost | m.DecodeLost):
-                self._breaker_alarm.arm(self.breakers.next_deadline())
 
     def on_worker_load(self, worker_id: WorkerId) -> None:
         if len(self._late_bound):
@@ -219,7 +217,7 @@ class Dispatcher:
         self._metrics.worker_lost()
         lost = WorkerLost(f"lost worker {worker_id}: {error}")
         if losers := self._requests.on_worker(worker_id):
-            self._blame(worker_id)
+            self.breakers.failed(worker_id, self._clock.now())
         for active in losers:
             is_decode = active.machine.decode == worker_id
             self._feed(active, m.DecodeLost(lost) if is_decode else m.PrefillLost(lost))
@@ -286,8 +284,9 @@ class Dispatcher:
 
     # --- breakers ---
 
-    def _blame(self, worker_id: WorkerId) -> None:
-        self.breakers.failed(worker_id, self._clock.now())
+    def _gate_worker(self, worker_id: WorkerId, is_shut: bool) -> None:
+        """Whoever saw why: a failure here, or another gateway, which may be gone before the rest is over."""
+        self._fleet.table.set_breaker(worker_id, is_shut)
         self._breaker_alarm.arm(self.breakers.next_deadline())
 
     def _poll_breakers(self) -> None:
@@ -346,7 +345,7 @@ class Dispatcher:
             case m.ReleaseWorker(worker_id):
                 self._sender.let_go(active, worker_id)
             case m.BlameWorker(worker_id):
-                self._blame(worker_id)
+                self.breakers.failed(worker_id, self._clock.now())
             case m.ReturnToQueue(cause, retry_after_s):
                 _log.debug("%s: back to the queue, %s", active.request_id, cause)
                 self._requests.end_attempt(active)

@@ -128,6 +128,17 @@ async def test_a_worker_that_does_not_answer_is_left_alone() -> None:
     gateway.check_books()
 
 
+async def test_a_trip_that_another_gateway_saw_ends_here_without_its_word() -> None:
+    gateway = FakeGateway()
+    breakers, rested = gateway.dispatcher.breakers, asyncio.Event()
+    breakers.on_changed = lambda _: rested.set()
+    breakers.adopt(gateway.prefills[0], BreakerState.OPEN, 0.01, gateway.clock.now())
+    async with asyncio.timeout(5.0):
+        await rested.wait()
+    assert breakers.state_of(gateway.prefills[0], 0.0)[0] is BreakerState.HALF_OPEN
+    gateway.check_books()
+
+
 class RandomWorkers:
     """Answers orders at random, in any way that the contract allows, until nothing is left to answer."""
 
