@@ -23,7 +23,7 @@ from router import messages as m
 from router.forwarding.doors import DecodeOrder, PrefillOrder
 from simulator.answers import WorkerTerms, decode_refusal, no_blocks, prompt_refusal
 from simulator.engine import DecodeSequence, Engine, Gaps, PromptJob
-from simulator.hand_over import HandOver
+from simulator.hand_off import HandOff
 from simulator.kv_pool import KvLease, KvPool
 from simulator.machines import Machine
 from simulator.virtual_time import VirtualLoop
@@ -45,7 +45,7 @@ class _Work:
     accepted_at: float
     job: PromptJob | None = None
     sequence: DecodeSequence | None = None
-    hand_over: HandOver | None = None  # None: all of it is generated here
+    hand_off: HandOff | None = None  # None: all of it is generated here
     receiver: WorkerId | None = None
     computes_from: float = 0.0
     cached_tokens: int = 0
@@ -140,7 +140,7 @@ class SimulatedWorker:
             return
         if hands_over:
             num_tokens, per_token = order.request.num_prompt_tokens, self.machine.kv_bytes_per_token
-            work.hand_over = HandOver(
+            work.hand_off = HandOff(
                 self._loop, self._link, per_token, num_tokens, lambda sent: self._landed(work, sent)
             )
             if order.decode is not None:
@@ -166,13 +166,13 @@ class SimulatedWorker:
     def bind(self, work_id: TransferId, decode: WorkerId | None) -> None:
         """Tell where the KV of a prompt goes; None: the rest is generated here."""
         work = self._works.get(work_id)
-        if work is None or work.hand_over is None or work.hand_over.is_bound:
+        if work is None or work.hand_off is None or work.hand_off.is_bound:
             return
         if decode is not None:
             self._bind(work, decode)
             return
-        work.hand_over.abandon()
-        work.hand_over = None
+        work.hand_off.abandon()
+        work.hand_off = None
         if not self.pool.grow(work.lease, num_blocks(work.num_output_tokens, self.record.block_size)):
             lost = WorkerLost("no blocks for the output of a prompt that nobody took over")
             work.say.send([(work_id, m.PrefillLost(lost))])
@@ -189,8 +189,8 @@ class SimulatedWorker:
             self.engine.remove_prompt(work.job)
         if work.sequence is not None:
             self.engine.remove_sequence(work.sequence)
-        if work.hand_over is not None:
-            work.hand_over.abandon()
+        if work.hand_off is not None:
+            work.hand_off.abandon()
         self._free(work)
 
     # --- work ---
@@ -224,14 +224,14 @@ class SimulatedWorker:
             work.computes_from = self._loop.now()
             self.pool.match_again(work.lease)
             work.cached_tokens = self._held_tokens(work)
-            if work.hand_over is not None:
-                work.hand_over.ready(work.cached_tokens, work.computes_from)
+            if work.hand_off is not None:
+                work.hand_off.ready(work.cached_tokens, work.computes_from)
             return num_tokens - work.cached_tokens, work.cached_tokens
 
         def computed(tokens: int, started_at: float) -> None:
             assert work.job is not None
-            if work.hand_over is not None:
-                work.hand_over.ready(work.job.before, started_at)
+            if work.hand_off is not None:
+                work.hand_off.ready(work.job.before, started_at)
 
         work.job = PromptJob(start, computed, lambda: self._computed(work), num_tokens - self._held_tokens(work))
         self.engine.add_prompt(work.job)
@@ -254,7 +254,7 @@ class SimulatedWorker:
             return
         made = m.DecodeProduced if is_decode else m.PrefillProduced
         work.say.send([(work.work_id, made(_TOKENS[:1])), (work.work_id, measured)])
-        if work.hand_over is None:
+        if work.hand_off is None:
             self._decode(work, now)
 
     def _decode(self, work: _Work, first_token_at: float) -> None:
@@ -267,7 +267,7 @@ class SimulatedWorker:
 
         def ended(gaps: Gaps) -> None:
             (step_s, count), *rest = gaps
-            first = (joined_at - first_token_at + step_s, 1)  # the hand-over is in it
+            first = (joined_at - first_token_at + step_s, 1)  # the hand-off is in it
             self._on_gaps(work.request.request_id, (first, *([(step_s, count - 1)] if count > 1 else []), *rest))
             done = m.DecodeFinished if isinstance(work.order, DecodeOrder) else m.PrefillFinished
             work.say.send([(work.work_id, done(_TOKENS[1 : work.num_output_tokens], _END))])
@@ -281,10 +281,10 @@ class SimulatedWorker:
     # --- the transfer ---
 
     def _bind(self, work: _Work, decode: WorkerId) -> None:
-        assert work.hand_over is not None
+        assert work.hand_off is not None
         work.receiver = decode
         receiver = self._peers[decode]
-        work.hand_over.bind(receiver.reserved_from(work.work_id), self._bytes_per_s(receiver.record))
+        work.hand_off.bind(receiver.reserved_from(work.work_id), self._bytes_per_s(receiver.record))
 
     def _bytes_per_s(self, receiver: WorkerRecord) -> float:
         link = self.machine.link

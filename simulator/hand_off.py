@@ -6,7 +6,7 @@ from simulator.virtual_time import VirtualLoop
 from simulator.wire import KvLink
 
 
-class HandOver:
+class HandOff:
     """One transfer.
 
     Args:
