@@ -35,7 +35,7 @@ class Outcome:
 
     Attributes:
         failure: reason of the refusal or kind of the error; empty when all tokens came.
-        gaps: (seconds, how many such gaps) between its tokens, in order; the first holds the hand-over.
+        gaps: (seconds, how many such gaps) between its tokens, in order; the first holds the hand-off.
         num_asked: orders that its placement took, refused ones included.
     """
 
@@ -55,7 +55,7 @@ class Outcome:
 
     @property
     def tpot_s(self) -> float:
-        """Mean gap after the first token, the hand-over included; 0 for one token."""
+        """Mean gap after the first token, the hand-off included; 0 for one token."""
         if self.ttft_s is None or self.total_s is None or self.num_tokens < 2:
             return 0.0
         return (self.total_s - self.ttft_s) / (self.num_tokens - 1)
