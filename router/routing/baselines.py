@@ -19,7 +19,7 @@ from router.routing.columns import ModeCode
 from router.routing.config import PolicyName, RoutingConfig
 from router.routing.decision import Decision, NoCandidate, PickReason
 from router.routing.links import LinkModel
-from router.routing.policy import CostPolicy, RoutingPolicy
+from router.routing.policy import CostPolicy, RoutingPolicy, gone_meanwhile
 from router.routing.query import RouteQuery
 from router.routing.table import WorkerTable
 
@@ -45,6 +45,8 @@ class BaselinePolicy:
         self._pricer.warm()
 
     def choose(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Decision | NoCandidate:
+        if (gone := gone_meanwhile(table, query)) is not None:
+            return gone
         self._pricer.price(table, query, rng)
         rows = table.rows
         prefills, decodes = (_shuffled(slots, rng) for slots in self._pricer.eligible())

@@ -60,11 +60,11 @@ class LinkModel:
         near = self.classes[self._class(prefill, decode)]
         at = self._place(prefill, decode, near, now)
         link = self.pairs[at]
-        if goodput is not None and goodput > 0.0:
+        if goodput is not None and 0.0 < goodput < math.inf:
             link["goodput"] += _WEIGHT * (goodput - link["goodput"])
             near["goodput"] += _WEIGHT * (goodput - near["goodput"])
             self._best_goodput = max(self._best_goodput, goodput)
-        if rtt_s is not None and rtt_s >= 0.0:
+        if rtt_s is not None and 0.0 <= rtt_s < math.inf:
             link["rtt_s"] += _WEIGHT * (rtt_s - link["rtt_s"])
             near["rtt_s"] += _WEIGHT * (rtt_s - near["rtt_s"])
             self._least_rtt_s = min(self._least_rtt_s, rtt_s)
@@ -89,7 +89,7 @@ class LinkModel:
         near, floor = self.classes[self._class(prefill, decode)], floor_class(quality_floor)
         if wire_bytes > 0:
             near["ratio"][floor] += _WEIGHT * (kv_bytes / wire_bytes - near["ratio"][floor])
-        if predicted_s is not None and predicted_s > _LEAST_S:
+        if predicted_s is not None and predicted_s > _LEAST_S and 0.0 <= exposed_s < math.inf:
             off = max(_LEAST_S, exposed_s) / predicted_s
             residual = near["residual"][floor] * min(10.0, max(0.1, off)) ** _WEIGHT
             near["residual"][floor] = min(_MOST_RESIDUAL, max(_LEAST_RESIDUAL, residual))

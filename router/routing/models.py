@@ -10,6 +10,8 @@ nothing, goes by the rate that the worker itself reports. A worker that told not
 one of its pool again: otherwise one that was slow once would never be asked, and so never be seen to be fast.
 """
 
+import math
+
 import numpy as np
 
 from core.clock import Clock
@@ -100,7 +102,7 @@ class Models:
     ) -> None:
         """Learn from a prompt that a worker computed: first scheduled to first token."""
         slot = self._table.find(worker_id)
-        if slot is None or compute_s <= 0.0:
+        if slot is None or not 0.0 < compute_s < math.inf:
             return
         held = float(min(cached_tokens, num_prompt_tokens - 1))
         u = num_prompt_tokens - held
@@ -122,13 +124,13 @@ class Models:
             return
         row = self._table.rows[slot]
         role, now = int(row["role"]), self._clock.now()
-        if load.num_running > 0 and load.decode_step_s > 0.0:
+        if load.num_running > 0 and 0.0 < load.decode_step_s < math.inf:
             x = (1.0, float(load.num_running), float(load.context_tokens))
             beta = self._decode.observe(slot, role, x, load.decode_step_s)
             self._write(slot, DECODE_COEFFICIENTS, beta)
             row["decode_seen_at"] = now
             self._share("decode_seen_at", DECODE_COEFFICIENTS, role, self._decode.pool(role), now)
-        if load.prefill_tokens_per_s > 0.0 and not self._prefill.is_observed(slot):
+        if 0.0 < load.prefill_tokens_per_s < math.inf and not self._prefill.is_observed(slot):
             pool = self._prefill.pool(role)
             slower = _TYPICAL_TOKENS / load.prefill_tokens_per_s / _seconds(pool, _TYPICAL_TOKENS)
             self._write(slot, PREFILL_COEFFICIENTS, pool * slower)

@@ -112,9 +112,8 @@ class CostPolicy:
         _log.info("the policy is ready")
 
     def choose(self, table: WorkerTable, query: RouteQuery, rng: random.Random) -> Decision | NoCandidate:
-        for fixed, role in ((query.reserved_decode, Role.DECODE), (query.bound_prefill, Role.PREFILL)):
-            if fixed is not None and table.find(fixed) is None:
-                return NoCandidate(role, Obstacle.ABSENT)
+        if (gone := gone_meanwhile(table, query)) is not None:
+            return gone
         self.price(table, query, rng)
         found = self.weigh(table)
         if not found.num_candidates:
@@ -256,6 +255,14 @@ class CostPolicy:
         if mode is Mode.COLOCATED and not found.has_decode_pool:
             return ModeReason.NO_DECODE_POOL
         return ModeReason.ONLY_POSSIBLE if len(self._config.modes) == 1 else ModeReason.CHEAPEST
+
+
+def gone_meanwhile(table: WorkerTable, query: RouteQuery) -> NoCandidate | None:
+    """Return that a worker is not there any more which the request cannot change for another. Pure."""
+    for fixed, role in ((query.reserved_decode, Role.DECODE), (query.bound_prefill, Role.PREFILL)):
+        if fixed is not None and table.find(fixed) is None:
+            return NoCandidate(role, Obstacle.ABSENT)
+    return None
 
 
 def softmax(costs: Sequence[float], temperature: float) -> list[float]:

@@ -1,5 +1,6 @@
 """What is learned of machines and links: coefficients from noise, never negative, shared, forgotten."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,22 @@ def test_decode_coefficients_are_recovered_from_reports_of_busy_workers() -> Non
         x = (1.0, requests, tokens)
         assert found @ x == pytest.approx(TRUE_DECODE @ x, rel=0.06)
     assert coefficients(world, "d2", DECODE_COEFFICIENTS) == pytest.approx(found, rel=0.3)
+
+
+@pytest.mark.parametrize("nonsense", [math.nan, math.inf, 0.0, -1.0])
+def test_what_is_no_time_teaches_nothing(nonsense: float) -> None:
+    """One such number would stay in the fit of the whole pool for ever."""
+    world = World("p1", "p2", "d1", **REMOTE)
+    before = world.place().winner
+    world.models.observe_prefill(P, 1000, 0, nonsense)
+    world.models.observe_load(P, load_report(2).model_copy(update={"prefill_tokens_per_s": nonsense}))
+    world.models.observe_load(D, load_report(2, num_running=1).model_copy(update={"decode_step_s": nonsense}))
+    world.models.observe_link(P, D, nonsense, None if nonsense == 0.0 else nonsense)
+    world.models.observe_transfer(
+        P, D, quality_floor=1.0, kv_bytes=10**6, wire_bytes=10**6, exposed_s=0.01, predicted_s=0.01
+    )
+    for name in ("prefill_s", "transfer_s", "decode_s"):
+        assert getattr(world.place().terms, name) == pytest.approx(getattr(before.terms, name))
 
 
 def test_a_machine_that_changed_is_learned_anew() -> None:

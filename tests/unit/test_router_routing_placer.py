@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,6 +140,13 @@ def test_cache_aware_follows_the_prefix_while_the_pool_is_even(
     held: dict[str, int], busy: dict[str, int], expected: str
 ) -> None:
     assert picks("cache_aware_local", 10, held, **busy)[expected] == 10
+
+
+@pytest.mark.parametrize("policy", ["cost", "random", "round_robin", "least_loaded", "cache_aware_local"])
+def test_a_worker_that_is_fixed_and_gone_is_not_replaced_by_another(policy: PolicyName) -> None:
+    world = World("p1", "d1", "d2", policy=policy, **REMOTE)
+    for gone in ({"reserved_decode": WorkerId("d3")}, {"bound_prefill": WorkerId("p3")}):
+        assert world.refuse(replace(world.query(), **gone))[1] == "absent"
 
 
 @pytest.mark.parametrize("policy", ["random", "round_robin", "least_loaded", "cache_aware_local"])
