@@ -44,6 +44,8 @@ class Placing:
         allow_late: bool = False,
     ) -> m.Event:
         """Choose workers, or only a prefill worker for the decode worker that has accepted."""
+        if self._are_enough(refused):
+            return self._nobody(active, m.NothingFits(f"{len(refused)} workers refused"))
         now = self._clock.now()
         request, service = active.request, active.service
         outcome = self._placer.place(
@@ -59,13 +61,17 @@ class Placing:
             allow_late=allow_late and not active.machine.is_too_long,
         )
         if isinstance(outcome, NoCandidate):
-            return self._nobody(active, outcome)
+            if outcome.obstacle is Obstacle.TOO_LONG:
+                return _too_long(active)
+            return self._nobody(active, m.NothingFits(f"{outcome.role}: {outcome.obstacle}"))
         active.decision, active.decided_at = outcome, now
         self._metrics.decided(outcome)
         return m.PrefillChosen(_known(outcome.prefill)) if reserved_decode is not None else _event(outcome)
 
     def choose_decode(self, active: ActiveRequest, effect: m.ChooseDecode) -> m.Event:
         """Choose a decode worker for a prompt that is being computed."""
+        if self._are_enough(effect.refused):
+            return self._look_later(effect)
         now = self._clock.now()
         request, service = active.request, active.service
         decision = active.decision
@@ -85,8 +91,7 @@ class Placing:
             session=self._session(active, now),
         )
         if isinstance(outcome, NoCandidate):
-            longest_s = min(self._config.retry_max_s, self._config.retry_min_s * 2.0 ** min(effect.num_seeks, 32))
-            return m.DecodeUnavailable(longest_s * self._rng.uniform(0.5, 1.0))
+            return self._look_later(effect)
         active.decode_decision = outcome
         self._metrics.decided(outcome)
         return m.DecodeChosen(_known(outcome.decode))
@@ -102,13 +107,22 @@ class Placing:
         binding = self._affinity.of(session_id, now) if session_id else None
         return NO_SESSION if binding is None else Session(binding.prefill, binding.decode)
 
-    def _nobody(self, active: ActiveRequest, outcome: NoCandidate) -> m.Event:
-        if outcome.obstacle is Obstacle.TOO_LONG or active.machine.is_too_long:
-            request = active.request
-            total = request.num_prompt_tokens + request.sampling.max_tokens
-            problem = f"no {outcome.role} worker can hold a request of {total} tokens"
-            return m.RequestFailed(PromptTooLong("prompt", problem))
-        return m.NothingFits(f"{outcome.role}: {outcome.obstacle}")
+    def _are_enough(self, refused: frozenset[WorkerId]) -> bool:
+        """Asking every worker there is would burden a full cluster, and the more so the larger it is."""
+        return len(refused) >= self._config.forwarding.max_refusals
+
+    def _look_later(self, effect: m.ChooseDecode) -> m.Event:
+        longest_s = min(self._config.retry_max_s, self._config.retry_min_s * 2.0 ** min(effect.num_seeks, 32))
+        return m.DecodeUnavailable(longest_s * self._rng.uniform(0.5, 1.0))
+
+    def _nobody(self, active: ActiveRequest, nothing: m.NothingFits) -> m.Event:
+        return _too_long(active) if active.machine.is_too_long else nothing
+
+
+def _too_long(active: ActiveRequest) -> m.RequestFailed:
+    request = active.request
+    total = request.num_prompt_tokens + request.sampling.max_tokens
+    return m.RequestFailed(PromptTooLong("prompt", f"no worker can hold a request of {total} tokens"))
 
 
 def _event(decision: Decision) -> m.Event:

@@ -128,6 +128,49 @@ async def test_a_worker_that_does_not_answer_is_left_alone() -> None:
     gateway.check_books()
 
 
+async def test_a_request_that_is_refused_asks_some_of_a_large_cluster_and_waits() -> None:
+    gateway = FakeGateway(
+        routing=REMOTE,
+        num_prefills=40,
+        num_decodes=1,
+        forwarding={"max_refusals": 5},
+        retry_min_s=60.0,
+        retry_max_s=60.0,
+    )
+    gateway.submit("r")
+    [(decode, reservation)] = gateway.doors.sent
+    gateway.tell(decode, reservation.work_id, m.DecodeAccepted(0))
+    while prompts := gateway.orders_at(lambda worker_id: worker_id.startswith("p")):
+        [(prefill, prompt)] = prompts
+        del gateway.doors.orders[prefill, prompt.work_id]
+        gateway.tell(prefill, prompt.work_id, m.PrefillRejected(RejectedError(RejectReason.QUEUE_FULL)))
+    assert len({worker_id for worker_id, _ in gateway.doors.sent}) == 1 + 5
+    assert gateway.doors.aborts == [(decode, reservation.work_id)]
+    assert gateway.dispatcher.num_queued == 1, "it keeps its place"
+    gateway.dispatcher.close(Aborted("enough"))
+    await turn()
+    gateway.check_books()
+
+
+async def test_a_late_bound_prompt_that_is_refused_asks_some_of_a_large_pool_and_waits() -> None:
+    gateway = FakeGateway(
+        routing=LATE, num_prefills=1, num_decodes=40, forwarding={"max_refusals": 5}, retry_min_s=60.0, retry_max_s=60.0
+    )
+    for sequence, decode in enumerate(gateway.decodes, 1):
+        gateway.report(decode, sequence, total_blocks=100, free_blocks=0, num_running=1, context_tokens=400)
+    gateway.submit("r")
+    [(prefill, prompt)] = gateway.doors.sent
+    gateway.tell(prefill, prompt.work_id, m.PrefillAccepted(0))
+    while asked := gateway.orders_at(lambda worker_id: worker_id.startswith("d")):
+        [(decode, reservation)] = asked
+        del gateway.doors.orders[decode, reservation.work_id]
+        gateway.tell(decode, reservation.work_id, m.DecodeRejected(RejectedError(RejectReason.NO_BLOCKS)))
+    assert len(gateway.doors.sent) == 1 + 5
+    gateway.dispatcher.close(Aborted("enough"))
+    await turn()
+    gateway.check_books()
+
+
 async def test_a_trip_that_another_gateway_saw_ends_here_without_its_word() -> None:
     gateway = FakeGateway()
     breakers, rested = gateway.dispatcher.breakers, asyncio.Event()
