@@ -38,8 +38,9 @@ def tiny_config(name: str, *, replicas: int = 2, **changes: object) -> dict[str,
 class ClusterProcess:
     """`tandem up` as a subprocess. `pids` and `epochs` follow its restarts as `until_line` reads about them."""
 
-    def __init__(self, folder: Path, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, name: str, folder: Path, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
+        self.name = name
         self.folder = folder
         self.process = process
         self.address = ""
@@ -125,7 +126,7 @@ async def running_cluster(folder: Path, config: dict[str, object]) -> AsyncItera
         sys.executable, "-m", "cluster", "up", "-f", str(write_config(folder, config)),
         env=environment(folder), cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    cluster = ClusterProcess(folder, process)
+    cluster = ClusterProcess(str(config["name"]), folder, process)
     mark = ""
     try:
         line = await cluster.until_line(lambda line: " is ready at " in line)

@@ -1,86 +1,54 @@
 """One real cluster, Ray and all: identity with transformers, seeds, examples, and kill -9 of every kind of process.
 
-The tests share it; each leaves it whole. Failures are waited for with deadlines, never slept for.
+The hand-over between the pools is its subject, so no other mode may be taken; `test_modes` has the others. The tests
+share the cluster; each leaves it whole. Failures are waited for with deadlines, never slept for.
 """
 
 import asyncio
 import importlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import psutil
 import pytest
 import pytest_asyncio
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.ids import RequestId
 from core.request import GenerateRequest, SamplingParams
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
-from tandem_client import Client, ClusterStatus, Generation, Sampling, ServingError
+from tandem_client import Client, Generation, Sampling, ServingError
 from tests.e2e.cluster_process import ROOT, TINY, ClusterProcess, running_cluster, tandem, tiny_config
+from tests.e2e.generations import (
+    PROMISE_S,
+    Load,
+    assert_serves,
+    by_transformers,
+    greedy,
+    ids_of,
+    is_idle,
+    make_prompts,
+)
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow, pytest.mark.timeout(240)]
-
-NEW_TOKENS = 24
-PROMISE_S = 2.0  # a client learns of a death within this time
-TEXT = (ROOT / "LICENSE").read_text()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ClusterProcess]:
-    async with running_cluster(tmp_path_factory.mktemp("run"), tiny_config("e2e")) as cluster:
+    config = tiny_config("e2e", router={"port": 0, "routing": {"modes": ["remote_prefill"]}})
+    async with running_cluster(tmp_path_factory.mktemp("run"), config) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Sixteen, of 3 to 303 tokens; every other one shares a prefix with the one before."""
-    ids = AutoTokenizer.from_pretrained(TINY)(TEXT, add_special_tokens=False)["input_ids"]
-    return [ids[(n // 2) * 37 :][: 3 + 20 * n] for n in range(16)]
+    return make_prompts()
 
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[list[int]]) -> list[list[int]]:
-    """What `transformers` generates, greedily, one by one."""
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    found = []
-    for prompt in prompts:
-        out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
-        found.append(out[0, len(prompt) :].tolist())
-    return found
-
-
-def ids_of(generation: Generation) -> list[int]:
-    assert [token.index for token in generation.tokens] == list(range(len(generation.tokens)))
-    return [token.token_id for token in generation.tokens]
-
-
-def is_idle(status: ClusterStatus) -> bool:
-    """All workers are there, nothing runs, and every block is free or holds evictable cache."""
-    return (
-        len(status.workers) == 4
-        and not status.active_requests
-        and all(
-            worker.connected
-            and worker.state == "ready"
-            and worker.total_blocks > 0
-            and worker.free_blocks == worker.total_blocks
-            and worker.num_running == worker.num_waiting == worker.in_flight == 0
-            for worker in status.workers
-        )
-    )
-
-
-def _in_flight(status: ClusterStatus, worker_id: str) -> int:
-    return sum(worker.in_flight for worker in status.workers if worker.worker_id == worker_id)
-
-
-async def greedy(client: Client, prompt: Sequence[int]) -> Generation:
-    return await client.generate_text(prompt, temperature=0.0, max_tokens=NEW_TOKENS, deadline_s=60.0)
+    return by_transformers(prompts)
 
 
 async def test_greedy_equals_transformers_one_by_one_and_cold(
@@ -97,6 +65,11 @@ async def test_greedy_equals_transformers_one_by_one_and_cold(
     for result in results:
         placement = result.summary.placement
         assert pids[placement.prefill_worker] != pids[placement.decode_worker]
+        assert (placement.mode, placement.mode_reason, placement.binding) == (
+            "remote_prefill",
+            "only_possible",
+            "early",
+        )
 
 
 async def test_greedy_equals_transformers_sixteen_at_once_and_cached(
@@ -152,53 +125,6 @@ async def test_commands_find_the_cluster(cluster: ClusterProcess) -> None:
     code, out, err = await tandem(cluster.folder, "up", "-f", str(cluster.folder / "cluster.yaml"))
     assert code == 1
     assert err == ["error: cluster 'e2e' is up already; see `tandem status`, `tandem down`"]
-
-
-class Load:
-    """Endless streams, all past their first token, whose ends a test can wait for."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self.tasks: list[asyncio.Task[None]] = []
-        self.failures: asyncio.Queue[ServingError] = asyncio.Queue()
-
-    async def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        begun = [asyncio.Event() for _ in prompts]
-        for prompt, event in zip(prompts, begun, strict=True):
-            self.tasks.append(asyncio.create_task(self._stream(prompt, event)))
-        async with asyncio.timeout(60):
-            await asyncio.gather(*(event.wait() for event in begun))
-
-    async def _stream(self, prompt: Sequence[int], begun: asyncio.Event) -> None:
-        index = 0
-        try:
-            async for piece in self._client.generate(prompt, temperature=0.0, max_tokens=1700, ignore_eos=True):
-                for token in piece.tokens:
-                    assert token.index == index
-                    index += 1
-                if index > 1:
-                    begun.set()
-        except ServingError as error:
-            self.failures.put_nowait(error)
-
-    async def failed_within(self, count: int, seconds: float) -> list[ServingError]:
-        async with asyncio.timeout(seconds):
-            return [await self.failures.get() for _ in range(count)]
-
-    async def leave(self) -> None:
-        """Disconnect whatever still streams."""
-        for task in self.tasks:
-            task.cancel()
-        for outcome in await asyncio.gather(*self.tasks, return_exceptions=True):
-            assert outcome is None or isinstance(outcome, asyncio.CancelledError), outcome
-
-
-async def assert_serves(cluster: ClusterProcess, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """New requests succeed, and in the end every block is back."""
-    async with Client(cluster.address) as client:
-        results = await asyncio.gather(*(greedy(client, prompt) for prompt in prompts))
-    assert [ids_of(result) for result in results] == expected
-    await cluster.until_status(is_idle)
 
 
 async def test_kill_a_decode_worker(
