@@ -4,7 +4,8 @@
     prefill   a + b*u + c*u*(h + u/2) of the u tokens that it does not hold after the h that it does; of the part that
               is missing of a hot prefix only the share of one use, since others will use it there
     crowding  the same again for those who will come while it is computed, and wait behind it: by how many prompts the
-              prefill workers have on average, wherever it goes, so that it moves no work between the pools
+              prefill workers have on average, wherever it goes, so that it moves no work between the pools; at the
+              pool's mean speed, because times the crowd the noise of each worker's own fit would decide
     host      loading what it holds in its host tier, where that is quicker than computing it
     decode    steps * step of its batch as it will be when the prefill ends, plus the wait for blocks
     slo       weighted seconds beyond the targets of the request
@@ -96,9 +97,12 @@ def room_wait_s(worker: Any, missing_tokens: float, step_s: float) -> Any:
 
 @inner
 def price_prompt(
-    worker: Any, device: float, host: float, reuses: float, crowd: float, q: Any, s: Any, out: Any
+    worker: Any, device: float, host: float, reuses: float, crowd: tuple[float, float, float], q: Any, s: Any, out: Any
 ) -> None:
-    """Fill what computing the prompt on one worker takes: waiting, whole and charged compute, loading, late TTFT."""
+    """Fill what computing the prompt on one worker takes: waiting, whole and charged compute, loading, late TTFT.
+
+    `crowd`: the pool's mean prefill coefficients, times the price of crowding.
+    """
     most = q.prompt_tokens - 1.0  # the last token is computed, to sample the first
     held = min(device, most)
     full_s = prefill_seconds(worker, q.prompt_tokens - held, held)
@@ -109,7 +113,7 @@ def price_prompt(
         rest_s = prefill_seconds(worker, q.prompt_tokens - in_any, in_any)
         if rest_s + loading_s < full_s:
             held, full_s, load_s = in_any, rest_s, loading_s
-    charged_s = full_s
+    uncached, charged_s = q.prompt_tokens - held, full_s
     missing = min(q.hot_tokens, q.prompt_tokens) - held
     if s.use_hot and missing > 0.0:
         part_s = worker.prefill_b * missing + worker.prefill_c * missing * (held + missing * 0.5)
@@ -121,10 +125,11 @@ def price_prompt(
     out.charged_s = charged_s
     out.load_s = load_s
     out.ttft_slo_s = s.slo_weight * max(0.0, q.waited_s + ready_s - q.slo_ttft_s)
-    out.uncached_tokens = q.prompt_tokens - held
+    out.uncached_tokens = uncached
     out.held_tokens = held
     out.ready_s = ready_s
-    out.crowding_s = s.crowding_weight * crowd * charged_s
+    out.crowding_s = crowd[0] + crowd[1] * uncached + crowd[2] * uncached * (held + uncached * 0.5)
+    out.crowding_s *= charged_s / max(full_s, 1e-9)
     out.prompt_cost_s = s.weigh_queue * waiting_s + s.weigh_prefill * charged_s + out.crowding_s
     out.prompt_cost_s += load_s + out.ttft_slo_s
 
@@ -217,10 +222,15 @@ def price_workers(
         count_d = eligible(rows, refused, num_slots, _DECODE, _OPEN, _YES, q, s, decodes)[0]
     found.num_prefill, found.num_decode, found.is_late = count_p, count_d, False
 
-    crowd = 0.0
+    prompts, pool_a, pool_b, pool_c = 0.0, 0.0, 0.0, 0.0
     for position in range(count_p):
         worker = rows[prefills[position]]
-        crowd += (worker.prompts + worker.credit_requests + worker.peer_requests) / count_p
+        prompts += (worker.prompts + worker.credit_requests + worker.peer_requests) / count_p
+        pool_a += worker.prefill_a / count_p
+        pool_b += worker.prefill_b / count_p
+        pool_c += worker.prefill_c / count_p
+    price = s.crowding_weight * prompts
+    crowd = (price * pool_a, price * pool_b, price * pool_c)
     horizon_s = np.inf
     for position in range(count_p):
         slot = prefills[position]
