@@ -51,12 +51,15 @@ class PrefixMatch:
         """
         found = np.zeros(num_slots, dtype=np.int32)
         runs = [run for run in self.runs if run.of(tier)]
-        if runs:
+        if len(runs) == 1:
+            mask = runs[0].of(tier)
+            held = _bits(mask.to_bytes((mask.bit_length() + 7) // 8, "little"))
+            found[self.slot_of_bit[held.nonzero()[0]]] = runs[0].depth
+        elif runs:
             # The sets are nested, so a worker's depth follows from the number of runs that it is in.
             width = (runs[0].of(tier).bit_length() + 7) // 8
             packed = b"".join(run.of(tier).to_bytes(width, "little") for run in runs)
-            bits = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(-1, width), axis=1, bitorder="little")
-            counts = bits[0] if len(runs) == 1 else bits.sum(axis=0, dtype=np.uint16)
+            counts = _bits(packed).reshape(-1, 8 * width).sum(axis=0, dtype=np.uint16)
             holders = np.flatnonzero(counts)
             depths = np.array([0, *(run.depth for run in runs)], dtype=np.int32)
             found[self.slot_of_bit[holders]] = depths[counts[holders]]
@@ -71,3 +74,7 @@ class PrefixMatch:
             if worker_id is not None:
                 found[worker_id] = int(blocks[slot])
         return found
+
+
+def _bits(packed: bytes) -> NDArray[np.uint8]:
+    return np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")

@@ -1,5 +1,6 @@
 """What a policy answers: a placement with its terms and predictions, or who is missing. Frozen."""
 
+import struct
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -7,8 +8,11 @@ import numpy as np
 
 from core.ids import WorkerId
 from core.membership import Role
-from router.routing.columns import TERM_NAMES, ModeCode
+from router.routing.columns import CANDIDATE, TERM_NAMES, ModeCode
 from router.routing.modes import Binding, Mode, ModeReason
+
+_ROW = struct.Struct("".join("d" if CANDIDATE[name] == np.float64 else "q" for name in CANDIDATE.names or ()))
+assert _ROW.size == CANDIDATE.itemsize
 
 _MODES = {
     ModeCode.REMOTE_PREFILL: Mode.REMOTE_PREFILL,
@@ -93,20 +97,21 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class CandidateList:
-    """Candidates as the search left them: structured array and the names of its slots, read when somebody asks."""
+    """Candidates as the search left them, read when somebody asks: the bytes of an array (`columns.CANDIDATE`), and the
+    names of its slots."""
 
-    array: np.ndarray
+    data: bytes
     names: dict[int, WorkerId]
 
     def __len__(self) -> int:
-        return len(self.array)
+        return len(self.data) // _ROW.size
 
     @property
     def num_bytes(self) -> int:
-        return int(self.array.nbytes) + 100 * len(self.names)
+        return len(self.data) + 100 * len(self.names)
 
     def at(self, position: int) -> Candidate:
-        values = self.array[position].item()
+        values = _ROW.unpack_from(self.data, position * _ROW.size)
         num_terms = len(TERM_NAMES)
         ttft_s, tpot_s, whole_s, room_s, ready_s, compute_s, uncached, held, decode_held, mode, prefill, decode = (
             values[num_terms + 1 :]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from core.ids import RequestId
 from router.explain.outcome import Outcome, judge
 from router.explain.ring import ExplanationRing
-from router.routing.columns import TERM_NAMES
+from router.routing.columns import CANDIDATE, TERM_NAMES
 from router.routing.decision import CandidateList, Decision
 from tests.routing_world import START, World
 
@@ -55,7 +56,7 @@ def test_candidates_are_read_when_somebody_asks() -> None:
     assert len(candidates) == 4
     assert [one.terms.total_s for one in candidates] == sorted(one.terms.total_s for one in candidates)
     for position, one in enumerate(candidates):
-        row = decision.ranked.array[position]
+        row = np.frombuffer(decision.ranked.data, CANDIDATE)[position]
         assert [getattr(one.terms, name) for name in TERM_NAMES] == [row[name] for name in TERM_NAMES]
         assert one.terms.total_s == pytest.approx(row["total_s"], abs=4e-9)
         for name in ("ttft_s", "tpot_s", "transfer_total_s", "room_s", "ready_in_s", "compute_s", "held_tokens"):
@@ -96,7 +97,7 @@ def test_the_ring_is_bounded_in_bytes_and_drops_the_oldest(requests: list[int], 
 
 def test_a_candidate_without_a_name_any_more_is_nobody() -> None:
     decision = decide("p1", "d1")
-    assert CandidateList(decision.ranked.array, {}).at(0).prefill is None
+    assert CandidateList(decision.ranked.data, {}).at(0).prefill is None
 
 
 def test_an_outcome_is_of_one_request_only() -> None:
