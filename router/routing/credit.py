@@ -149,26 +149,28 @@ class CreditLedger:
         slot = self._table.find(worker_id)
         if slot is None:
             return
-        row, credit = self._table.rows[slot], entry.credit
-        row["credit_requests"] += sign * credit.num_requests
-        row["credit_prefill_tokens"] += sign * credit.prefill_tokens
-        row["credit_context_tokens"] += sign * credit.context_tokens
-        left_s = row["credit_prefill_s"] + sign * credit.prefill_s
-        row["credit_prefill_s"] = left_s if row["credit_requests"] else 0.0  # no dust of rounding on an idle worker
+        rows, credit = self._table.rows, entry.credit  # column by column: cells of a row take three times as long
+        rows["credit_requests"][slot] += sign * credit.num_requests
+        rows["credit_prefill_tokens"][slot] += sign * credit.prefill_tokens
+        rows["credit_context_tokens"][slot] += sign * credit.context_tokens
+        if rows["credit_requests"][slot]:
+            rows["credit_prefill_s"][slot] += sign * credit.prefill_s
+        else:
+            rows["credit_prefill_s"][slot] = 0.0  # no dust of rounding on an idle worker
         if self.on_changed is not None:
             self.on_changed(worker_id)
 
     def _count_reserved(self, worker_id: WorkerId, entry: _Entry, sign: int) -> None:
         slot = self._table.find(worker_id)
         if slot is not None:
-            self._table.rows[slot]["own_reserved"] += sign
-            self._table.rows[slot]["own_reserved_tokens"] += sign * entry.tokens
+            self._table.rows["own_reserved"][slot] += sign
+            self._table.rows["own_reserved_tokens"][slot] += sign * entry.tokens
 
     def _note_steps(self, worker_id: WorkerId, steps: int) -> None:
         slot = self._table.find(worker_id)
         if slot is not None and steps > 0:
-            row = self._table.rows[slot]
-            row["mean_steps"] += _STEPS_WEIGHT * (steps - row["mean_steps"])
+            mean_steps = self._table.rows["mean_steps"]
+            mean_steps[slot] += _STEPS_WEIGHT * (steps - mean_steps[slot])
 
     def _forget(self, slot: int) -> None:
         """The row was cleared: what it counted is gone with the incarnation."""
