@@ -21,7 +21,7 @@ from cluster.config import ClusterConfig
 from cluster.fencing import StoreFencer
 from cluster.incarnation import ServiceSpec, SpawnError
 from cluster.launch import GATEWAY, PACKAGES, Blueprint, StoreAddress
-from cluster.lifecycle import LifePolicy
+from cluster.lifecycle import LifePolicy, LifeState
 from cluster.placement import demands, shares
 from cluster.preflight import check, packages_folder
 from cluster.progress import Progress
@@ -42,6 +42,7 @@ _ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # where to reach one that list
 _DETAIL_PERIOD_S = 0.3
 _SEEN_PERIOD_S = 0.05
 _RAY_DOWN_S = 15.0
+_GATEWAY_STARTS = "loading the router's loops; compiling them where that is not done yet, once per machine"
 
 
 class RayLost(ServingError):
@@ -246,9 +247,13 @@ class Launcher:
             raise SpawnError(f"a gateway does not reach every worker within {deadline_s:g} s") from None
 
     async def _show_details(self) -> None:
-        """Pass on what the workers say of themselves while they load."""
+        """Pass on what the workers say of themselves while they load, and say what a gateway is busy with."""
         assert self._store is not None
+        assert self._supervisor is not None
         while True:
+            for status in self._supervisor.status():
+                if status.kind == GATEWAY and status.state is LifeState.STARTING:
+                    self._progress.detail(status.name, _GATEWAY_STARTS)
             with contextlib.suppress(StoreUnavailable):
                 for value in (await self._store.scan(worker_prefix(self._config.name))).values():
                     with contextlib.suppress(ValidationError):
