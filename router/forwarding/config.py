@@ -33,8 +33,8 @@ class ForwardingConfig(ConfigModel):
     max_refusals: int = Field(
         16,
         ge=1,
-        description="workers that refuse a request, or are lost, before it goes back to its place in the queue, however "
-        "many others there are: they were the likeliest to have room",
+        description="workers that refuse a request, or are lost, before it goes back to its place in the queue, "
+        "however many others there are: they were the likeliest to have room",
     )
     predicted_ttl_s: float = Field(
         10.0, gt=0, description="a prompt that was sent counts so long as what the worker's prefix cache will hold"

@@ -98,13 +98,13 @@ class Placing:
 
     def bind_session(self, active: ActiveRequest) -> None:
         """The workers that the request has now accepted it."""
-        if active.service.session_id:
-            machine = active.machine
-            self._affinity.bind(active.service.session_id, machine.prefill, machine.decode, self._clock.now())
+        key, machine = _session_key(active), active.machine
+        if key:
+            self._affinity.bind(key, machine.prefill, machine.decode, self._clock.now())
 
     def _session(self, active: ActiveRequest, now: float) -> Session:
-        session_id = active.service.session_id
-        binding = self._affinity.of(session_id, now) if session_id else None
+        key = _session_key(active)
+        binding = self._affinity.of(key, now) if key else None
         return NO_SESSION if binding is None else Session(binding.prefill, binding.decode)
 
     def _are_enough(self, refused: frozenset[WorkerId]) -> bool:
@@ -117,6 +117,12 @@ class Placing:
 
     def _nobody(self, active: ActiveRequest, nothing: m.NothingFits) -> m.Event:
         return _too_long(active) if active.machine.is_too_long else nothing
+
+
+def _session_key(active: ActiveRequest) -> str:
+    """Two tenants may call their sessions alike. A tenant's name has no slash."""
+    session_id = active.service.session_id
+    return f"{active.request.tenant}/{session_id}" if session_id else ""
 
 
 def _too_long(active: ActiveRequest) -> m.RequestFailed:

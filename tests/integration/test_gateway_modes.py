@@ -187,8 +187,11 @@ async def test_a_session_stays_with_its_workers(checkpoint: Path, where: str) ->
             got = await collect(cluster.inference.Generate(request, metadata=metadata))
             seen.add((got.finished.placement.prefill_worker, got.finished.placement.decode_worker))
         assert len(seen) == 1
-        [(session_id, binding)] = cluster.gateway.dispatcher.affinity.items(0.0)
-        assert (session_id, {(binding.prefill, binding.decode)}) == ("s", seen)
+        affinity = cluster.gateway.dispatcher.affinity
+        [(key, binding)] = affinity.items(0.0)
+        assert (key, {(binding.prefill, binding.decode)}) == ("/s", seen)
+        await collect(cluster.inference.Generate(text_request("other", session_id="s", tenant="b")))
+        assert {key for key, _ in affinity.items(0.0)} == {"/s", "b/s"}, "each tenant's own"
 
 
 async def test_a_request_that_would_come_too_late_is_refused_with_the_reason_and_a_time(checkpoint: Path) -> None:

@@ -76,7 +76,9 @@ async def test_without_redis_no_two_prompts_meet_at_a_worker_that_was_idle(tmp_p
             worker.tell_load()
         await cluster.until(lambda: all(queued_at(cluster, seat, WorkerId("p2")) == 1 for seat in range(3)))
         cluster.redis.kill()
-        calls = [seat.generate(text_request(f"{n}: a prompt of several blocks")) for n, seat in enumerate(cluster.seats)]
+        calls = [
+            seat.generate(text_request(f"{n}: a prompt of several blocks")) for n, seat in enumerate(cluster.seats)
+        ]
         for worker in cluster.prefills:
             await worker.wait_until(lambda worker=worker: len(worker.held) == 1)  # type: ignore[misc]
         assert len(prompts(cluster)[0]) == 3, "all three asked it, and two were sent on"
@@ -103,7 +105,7 @@ async def test_a_new_gateway_knows_what_the_others_know(tmp_path: Path, checkpoi
             lambda: (
                 queued_at(cluster, 2, busy.worker_id) > 0
                 and len(third.gateway.fleet.index) >= 6
-                and third.gateway.dispatcher.affinity.of("session", asyncio.get_running_loop().time()) is not None
+                and third.gateway.dispatcher.affinity.of("/session", asyncio.get_running_loop().time()) is not None
             )
         )
         let_go(cluster)
