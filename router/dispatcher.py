@@ -126,7 +126,8 @@ class Dispatcher:
         """Take a request whose parameters have been checked.
 
         Args:
-            on_concluded: told once, however the request ends, how many tokens were delivered.
+            on_concluded: told once, however the request ends, how many tokens of prompt and output it used: none if
+                no worker ever took it.
 
         Raises:
             DuplicateRequest, RejectedError: refused now; nothing was kept, and `on_concluded` will not be called.
@@ -393,7 +394,7 @@ class Dispatcher:
             _log.info("%s: %s after %d tokens: %s", active.request_id, outcome, machine.num_tokens, error)
             active.stream.fail(error)
         if active.on_concluded is not None:
-            active.on_concluded(machine.num_tokens)
+            active.on_concluded(active.request.num_prompt_tokens + machine.num_tokens if machine.was_taken else 0)
         if not len(self._requests):
             self._idle.set()
         self._pump_soon()

@@ -91,7 +91,7 @@ class Front:
                 arrived_at=arrived_at,
                 timeout_s=self.config.request_timeout_s if timeout_s is None else timeout_s,
                 service=service,
-                on_concluded=lambda num_tokens: self._quotas.settle(charge, request.num_prompt_tokens + num_tokens),
+                on_concluded=lambda num_tokens: self._quotas.settle(charge, num_tokens),
             )
         except ServingError:
             self._quotas.refund(charge)

@@ -85,6 +85,11 @@ class RequestMachine:
         """Everybody who was asked in this round said that the request can never fit."""
         return bool(self._refusals) and all(why is RejectReason.TOO_LONG for why in self._refusals.values())
 
+    @property
+    def was_taken(self) -> bool:
+        """Some worker accepted to compute the prompt."""
+        return self.prefill_worker is not None or self.decode_worker is not None
+
     def next_deadline(self) -> float | None:
         """When `poll` has something to do; None once over."""
         return None if self.is_over else self._patience.next_deadline()

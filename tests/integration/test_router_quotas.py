@@ -8,6 +8,7 @@ import pytest
 from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import text_request
 from tests.fakes.gateways import several_gateways
+from tests.fakes.script import refusal
 
 TENANTS = {
     "slow": {"requests_per_minute": 4},
@@ -40,6 +41,25 @@ async def test_tokens_count_as_used_not_as_asked_for(tmp_path: Path, checkpoint:
         error = await first.generate(request).fails(grpc.StatusCode.RESOURCE_EXHAUSTED)
         assert "60 tokens per minute" in (error.details() or "")
         await second.generate(text_request("hi", max_tokens=1, tenant="brief")).read_all()
+
+
+async def test_a_prompt_that_no_worker_took_is_not_charged(tmp_path: Path, checkpoint: Path) -> None:
+    async with several_gateways(tmp_path, checkpoint, 1, tenants=TENANTS) as cluster:
+        cluster.redis.kill()  # so that what is given back counts at once
+        [seat] = cluster.seats
+        for worker in cluster.prefills:
+            worker.script.always_refuse = refusal()
+        given_up = seat.generate(text_request("x" * 40, max_tokens=1, tenant="brief"))
+        refused = cluster.prefills[0]
+        await refused.wait_until(lambda: len(refused.submits) > 0)
+        given_up.cancel()
+        assert await seat.gateway.dispatcher.wait_idle(10.0)
+        for worker in cluster.prefills:
+            worker.script.always_refuse = None
+        await seat.generate(text_request("x" * 40, max_tokens=1, tenant="brief")).read_all()
+        await seat.generate(text_request("x" * 40, max_tokens=1, tenant="brief")).fails(
+            grpc.StatusCode.RESOURCE_EXHAUSTED
+        )
 
 
 async def test_requests_at_once_hold_over_both_gateways_and_come_back(tmp_path: Path, checkpoint: Path) -> None:

@@ -60,7 +60,7 @@ async def test_a_good_life_is_told_once_and_explained() -> None:
     assert ended == []
     gateway.tell(decode, prompt.work_id, m.DecodeFinished(token(3), END))
     completion = await read(stream)
-    assert (completion.completion_tokens, ended) == (4, [4])
+    assert (completion.completion_tokens, ended) == (4, [16 + 4])
     [explained] = gateway.dispatcher.placer.explanations.of(stream.request_id)
     assert explained.outcome is not None
     assert (explained.outcome.ttft_s, explained.outcome.transfer_s) == (completion.timing.ttft_s, 0.01)
