@@ -93,7 +93,7 @@ class Reference:
             return float(row["decode_c0"] + row["decode_c1"] * requests + row["decode_c2"] * tokens)
 
         life = row["mean_steps"] * step(row["running"], row["context_tokens"])
-        stays = math.exp(-horizon / life) if row["running"] > 0 else 1.0
+        stays = math.exp(-horizon / life)
         requests = row["running"] * stays + max(0.0, row["reserved"] - row["own_reserved"]) + row["peer_requests"]
         tokens = row["context_tokens"] * stays + row["peer_context_tokens"]
         tokens += max(0.0, row["reserved_tokens"] - row["own_reserved_tokens"])

@@ -59,7 +59,7 @@ def batch_at(worker: Any, joins: Any, now: float, horizon_s: float, s: Any) -> t
     nobody knows yet, and in a steady state they replace who leaves: so it is never less than what runs now.
     """
     stays = 1.0
-    if s.use_forecast and worker.running > 0.0:
+    if s.use_forecast:
         life_s = worker.mean_steps * step_seconds(worker, worker.running, worker.context_tokens)
         stays = np.exp(-horizon_s / max(life_s, 1e-9))
     requests = worker.due_requests + worker.peer_requests + max(0.0, worker.reserved - worker.own_reserved)

@@ -341,6 +341,15 @@ def test_who_only_decodes_is_no_crowd(load: dict[str, int], num_prompts: int) ->
     assert terms.crowding_s == pytest.approx(world.config.crowding_weight * num_prompts * terms.prefill_s)
 
 
+def test_the_first_who_runs_makes_no_batch_smaller() -> None:
+    """The count and the tokens of a batch may come from news of different moments."""
+    world = World("p1", "d1", **REMOTE)
+    world.set("d1", context_tokens=50_000, due_tokens=50_000)
+    idle_s = world.place().tpot_s
+    world.set("d1", running=1)
+    assert world.place().tpot_s > idle_s
+
+
 def test_those_who_leave_a_batch_are_replaced() -> None:
     """A far horizon does not make a busy worker look idle: nobody knows yet who will come, but somebody will."""
     world = World("p1", "d1", **REMOTE)
