@@ -24,7 +24,7 @@ class WorkerTerms:
         honours_bounds: conditional orders are refused when the worker is busier than they say.
     """
 
-    max_queued_tokens: int = 32_768
+    max_queued_tokens: int = 262_144
     max_requests: int = 1024
     report_interval_s: float = 0.05
     heartbeat_s: float = 1.0
