@@ -1,15 +1,13 @@
-"""The layout of the prefix index's arrays, and how functions over them are compiled. See `router.index.table`.
+"""The layout of the prefix index's arrays. See `router.index.table`.
 
 Numba keeps compiled code beside the sources and looks at the file of a function only, not at what it calls: whoever
 changes this file or `table` deletes ``router/index/__pycache__``.
 """
 
 import mmap
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 NODE = np.dtype(
@@ -57,11 +55,3 @@ def new_table(num_blocks: int) -> Table:
     # Mapped here rather than by NumPy, which asks for huge pages: making one stops a decision for milliseconds.
     nodes = np.frombuffer(mmap.mmap(-1, num_blocks * NODE.itemsize), dtype=NODE)
     return Table(nodes, buckets, head)
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function when it is called first, and keep the outcome on disk if there is a place for it."""
-    try:
-        return njit(cache=True)(function)
-    except RuntimeError:  # none of the places can be written to: a read-only image; every process compiles for itself
-        return njit(function)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from router.index.layout import BARE, FREED, LOSS, NOBODY, NONE, OP, TARGET, compiled
+from router.compiled import compiled
+from router.index.layout import BARE, FREED, LOSS, NOBODY, NONE, OP, TARGET
 from router.index.table import release, set_holders
 
 

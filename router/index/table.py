@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from router.compiled import compiled, inner
 from router.index.layout import (
     ADOPTED,
     COUNT,
@@ -36,11 +37,10 @@ from router.index.layout import (
     REFS,
     UNLISTED,
     USED,
-    compiled,
 )
 
 
-@compiled
+@inner
 def find(nodes: Any, buckets: Any, key0: Any, key1: Any) -> int:
     n = buckets[key0 & np.uint64(buckets.shape[0] - 1)]
     while n != NONE and (nodes[n].key0 != key0 or nodes[n].key1 != key1):
@@ -54,7 +54,7 @@ def find_all(nodes: Any, buckets: Any, keys: Any, out: Any) -> None:
         out[i] = find(nodes, buckets, keys[i, 0], keys[i, 1])
 
 
-@compiled
+@inner
 def set_holders(nodes: Any, head: Any, sets: Any, n: int, new: int) -> None:
     old = nodes[n].holders
     sets[new, REFS] += 1
@@ -66,7 +66,7 @@ def set_holders(nodes: Any, head: Any, sets: Any, n: int, new: int) -> None:
     nodes[n].holders = new
 
 
-@compiled
+@inner
 def _unlist(nodes: Any, head: Any, n: int) -> None:
     older, newer = nodes[n].older, nodes[n].newer
     if older == NONE:
@@ -80,7 +80,7 @@ def _unlist(nodes: Any, head: Any, n: int) -> None:
     nodes[n].older = UNLISTED
 
 
-@compiled
+@inner
 def touch(nodes: Any, head: Any, n: int) -> None:
     """Use a node now, and with it all above it."""
     if head[NEWEST] == n:
@@ -97,7 +97,7 @@ def touch(nodes: Any, head: Any, n: int) -> None:
     head[NEWEST] = n
 
 
-@compiled
+@inner
 def _inherit(nodes: Any, head: Any, n: int, heir: int) -> None:
     """Give the place of `n` in the order of use to `heir`, which has none."""
     older, newer = nodes[n].older, nodes[n].newer
@@ -114,7 +114,7 @@ def _inherit(nodes: Any, head: Any, n: int, heir: int) -> None:
     nodes[n].older = UNLISTED
 
 
-@compiled
+@inner
 def _join(nodes: Any, n: int, parent: int) -> None:
     nodes[n].parent = parent
     nodes[n].prev = NONE
@@ -128,7 +128,7 @@ def _join(nodes: Any, n: int, parent: int) -> None:
     nodes[parent].child = n
 
 
-@compiled
+@inner
 def _part(nodes: Any, n: int) -> None:
     before, after = nodes[n].prev, nodes[n].next
     if before != NONE:
@@ -139,7 +139,7 @@ def _part(nodes: Any, n: int) -> None:
         nodes[after].prev = before
 
 
-@compiled
+@inner
 def release(nodes: Any, buckets: Any, head: Any, sets: Any, n: int, kept: int) -> None:
     """Free a node without children, and those above it that nobody holds and that have no others, but not `kept`."""
     while True:
@@ -183,7 +183,7 @@ def evict(nodes: Any, buckets: Any, head: Any, sets: Any, count: int, kept: int)
             release(nodes, buckets, head, sets, n, kept)
 
 
-@compiled
+@inner
 def _add(nodes: Any, buckets: Any, head: Any, sets: Any, key0: Any, key1: Any, parent: int) -> int:
     n = head[FREE]
     if n != NONE:
@@ -206,7 +206,7 @@ def _add(nodes: Any, buckets: Any, head: Any, sets: Any, key0: Any, key1: Any, p
     return n
 
 
-@compiled
+@inner
 def _adopt(nodes: Any, n: int, parent: int) -> bool:
     """Join a root and all below it to `parent`. Returns False, changing nothing, if `parent` is itself below it."""
     above = parent
@@ -230,7 +230,7 @@ def _adopt(nodes: Any, n: int, parent: int) -> bool:
     return True
 
 
-@compiled
+@inner
 def _reach(nodes: Any, buckets: Any, keys: Any, base: int) -> int:
     """Return how many leading keys are in the table, one below the other, the first at depth `base`. Bisects."""
     low, high = 0, keys.shape[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from router.routing.compiled import compiled
+from router.compiled import compiled
 
 _LEAST_PRIOR = 1e-3
 _LEAST_SCALE_WEIGHT = 0.02

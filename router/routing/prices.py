@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from router.compiled import compiled, inner
 from router.routing.columns import RoleCode
-from router.routing.compiled import compiled, inner
 
 TOO_LONG_BIT, REFUSED_BIT, NOT_LIVE_BIT = 1, 2, 4
 

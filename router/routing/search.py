@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from router.compiled import compiled, inner
 from router.routing.columns import CANDIDATE, ModeCode, RoleCode
-from router.routing.compiled import compiled, inner
 
 TIE_S = 1e-9
 LINK_STRIDE = 1 << 20  # more slots than a cluster has: the key of a pair does not depend on the size of the table

@@ -1,4 +1,7 @@
-"""Compiles the loops of the policy. The first call takes seconds where no cache can be kept: see `CostPolicy.warm`."""
+"""Compiles the loops of the policy and of the prefix index.
+
+The first call takes seconds where no cache can be kept: see `CostPolicy.warm` and `router.index.prepare`.
+"""
 
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
