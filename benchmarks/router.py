@@ -41,7 +41,6 @@ from benchmarks.router_peers_sides import Measured, Side, SideFailed, http_route
 from benchmarks.router_peers_venv import PeersUnavailable, peers_python
 
 _MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"
-_TREE = Path(__file__).resolve().parent / "router_peers_tree.py"
 _PARTS = ["hits", "decide", "wire", "memory"]
 _CHURN_BLOCKS = 24  # of a prompt that shares nothing: as many as the trace's prompts have in the mean
 _IDLE = WorkerShape(cache_blocks=1_000_000, request_s=0.0, block_s=0.0)
@@ -171,7 +170,7 @@ class Comparison:
 
     def _tree(self, prompts: Sequence[Sequence[int]], count: int, more: Sequence[str]) -> dict[str, float]:
         lines = "".join(json.dumps(list(prompt)) + "\n" for prompt in prompts[: self._options.decide_prompts])
-        command = [str(self._python), str(_TREE), "--workers", str(count), *more]
+        command = [str(self._python), "-m", "benchmarks.router_peers_tree", "--workers", str(count), *more]
         done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=600, check=True)
         told: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return told

@@ -1,7 +1,7 @@
 """Trivial HTTP workers and a load generator for routers that speak HTTP. Runs in the peers' environment.
 
-    python benchmarks/router_peers_http.py workers --ports 21000-21003 --cache-blocks 50000
-    python benchmarks/router_peers_http.py load --url http://127.0.0.1:20999/v1/completions < prompts.jsonl
+    python -m benchmarks.router_peers_http workers --ports 21000-21003 --cache-blocks 50000
+    python -m benchmarks.router_peers_http load --url http://127.0.0.1:20999/v1/completions < prompts.jsonl
 
 A prompt is JSON on one line: a list of block numbers. A block is written out as a text of `--block-chars` characters
 that no other block shares, so routers that look at text see the structure that the trace has.
@@ -13,13 +13,11 @@ import json
 import logging
 import sys
 import time
-from pathlib import Path
 
 import aiohttp
 from aiohttp import web
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a script of another environment: no package around it
-from lru_worker import LruWorker, WorkerShape
+from benchmarks.lru_worker import LruWorker, WorkerShape
 
 _NUMBER_CHARS = 12
 

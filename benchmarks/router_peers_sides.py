@@ -23,7 +23,7 @@ from cluster.redis_server import EmbeddedRedis
 from core.ids import Epoch
 
 _ROOT = Path(__file__).resolve().parent.parent
-_HTTP = Path(__file__).resolve().parent / "router_peers_http.py"
+_HTTP = ("-m", "benchmarks.router_peers_http")  # it imports nothing that the peers' environment has not
 _START_LIMIT_S = 60.0
 _RUN_LIMIT_S = 600.0
 _SETTLE_S = 3.0  # until routers have found their workers well
@@ -162,7 +162,7 @@ async def http_router(
         first = _free_ports(count + 2)
         ports = range(first + 2, first + 2 + count)
         workers = await _started(
-            stack, str(python), str(_HTTP), "workers", "--ports", f"{ports[0]}-{ports[-1]}",
+            stack, str(python), *_HTTP, "workers", "--ports", f"{ports[0]}-{ports[-1]}",
             *_shape_arguments(shape), word="ready",
         )  # fmt: skip
         urls = [f"http://127.0.0.1:{port}" for port in ports]
@@ -176,7 +176,7 @@ async def http_router(
         stack.callback(draining.cancel)
         await _until_open(first, router)
         await asyncio.sleep(_SETTLE_S)
-        load = (str(python), str(_HTTP), "load", "--url", f"http://127.0.0.1:{first}/v1/completions")
+        load = (str(python), *_HTTP, "load", "--url", f"http://127.0.0.1:{first}/v1/completions")
         yield Side(f"{name} {policy}", router.pid, load, Counter(workers))
 
 

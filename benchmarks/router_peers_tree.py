@@ -2,7 +2,7 @@
 
 Runs in the peers' environment, on prompts as JSON lines (lists of block numbers), and prints one JSON line.
 
-    python benchmarks/router_peers_tree.py --workers 64 < prompts.jsonl
+    python -m benchmarks.router_peers_tree --workers 64 < prompts.jsonl
 """
 
 import argparse
@@ -17,8 +17,7 @@ from pathlib import Path
 import psutil
 import ray
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a script of another environment: no package around it
-from router_peers_http import block_text
+from benchmarks.router_peers_http import block_text
 
 _PLACE = "llm/_internal/serve/routing_policies/prefix_aware/prefix_tree.py"
 
