@@ -133,6 +133,8 @@ class Quotas:
                         await self._work.wait()
             self._work.clear()
             try:
+                if self._is_store_lost:
+                    await self._probe()
                 if self._is_store_lost or self._clock.now() >= renew_at:
                     await self._renew()
                     renew_at = self._clock.now() + self._config.slot_lease_s / 3
@@ -216,9 +218,15 @@ class Quotas:
             self._corrections[take.key] = BucketTake(take.key, amount, take.capacity, take.refill_per_s)
             self._work.set()
 
+    async def _probe(self) -> None:
+        """Raises: StoreUnavailable, also when the store is slower than a request may wait for it."""
+        try:
+            async with asyncio.timeout(self._config.deadline_s):
+                await self._store.ping()
+        except TimeoutError as error:
+            raise StoreUnavailable(f"no answer within {self._config.deadline_s:g} s") from error
+
     async def _renew(self) -> None:
-        if not self._held:
-            await self._store.ping()
         for tenant, holders in list(self._held.items()):
             slots = key(self._prefix, tenant, Quota.CONCURRENCY)
             await self._store.renew_slots(slots, sorted(holders), ttl_s=self._config.slot_lease_s)

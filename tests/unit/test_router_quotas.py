@@ -282,6 +282,33 @@ async def test_a_store_that_hangs_costs_one_deadline_once() -> None:
     await refused(gateway, "rpm")
 
 
+class SlowStore(WatchedStore):
+    """Answers a ping, but later than a request may wait."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__(clock)
+        self.probed = asyncio.Event()
+
+    async def ping(self) -> None:
+        try:
+            await asyncio.sleep(0.2)
+        finally:
+            asyncio.get_running_loop().call_soon(self.probed.set)
+
+
+async def test_a_store_that_is_too_slow_for_requests_is_not_found_again() -> None:
+    world = World()
+    world.store = store = SlowStore(world.clock)
+    gateway = world.gateway("gw", CONFIG.model_copy(update={"deadline_s": 0.01}))
+    store.set_available(False)
+    await charged(gateway, "rpm")
+    store.set_available(True)
+    async with asyncio.timeout(5.0), kept(gateway):
+        await store.probed.wait()
+        await asyncio.sleep(0)
+        assert gateway.is_store_lost, "every request would wait for it, and then count alone all the same"
+
+
 async def test_a_store_that_forgot_everything_learns_of_the_slots_again() -> None:
     world = World(2)
     a, b = world.gateways
