@@ -1,9 +1,12 @@
 """The next message to the other gateways, as it collects: what changed is named here and read when the message is
-composed, so a hundred changes of one worker's credit are one entry. Bounded by what there is to tell of."""
+composed, so a hundred changes of one worker's credit are one entry. Bounded by what there is to tell of; of sessions,
+the latest changes are kept while nobody can be told, and whole messages bring the others in their turn."""
 
 from core.ids import GatewayId, WorkerId
 from router.replicas.news import News
 from router.replicas.shared_state import SharedState
+
+_MAX_SESSIONS = 4096  # that changed and were not told of yet
 
 
 class Draft:
@@ -23,11 +26,18 @@ class Draft:
     def is_empty(self) -> bool:
         return not (self._credits or self._sessions or self._breakers)
 
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that changed and were not told of yet."""
+        return len(self._sessions)
+
     def note_credit(self, worker_id: WorkerId) -> None:
         self._credits.add(worker_id)
 
     def note_session(self, session_id: str) -> None:
         self._sessions[session_id] = None
+        if len(self._sessions) > _MAX_SESSIONS:
+            del self._sessions[next(iter(self._sessions))]
 
     def note_breaker(self, worker_id: WorkerId) -> None:
         self._breakers.add(worker_id)

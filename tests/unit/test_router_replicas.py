@@ -103,6 +103,13 @@ def test_whole_messages_go_round_all_sessions_and_changed_ones_come_first() -> N
     assert told == [["s0", "s4"], ["s3", "s2"], ["s1", "s0"], ["s4", "s3"]]
 
 
+def test_sessions_that_nobody_can_be_told_of_are_forgotten() -> None:
+    draft = Draft(A, FakeSharedState(), bindings_per_message=2)
+    for n in range(100_000):
+        draft.note_session(f"s{n}")
+    assert draft.num_sessions <= 4096
+
+
 def test_a_whole_message_tells_of_a_change_to_nothing_too() -> None:
     state = FakeSharedState()
     draft = Draft(A, state, bindings_per_message=2)
