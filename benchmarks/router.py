@@ -9,7 +9,8 @@ Four questions, each a table:
             load term, no actor around it). Per second, p50, p99, growth of resident memory.
     wire    Prompts through a router in front of workers that answer at once: requests per second of the router's own
             CPU time, since load and workers share the machine with it.
-    memory  Resident memory of the routers while prompts keep coming that share nothing.
+    memory  Resident memory of the routers while prompts keep coming that share nothing. Our index may take 16 MiB,
+            which the first round fills; the others have their own defaults.
 
     python -m benchmarks.router --trace ../shared/traces/mooncake_conversation.jsonl
 
@@ -43,6 +44,7 @@ from benchmarks.router_peers_venv import PeersUnavailable, peers_python
 _MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"
 _PARTS = ["hits", "decide", "wire", "memory"]
 _CHURN_BLOCKS = 24  # of a prompt that shares nothing: as many as the trace's prompts have in the mean
+_CHURNED_INDEX_BYTES = 16 * 2**20
 _IDLE = WorkerShape(cache_blocks=1_000_000, request_s=0.0, block_s=0.0)
 
 
@@ -101,9 +103,9 @@ class Comparison:
         for part in self._options.parts:
             await getattr(self, f"_{part}")(prompts)
 
-    def _sides(self, count: int, shape: WorkerShape) -> list[AbstractAsyncContextManager[Side]]:
+    def _sides(self, count: int, shape: WorkerShape, **routing: object) -> list[AbstractAsyncContextManager[Side]]:
         sides: list[AbstractAsyncContextManager[Side]] = []
-        sides += [tandem(count, shape, _MODEL, policy) for policy in self._options.policies]
+        sides += [tandem(count, shape, _MODEL, policy, **routing) for policy in self._options.policies]
         if self._python is not None:
             folder = self._python.parent
             vllm, sglang = [str(folder / "vllm-router")], [str(folder / "sglang-router"), "launch"]
@@ -112,9 +114,11 @@ class Comparison:
             sides.append(http_router("sglang-router", self._python, sglang, count, shape, "round_robin"))
         return sides
 
-    async def _each(self, count: int, shape: WorkerShape, measure: Callable[[Side], Awaitable[None]]) -> None:
+    async def _each(
+        self, count: int, shape: WorkerShape, measure: Callable[[Side], Awaitable[None]], **routing: object
+    ) -> None:
         """Have every side measured in turn; one that fails is told of and left out."""
-        for opening in self._sides(count, shape):
+        for opening in self._sides(count, shape, **routing):
             try:
                 async with opening as side:
                     await measure(side)
@@ -205,7 +209,7 @@ class Comparison:
                 self._record("memory", side, measured, round=number)
             table.add_row(side.name, *(f"{rss / 2**20:,.0f}" for rss in seen))
 
-        await self._each(8, WorkerShape(2_000, 0.0, 0.0), measure)
+        await self._each(8, WorkerShape(2_000, 0.0, 0.0), measure, prefix_index_bytes=_CHURNED_INDEX_BYTES)
         self._console.print(table)
 
     def _record(self, part: str, side: Side, measured: Measured, **facts: object) -> None:

@@ -121,8 +121,10 @@ class Counter:
 
 
 @contextlib.asynccontextmanager
-async def tandem(count: int, shape: WorkerShape, model: Path, policy: str = "cost") -> AsyncIterator[Side]:
-    """Our gateway as its own process, with a real Redis and trivial gRPC workers."""
+async def tandem(
+    count: int, shape: WorkerShape, model: Path, policy: str = "cost", **routing: object
+) -> AsyncIterator[Side]:
+    """Our gateway as its own process, with a real Redis and trivial gRPC workers. `routing`: more of that section."""
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = EmbeddedRedis(folder, max_memory_bytes=_REDIS_BYTES)
@@ -140,7 +142,7 @@ async def tandem(count: int, shape: WorkerShape, model: Path, policy: str = "cos
             "router": {
                 "port": 0,
                 "model_path": str(_long_model(model, folder)),
-                "routing": {"policy": policy},
+                "routing": {"policy": policy, **routing},
                 "max_queued_tokens": 100_000_000,
             },
         }
