@@ -217,7 +217,7 @@ def price_workers(
         and q.fixed_prefill < 0
         and q.fixed_decode < 0
     )
-    took_refused = is_open and count_d == 0 and found.has_decode_pool
+    took_refused = is_open and count_p > 0 and count_d == 0 and found.has_decode_pool
     if took_refused:  # they refused now, but will have room
         count_d = eligible(rows, refused, num_slots, _DECODE, _OPEN, _YES, q, s, decodes)[0]
     found.num_prefill, found.num_decode, found.is_late = count_p, count_d, False

@@ -323,6 +323,16 @@ def test_in_a_crowd_a_prefix_is_worth_more_than_a_short_queue() -> None:
     assert without.place(without.query(held={"p1": 900})).prefill == "p2"
 
 
+def test_who_refused_is_not_asked_again_when_no_prefill_worker_could_begin() -> None:
+    """Without one there is no late binding, which alone may count on those who refuse now."""
+    everybody = frozenset(map(WorkerId, ("p1", "d1", "d2")))
+    alone = World("d1", "d2")
+    assert alone.refuse(replace(alone.query(), refused=everybody)) == (Role.PREFILL, "absent")
+    busy = World("p1", "d1", "d2")
+    query = replace(busy.query(held={"d1": 900, "d2": 900}), refused=everybody)
+    assert busy.refuse(query) == (Role.PREFILL, "refused")
+
+
 @pytest.mark.parametrize(
     ("load", "num_prompts"),
     [
