@@ -210,7 +210,7 @@ class Dispatcher:
             self._findings.note(worker_id, active, event, now)
             self._feed(active, event)
 
-    def on_worker_load(self, worker_id: WorkerId) -> None:
+    def on_room(self, worker_id: WorkerId) -> None:
         if len(self._late_bound):
             self._pump_soon()
 

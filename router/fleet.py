@@ -18,6 +18,7 @@ from router.index.prefix_index import PrefixIndex
 from router.index.slots import WorkerSlots
 from router.messages import WorkEvents
 from router.prompt_hashes import HashKey, PromptHashes
+from router.routing.columns import RoleCode
 from router.routing.config import RoutingConfig
 from router.routing.credit import CreditLedger
 from router.routing.models import Models
@@ -43,8 +44,8 @@ class FleetListener(Protocol):
 
     def on_work_events(self, worker_id: WorkerId, events: WorkEvents) -> None: ...
 
-    def on_worker_load(self, worker_id: WorkerId) -> None:
-        """A worker told of its load; the table has it."""
+    def on_room(self, worker_id: WorkerId) -> None:
+        """A decode worker told that it holds less than before; the table has it."""
         ...
 
     def on_worker_down(self, worker_id: WorkerId, error: ServingError) -> None:
@@ -140,9 +141,13 @@ class Fleet:
             self._listener.on_work_events(worker_id, events)
 
     def on_load(self, worker_id: WorkerId, load: LoadReport) -> None:
+        before = self._holding(worker_id)
         self.apply_load(worker_id, load)
-        if self._listener is not None:
-            self._listener.on_worker_load(worker_id)
+        after = self._holding(worker_id)
+        if self._listener is not None and before is not None and after is not None:
+            (num_requests, free_blocks), (num_before, free_before) = after, before
+            if num_requests < num_before or free_blocks > free_before:
+                self._listener.on_room(worker_id)
 
     def apply_load(self, worker_id: WorkerId, load: LoadReport) -> None:
         """Take a load that came over the worker's stream, on its own or within an answer."""
@@ -151,6 +156,14 @@ class Fleet:
         self.table.report(worker_id, load, self._clock.now())
         self.credit.reported(worker_id)
         self.models.observe_load(worker_id, load)
+
+    def _holding(self, worker_id: WorkerId) -> tuple[int, int] | None:
+        """Return how many requests a decode worker holds, and how many blocks are free there; None for others."""
+        slot = self.table.find(worker_id)
+        if slot is None:
+            return None
+        row = self.table.rows[slot]
+        return (int(row["requests"]), int(row["free_blocks"])) if row["role"] == RoleCode.DECODE else None
 
     def _notify(self) -> None:
         self.changed.notify()

@@ -171,6 +171,33 @@ async def test_a_late_bound_prompt_that_is_refused_asks_some_of_a_large_pool_and
     gateway.check_books()
 
 
+async def test_a_late_bound_prompt_asks_again_when_there_may_be_room_and_not_at_every_report() -> None:
+    gateway = FakeGateway(routing=LATE, num_prefills=1, num_decodes=2, retry_min_s=60.0, retry_max_s=60.0)
+    full = {"total_blocks": 100, "free_blocks": 0, "num_running": 2, "context_tokens": 400}
+    for decode in gateway.decodes:
+        gateway.report(decode, 1, **full)
+    gateway.submit("r")
+    [(prefill, prompt)] = gateway.doors.sent
+    gateway.tell(prefill, prompt.work_id, m.PrefillAccepted(0))
+    refused = m.DecodeRejected(RejectedError(RejectReason.NO_BLOCKS), LoadReport(sequence=2, **full))
+    while asked := gateway.orders_at(lambda worker_id: worker_id.startswith("d")):
+        del gateway.doors.orders[asked[0][0], prompt.work_id]
+        gateway.tell(asked[0][0], prompt.work_id, refused)
+        await turn()
+    num_sent = len(gateway.doors.sent)
+    for sequence in range(3, 10):
+        gateway.report(prefill, sequence, free_blocks=sequence)
+        gateway.report(gateway.decodes[0], sequence, **{**full, "context_tokens": 400 + sequence})
+        await turn()
+    assert len(gateway.doors.sent) == num_sent, "nothing was freed"
+    gateway.report(gateway.decodes[0], 10, **{**full, "num_running": 1, "free_blocks": 50})
+    await turn()
+    assert [worker_id for worker_id, _ in gateway.doors.sent[num_sent:]] == [gateway.decodes[0]]
+    gateway.dispatcher.close(Aborted("enough"))
+    await turn()
+    gateway.check_books()
+
+
 async def test_a_trip_that_another_gateway_saw_ends_here_without_its_word() -> None:
     gateway = FakeGateway()
     breakers, rested = gateway.dispatcher.breakers, asyncio.Event()
