@@ -233,6 +233,9 @@ class CostPolicy:
             is_paired = Mode.REMOTE_PREFILL in self._config.modes
             role = Role.PREFILL if query.reserved_decode else Role.DECODE
             return NoCandidate(role, Obstacle.LAYOUT if is_paired else Obstacle.MODE)
+        can_decode_alone = not found["has_prefill_pool"] and Mode.COLOCATED in self._config.modes
+        if can_decode_alone and found["decode_obstacles"] & REFUSED_BIT:
+            return NoCandidate(Role.DECODE, Obstacle.REFUSED)  # whatever the prefill workers lack
         role, bits = (
             (Role.DECODE, int(found["decode_obstacles"]))
             if has_prefill

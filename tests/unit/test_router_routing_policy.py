@@ -323,11 +323,21 @@ def test_in_a_crowd_a_prefix_is_worth_more_than_a_short_queue() -> None:
     assert without.place(without.query(held={"p1": 900})).prefill == "p2"
 
 
+def test_a_request_that_a_busy_worker_could_serve_alone_is_not_too_long() -> None:
+    """What is too long ends the request; what is refused waits."""
+    world = World(record("p1", max_model_len=500), "d1")
+    assert world.place().decode == "d1"
+    refused = replace(world.query(), refused=frozenset({WorkerId("d1")}))
+    assert world.refuse(refused) == (Role.DECODE, "refused")
+    paired = World(record("p1", max_model_len=500), "d1", **REMOTE)
+    assert paired.refuse(replace(paired.query(), refused=frozenset({WorkerId("d1")}))) == (Role.PREFILL, "too_long")
+
+
 def test_who_refused_is_not_asked_again_when_no_prefill_worker_could_begin() -> None:
     """Without one there is no late binding, which alone may count on those who refuse now."""
     everybody = frozenset(map(WorkerId, ("p1", "d1", "d2")))
     alone = World("d1", "d2")
-    assert alone.refuse(replace(alone.query(), refused=everybody)) == (Role.PREFILL, "absent")
+    assert alone.refuse(replace(alone.query(), refused=everybody)) == (Role.DECODE, "refused")
     busy = World("p1", "d1", "d2")
     query = replace(busy.query(held={"d1": 900, "d2": 900}), refused=everybody)
     assert busy.refuse(query) == (Role.PREFILL, "refused")
