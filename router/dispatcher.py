@@ -5,6 +5,7 @@ reports of workers -> what they teach -> the machine of the work they name -> to
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from core.alarm import Alarm
 from core.clock import Clock
 from core.errors import (
-    Aborted,
     DuplicateRequest,
     InvalidTransition,
     NoWorkers,
@@ -106,8 +106,7 @@ class Dispatcher:
 
     def observe(self) -> None:
         """Set the gauges that no event sets."""
-        shut = self.breakers.not_closed()
-        self._metrics.forwarding(self._queue.queued_by_class(), len(self._late_bound), len(shut))
+        self._metrics.forwarding(self._queue.queued_by_class(), len(self._late_bound), len(self.breakers.not_closed()))
 
     def num_on_worker(self, worker_id: WorkerId) -> int:
         """Requests that hold something on a worker."""
@@ -184,12 +183,10 @@ class Dispatcher:
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Return True once nothing is in flight, False after `timeout_s`."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        return self._idle.is_set()
 
     def close(self, error: ServingError) -> None:
         """End everything that is in flight."""
@@ -211,8 +208,7 @@ class Dispatcher:
             self._feed(active, event)
 
     def on_room(self, worker_id: WorkerId) -> None:
-        if len(self._late_bound):
-            self._pump_soon()
+        self._seek_soon()
 
     def on_worker_down(self, worker_id: WorkerId, error: ServingError) -> None:
         self._metrics.worker_lost()
@@ -220,8 +216,7 @@ class Dispatcher:
         if losers := self._requests.on_worker(worker_id):
             self.breakers.failed(worker_id, self._clock.now())
         for active in losers:
-            is_decode = active.machine.decode == worker_id
-            self._feed(active, m.DecodeLost(lost) if is_decode else m.PrefillLost(lost))
+            self._feed(active, m.DecodeLost(lost) if active.machine.decode == worker_id else m.PrefillLost(lost))
 
     def on_fleet_changed(self) -> None:
         live, now = self._fleet.count_live(), self._clock.now()
@@ -230,7 +225,7 @@ class Dispatcher:
         self._absence.note(live, now)
         self._gone_alarm.arm(self._absence.deadline())
         self._queue.note_capacity(now)
-        self._pump_soon()
+        self._seek_soon()
 
     # --- the queue ---
 
@@ -273,9 +268,14 @@ class Dispatcher:
             self._is_pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
+    def _seek_soon(self) -> None:
+        """There may be room at a decode worker."""
+        self._late_bound.note_room()
+        self._pump_soon()
+
     def _pump(self) -> None:
         self._is_pump_due = False
-        seeker = self._late_bound.first()
+        seeker = self._late_bound.take_turn()
         if seeker is not None:
             self._feed(seeker, m.SeekDue())
         for request_id in self._queue.take(self._clock.now()):
@@ -294,7 +294,7 @@ class Dispatcher:
         self.breakers.poll(self._clock.now())
         self._breaker_alarm.arm(self.breakers.next_deadline())
         self._queue.note_capacity(self._clock.now())
-        self._pump_soon()
+        self._seek_soon()
 
     def _forget_breaker(self, slot: int) -> None:
         """Another incarnation has the worker's row, or none."""
@@ -341,6 +341,7 @@ class Dispatcher:
             case m.BindPrefill():
                 self._late_bound.discard(active)
                 following = self._sender.bind(active, effect)
+                self._seek_soon()
             case m.AbortWork(worker_id, reason):
                 self._sender.abort(active, worker_id, reason)
             case m.ReleaseWorker(worker_id):
@@ -389,12 +390,11 @@ class Dispatcher:
             self._entrance.ended_well(active.request, active.service, machine.num_tokens, now)
             active.stream.finish(completion)
         elif error is not None:
-            outcome = "aborted" if isinstance(error, Aborted | SlowReader) else "failed"
-            self._metrics.failed(outcome, error, machine.num_tokens)
-            _log.info("%s: %s after %d tokens: %s", active.request_id, outcome, machine.num_tokens, error)
+            self._metrics.failed(error, machine.num_tokens)
+            _log.info("%s: %s after %d tokens: %s", active.request_id, machine.state, machine.num_tokens, error)
             active.stream.fail(error)
         if active.on_concluded is not None:
             active.on_concluded(active.request.num_prompt_tokens + machine.num_tokens if machine.was_taken else 0)
         if not len(self._requests):
             self._idle.set()
-        self._pump_soon()
+        self._seek_soon()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from core.errors import RejectedError, ServingError
+from core.errors import Aborted, RejectedError, ServingError, SlowReader
 from core.service_class import ServiceClass
 from core.telemetry import LATENCY_BUCKETS_S
 from router.explain.outcome import Verdict
@@ -164,8 +164,9 @@ class GatewayMetrics:
         self._output_tokens.inc(completion.completion_tokens)
         self._hit_tokens.inc(completion.cached_tokens)
 
-    def failed(self, outcome: str, error: ServingError, num_tokens: int) -> None:
+    def failed(self, error: ServingError, num_tokens: int) -> None:
         """A request that had entered ended badly, after `num_tokens` tokens."""
+        outcome = "aborted" if isinstance(error, Aborted | SlowReader) else "failed"
         self._requests.labels(outcome, _reason_of(error)).inc()
         self._output_tokens.inc(num_tokens)
 

@@ -12,11 +12,16 @@ _SEEKING = (RequestState.SEEKING, RequestState.HOLDING)
 
 
 class LateBound:
-    """In the order in which they began."""
+    """In the order in which they began.
+
+    Nobody asks twice for the same reason: after `note_room` the oldest asks, and the next one only when that found a
+    place, or there is room again. Each has a timer of its own besides.
+    """
 
     def __init__(self, max_prompts: int) -> None:
         self._max_prompts = max_prompts
         self._prompts: dict[RequestId, ActiveRequest] = {}
+        self._may_ask = False
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -32,6 +37,13 @@ class LateBound:
         """It has a decode worker, or needs none any more."""
         self._prompts.pop(active.request_id, None)
 
-    def first(self) -> ActiveRequest | None:
-        """Return the oldest one that has nobody to ask now: when something was freed it asks first."""
+    def note_room(self) -> None:
+        """Something was freed, or found: there may be room now."""
+        self._may_ask = True
+
+    def take_turn(self) -> ActiveRequest | None:
+        """Return who is to ask for the room that was noted, if any was: the oldest one that asks nobody now."""
+        if not self._may_ask:
+            return None
+        self._may_ask = False
         return next((active for active in self._prompts.values() if active.machine.state in _SEEKING), None)

@@ -180,10 +180,23 @@ async def test_a_late_bound_prompt_asks_again_when_there_may_be_room_and_not_at_
     [(prefill, prompt)] = gateway.doors.sent
     gateway.tell(prefill, prompt.work_id, m.PrefillAccepted(0))
     refused = m.DecodeRejected(RejectedError(RejectReason.NO_BLOCKS), LoadReport(sequence=2, **full))
-    while asked := gateway.orders_at(lambda worker_id: worker_id.startswith("d")):
-        del gateway.doors.orders[asked[0][0], prompt.work_id]
-        gateway.tell(asked[0][0], prompt.work_id, refused)
-        await turn()
+
+    async def refuse_all() -> None:
+        while asked := gateway.orders_at(lambda worker_id: worker_id.startswith("d")):
+            [(decode, reservation)] = asked
+            del gateway.doors.orders[decode, reservation.work_id]
+            gateway.tell(decode, reservation.work_id, refused)
+            await turn()
+
+    await refuse_all()
+    gateway.submit("next")
+    await turn()
+    later = gateway.doors.sent[-1][1]
+    gateway.tell(prefill, later.work_id, m.PrefillAccepted(0))
+    await refuse_all()
+    gateway.submit("unanswered")
+    await turn()
+    assert isinstance(gateway.doors.sent[-1][1], PrefillOrder), "one more request is no room"
     num_sent = len(gateway.doors.sent)
     for sequence in range(3, 10):
         gateway.report(prefill, sequence, free_blocks=sequence)
@@ -192,7 +205,11 @@ async def test_a_late_bound_prompt_asks_again_when_there_may_be_room_and_not_at_
     assert len(gateway.doors.sent) == num_sent, "nothing was freed"
     gateway.report(gateway.decodes[0], 10, **{**full, "num_running": 1, "free_blocks": 50})
     await turn()
-    assert [worker_id for worker_id, _ in gateway.doors.sent[num_sent:]] == [gateway.decodes[0]]
+    [(decode, reservation)] = gateway.doors.sent[num_sent:]
+    assert (decode, reservation.work_id) == (gateway.decodes[0], prompt.work_id)
+    gateway.tell(decode, reservation.work_id, m.DecodeAccepted(0))
+    await turn()
+    assert gateway.doors.sent[-1][1].work_id == later.work_id, "who finds a place leaves the next one to look"
     gateway.dispatcher.close(Aborted("enough"))
     await turn()
     gateway.check_books()
