@@ -152,8 +152,7 @@ class PrefixIndex:
         if deepest == NONE:
             return len(hashes)
         bit, tick = 1 << self._bits.of(worker_id), self._wheel.tick(now + ttl_s)
-        nodes, _ = self._forest.ancestry(deepest, min(len(hashes), self._forest.depth(deepest) + 1))
-        num_known = bisect_left(nodes[::-1], True, key=lambda node: not self._forest.holders(node).ready & bit)
+        num_known = max((depth for depth, ready, _ in self._forest.match(hashes) if ready & bit), default=0)
         changed = self._forest.climb(deepest, promised(bit, tick))
         if len(changed):
             self._wheel.add(tick, changed)
