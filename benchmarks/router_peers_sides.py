@@ -188,7 +188,7 @@ def _shape_arguments(shape: WorkerShape) -> list[str]:
         "--request-ms": shape.request_s * 1e3,
         "--block-ms": shape.block_s * 1e3,
     }
-    return [word for name, value in values.items() for word in (name, f"{value:g}")]
+    return [word for name, value in values.items() for word in (name, str(value))]
 
 
 def _long_model(model: Path, folder: Path) -> Path:

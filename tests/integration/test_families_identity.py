@@ -18,6 +18,8 @@ from core.clock import MonotonicClock
 from core.membership import Role
 from core.store_redis import RedisStore
 from router.config import RouterConfig
+from router.routing.config import RoutingConfig
+from router.routing.modes import Mode
 from router.service import Gateway
 from tandem_client import Client, Generation
 from tests import model_matrix
@@ -51,7 +53,11 @@ async def served(model: Path, folder: Path) -> AsyncIterator[Client]:
             forked_worker(Role.DECODE, "--worker-id", "d0", *common),
         ):
             store = RedisStore(redis.url)
-            gateway = Gateway(RouterConfig(model_path=model, port=0), "tandem", store, MonotonicClock())
+            # The hand-off is the subject: every request takes it. The other modes are in tests/e2e/test_modes.py.
+            routing = RoutingConfig(modes=(Mode.REMOTE_PREFILL,))
+            gateway = Gateway(
+                RouterConfig(model_path=model, port=0, routing=routing), "tandem", store, MonotonicClock()
+            )
             address = await gateway.start()
             running = asyncio.create_task(gateway.run())
             try:
