@@ -79,8 +79,13 @@ class Reference:
         rows = [self._row(one) for one in self._prefills]
         counts = [one["prompts"] + one["credit_requests"] + one["peer_requests"] for one in rows]
         crowd = sum(counts) / len(counts) if counts else 0.0
+        a, b, c = (
+            sum(one[name] for one in rows) / max(1, len(rows)) for name in ("prefill_a", "prefill_b", "prefill_c")
+        )
+        at_pool_speed = a + b * (n - held) + c * (n - held) * (held + (n - held) / 2)
+        cold = max(0.0, seconds(held) - part) / max(seconds(held), 1e-9)
         return {
-            "crowding": self._config.crowding_weight * crowd * charged,
+            "crowding": self._config.crowding_weight * crowd * at_pool_speed * cold,
             "queue": queue, "compute": seconds(held), "charged": charged,
             "load": load_s, "ready": ready, "slo": self._config.slo_weight * late, "held": held, "uncached": n - held,
         }  # fmt: skip

@@ -71,7 +71,7 @@ class RoutingConfig(ConfigModel):
     links: LinkPriors = LinkPriors()
     expected_output_tokens: int = Field(64, ge=1, description="where no history tells")
     crowding_weight: float = Field(
-        5.0, ge=0, description="of what computing a prompt takes from those behind it, per prompt that a worker has"
+        8.0, ge=0, description="of what computing a prompt takes from those behind it, per prompt that a worker has"
     )
     local_prefill_max_tokens: int = Field(2048, ge=1, description="rest of a prompt that a decode worker may compute")
     local_prefill_min_held_ratio: float = Field(0.5, ge=0, le=1, description="of the prompt that it must hold for that")

@@ -5,7 +5,8 @@
               is missing of a hot prefix only the share of one use, since others will use it there
     crowding  the same again for those who will come while it is computed, and wait behind it: by how many prompts the
               prefill workers have on average, wherever it goes, so that it moves no work between the pools; at the
-              pool's mean speed, because times the crowd the noise of each worker's own fit would decide
+              pool's mean speed, because times the crowd the noise of each worker's own fit would decide; and not for
+              what is hot, whose new copy serves those who wait
     host      loading what it holds in its host tier, where that is quicker than computing it
     decode    steps * step of its batch as it will be when the prefill ends, plus the wait for blocks
     slo       weighted seconds beyond the targets of the request
@@ -113,11 +114,12 @@ def price_prompt(
         rest_s = prefill_seconds(worker, q.prompt_tokens - in_any, in_any)
         if rest_s + loading_s < full_s:
             held, full_s, load_s = in_any, rest_s, loading_s
-    uncached, charged_s = q.prompt_tokens - held, full_s
+    uncached, charged_s, cold_s = q.prompt_tokens - held, full_s, full_s
     missing = min(q.hot_tokens, q.prompt_tokens) - held
     if s.use_hot and missing > 0.0:
         part_s = worker.prefill_b * missing + worker.prefill_c * missing * (held + missing * 0.5)
         charged_s -= part_s * (reuses / (1.0 + reuses))
+        cold_s -= part_s
     waiting_s = queued_s(worker, q.now)
     ready_s = waiting_s + full_s + load_s
     out.queue_s = waiting_s
@@ -129,7 +131,7 @@ def price_prompt(
     out.held_tokens = held
     out.ready_s = ready_s
     out.crowding_s = crowd[0] + crowd[1] * uncached + crowd[2] * uncached * (held + uncached * 0.5)
-    out.crowding_s *= charged_s / max(full_s, 1e-9)
+    out.crowding_s *= max(0.0, cold_s) / max(full_s, 1e-9)
     out.prompt_cost_s = s.weigh_queue * waiting_s + s.weigh_prefill * charged_s + out.crowding_s
     out.prompt_cost_s += load_s + out.ttft_slo_s
 
