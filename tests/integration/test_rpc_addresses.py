@@ -1,6 +1,7 @@
 """A channel to several addresses: calls go to them in turn, and to the others once one is gone."""
 
 from collections import Counter
+from typing import Any
 
 import grpc
 import pytest
@@ -34,7 +35,7 @@ async def test_calls_go_round_and_around_the_dead() -> None:
         await server.start()
         servers.append(server)
     async with rpc.connect(", ".join(f"127.0.0.1:{port}" for port in ports)) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs are untyped
         for _ in range(40):
             await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=10)
         assert min(service.num_calls for service in services) > 0, Counter(s.num_calls for s in services)

@@ -40,6 +40,13 @@ class Failing(admin_pb2_grpc.AdminServicer):
     ) -> admin_pb2.ListClusterKvDecisionsResponse:
         raise AssertionError("nobody asks")
 
+    async def ExplainRequest(  # noqa: N802
+        self,
+        request: admin_pb2.ExplainRequestRequest,
+        context: grpc.aio.ServicerContext[admin_pb2.ExplainRequestRequest, admin_pb2.ExplainRequestResponse],
+    ) -> admin_pb2.ExplainRequestResponse:
+        raise AssertionError("nobody asks")
+
 
 async def served(error: errors.ServingError) -> AsyncIterator[str]:
     server = rpc.create_server()

@@ -64,7 +64,7 @@ def test_what_would_be_missed_is_refused(slo: Slo, reason: RejectReason | None, 
 def test_the_deadline_counts_the_hand_off_and_the_wait_for_blocks() -> None:
     full = replace(FORECAST, transfer_s=0.5, room_wait_s=3.0)
     verdict = Door(CONFIG).judge(terms(Slo(ttft_s=1.5, deadline_s=8.0)), full)
-    assert (verdict.ttft_s, verdict.total_s) == (pytest.approx(1.5), pytest.approx(10.0))
+    assert (verdict.ttft_s, verdict.total_s) == pytest.approx((1.5, 10.0))
     assert verdict.refusal is not None
     assert verdict.refusal.reason is RejectReason.DEADLINE
     assert verdict.refusal.retry_after_s == pytest.approx(2.0), "blocks become free: waiting helps"

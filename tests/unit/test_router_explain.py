@@ -119,7 +119,7 @@ def test_what_is_decided_after_the_first_token_did_not_predict_it() -> None:
     decision = world.place(query)
     winner = decision.winner
     verdict = judge(decision, Outcome(1.0, winner.tpot_s, winner.terms.transfer_s), 64)
-    assert (verdict.ttft_error_s, verdict.cost_error_s) == (0.0, pytest.approx(0.0))
+    assert (verdict.ttft_error_s, verdict.cost_error_s) == pytest.approx((0.0, 0.0))
     assert verdict.regret_s == pytest.approx(winner.terms.total_s - decision.candidates()[1].terms.total_s)
     early = judge(decision, Outcome(3.0 + winner.ready_in_s / 2, winner.tpot_s, winner.terms.transfer_s), 64)
     assert early.ttft_error_s == pytest.approx(-winner.ready_in_s / 2)

@@ -55,9 +55,9 @@ def test_reuses_halve_with_age() -> None:
     for _ in range(64):
         hot.observe(prompt("s"), 0.0)
     hot.observe(prompt("x"), HALF_LIFE_S)
-    assert hot.measure(prompt("s")) == (1, pytest.approx(32.0))
+    assert hot.measure(prompt("s")) == pytest.approx((1, 32.0))
     hot.observe(prompt("x"), HALF_LIFE_S / 2)  # a clock that stepped back
-    assert hot.measure(prompt("s")) == (1, pytest.approx(32.0))
+    assert hot.measure(prompt("s")) == pytest.approx((1, 32.0))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -94,4 +94,4 @@ def test_weights_stay_finite_over_a_very_long_time() -> None:
     assert reuses == 0.0
     for _ in range(20):
         hot.observe(prompt("s"), 3000 * HALF_LIFE_S / 4)
-    assert hot.measure(prompt("s")) == (1, pytest.approx(20 + 1 / (1 - 2**-0.25) - 1, rel=0.01))
+    assert hot.measure(prompt("s")) == pytest.approx((1, 20 + 1 / (1 - 2**-0.25) - 1), rel=0.01)

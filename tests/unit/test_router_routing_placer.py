@@ -145,8 +145,9 @@ def test_cache_aware_follows_the_prefix_while_the_pool_is_even(
 @pytest.mark.parametrize("policy", ["cost", "random", "round_robin", "least_loaded", "cache_aware_local"])
 def test_a_worker_that_is_fixed_and_gone_is_not_replaced_by_another(policy: PolicyName) -> None:
     world = World("p1", "d1", "d2", policy=policy, **REMOTE)
-    for gone in ({"reserved_decode": WorkerId("d3")}, {"bound_prefill": WorkerId("p3")}):
-        assert world.refuse(replace(world.query(), **gone))[1] == "absent"
+    query = world.query()
+    for gone in (replace(query, reserved_decode=WorkerId("d3")), replace(query, bound_prefill=WorkerId("p3"))):
+        assert world.refuse(gone)[1] == "absent"
 
 
 @pytest.mark.parametrize("policy", ["random", "round_robin", "least_loaded", "cache_aware_local"])
