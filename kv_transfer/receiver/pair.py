@@ -10,11 +10,11 @@ from core.errors import ProtocolError
 from core.ids import TransferId
 from kv_transfer.control import ControlReply, nack_reason
 from kv_transfer.link import LinkPlan, PairIdentity
-from kv_transfer.receiver import events as session
+from kv_transfer.receiver import events
 from kv_transfer.receiver.landing import FrameStamp, Landing, LandingZone
+from kv_transfer.receiver.parts import ReceiverParts
 from kv_transfer.receiver.pump import ReceivePump
 from kv_transfer.session import NackReason
-from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class ReceiverPairOwner(Protocol):
 
     def on_offer(self, pair: "ReceiverPair", offer: pb.Offer) -> None: ...
 
-    def feed_from(self, pair: "ReceiverPair", transfer_id: TransferId, event: session.ReceiverEvent) -> None:
+    def feed_from(self, pair: "ReceiverPair", transfer_id: TransferId, event: events.ReceiverEvent) -> None:
         """An event that this pair's peer or thread caused."""
         ...
 
@@ -69,7 +69,7 @@ class ReceiverPair:
                 commit = message.commit
                 if not 0.0 <= commit.waited_s < math.inf:
                     raise ProtocolError(f"{self.sender_id} said {commit.waited_s} seconds")
-                received = session.CommitReceived(
+                received = events.CommitReceived(
                     commit.num_frames,
                     commit.payload_bytes,
                     commit.first_token_id,
@@ -79,11 +79,11 @@ class ReceiverPair:
                 )
                 self._owner.feed_from(self, TransferId(commit.transfer_id), received)
             case "abort":
-                aborted = session.AbortReceived(nack_reason(message.abort.reason))
+                aborted = events.AbortReceived(nack_reason(message.abort.reason))
                 self._owner.feed_from(self, TransferId(message.abort.transfer_id), aborted)
             case "renew":
                 for transfer_id in message.renew.transfer_ids:
-                    self._owner.feed_from(self, TransferId(transfer_id), session.LeaseRenewed())
+                    self._owner.feed_from(self, TransferId(transfer_id), events.LeaseRenewed())
             case unexpected:
                 raise ProtocolError(f"{self.sender_id} said {unexpected or 'nothing that is known here'}")
 
@@ -153,7 +153,7 @@ class ReceiverPair:
             self._post(self.look)
 
     def on_refused(self, transfer_id: TransferId, reason: NackReason, detail: str) -> None:
-        self._post(self._owner.feed_from, self, transfer_id, session.FrameWasRefused(reason, detail))
+        self._post(self._owner.feed_from, self, transfer_id, events.FrameWasRefused(reason, detail))
 
     def on_link_lost(self, link_epoch: int, detail: str) -> None:
         self._post(self._lost, link_epoch, detail)

@@ -23,8 +23,8 @@ from kv_transfer.link import LinkError, LinkPlan, ReceiveEnd, Slot
 from kv_transfer.receiver.events import FramesWritten
 from kv_transfer.receiver.landing import Arrival, LandingZone
 from kv_transfer.receiver.line import DecodeLine
+from kv_transfer.receiver.parts import ReceiverParts
 from kv_transfer.session import NackReason
-from kv_transfer.shared_parts import ReceiverParts
 
 _log = logging.getLogger(__name__)
 # A slow link would be blind while a whole portion of credit crosses it: so much later, so much is told.

@@ -33,14 +33,14 @@ from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import Links
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.ports import KvWriter, LandedStats, ReceiverOutcomes
-from kv_transfer.receiver import events as session
+from kv_transfer.receiver import events
 from kv_transfer.receiver.coverage import Coverage
 from kv_transfer.receiver.landing import Landing
 from kv_transfer.receiver.pair import ReceiverPair
+from kv_transfer.receiver.parts import ReceiverParts
 from kv_transfer.receiver.session import ReceiverSession
 from kv_transfer.receiver.streams import ReceiverStreams
 from kv_transfer.session import NackReason
-from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class KvReceiver:
             raise TransferError(NackReason.CLOSED, "the receiver is closed")
         if transfer_id in self._ended:
             raise TransferError(NackReason.CANCELLED, f"{transfer_id} ended as {self._ended[transfer_id].state}")
-        expected = session.Expected(
+        expected = events.Expected(
             request_id,
             held_tokens,
             num_tokens,
@@ -155,7 +155,7 @@ class KvReceiver:
         """
         transfer = self._transfers.get(transfer_id)
         if transfer is not None:
-            self._feed(transfer, session.Cancelled(NackReason.CANCELLED, reason))
+            self._feed(transfer, events.Cancelled(NackReason.CANCELLED, reason))
             await asyncio.shield(transfer.done)
 
     async def close(self) -> None:
@@ -163,7 +163,7 @@ class KvReceiver:
         self._is_closed = True
         self._streams.refuse()
         for transfer in list(self._transfers.values()):
-            self._feed(transfer, session.Cancelled(NackReason.CLOSED, "the receiver is closing"))
+            self._feed(transfer, events.Cancelled(NackReason.CLOSED, "the receiver is closing"))
         waiting = [transfer.done for transfer in self._transfers.values()]
         await asyncio.gather(*waiting, self._streams.close())
         if not await asyncio.to_thread(self._threads.close, self._config.close_timeout_s):
@@ -194,12 +194,12 @@ class KvReceiver:
 
     def _on_detached(self, pair: ReceiverPair, detail: str) -> None:
         for transfer in self._of_pair(pair):
-            self._feed(transfer, session.StreamLost(detail))
+            self._feed(transfer, events.StreamLost(detail))
 
     def on_offer(self, pair: ReceiverPair, offer: pb.Offer) -> None:
         """Bind a transfer to the pair that offers it."""
         transfer_id = TransferId(offer.transfer_id)
-        received = session.OfferReceived(
+        received = events.OfferReceived(
             RequestId(offer.request_id),
             offer.num_tokens,
             offer.bytes_per_token,
@@ -218,19 +218,19 @@ class KvReceiver:
             transfer.pair = pair
         self.feed_from(pair, transfer_id, received)
 
-    def feed_from(self, pair: ReceiverPair, transfer_id: TransferId, event: session.ReceiverEvent) -> None:
+    def feed_from(self, pair: ReceiverPair, transfer_id: TransferId, event: events.ReceiverEvent) -> None:
         """Feed an event that a pair caused, if the transfer is its own."""
         transfer = self._transfers.get(transfer_id)
         if transfer is not None and transfer.pair is pair:
             self._feed(transfer, event)
             return
-        is_question = isinstance(event, session.OfferReceived | session.CommitReceived)
+        is_question = isinstance(event, events.OfferReceived | events.CommitReceived)
         ended = self._ended.get(transfer_id)
         if transfer is None and ended is not None:
             for effect in ended.handle(event, self._clock.now()):
-                if isinstance(effect, session.SayNack):
+                if isinstance(effect, events.SayNack):
                     pair.say(nack(transfer_id, effect.reason, effect.detail))
-                elif isinstance(effect, session.SayAck):
+                elif isinstance(effect, events.SayAck):
                     pair.say_ack(transfer_id, effect.exposed_s)
         elif transfer is not None and is_question:
             pair.say(nack(transfer_id, NackReason.PROTOCOL, "another worker sends this transfer"))
@@ -239,48 +239,48 @@ class KvReceiver:
 
     def on_link_lost(self, pair: ReceiverPair, detail: str) -> None:
         for transfer in self._of_pair(pair):
-            self._feed(transfer, session.LinkLost(detail))
+            self._feed(transfer, events.LinkLost(detail))
 
     def _of_pair(self, pair: ReceiverPair) -> list[_Transfer]:
         return [transfer for transfer in self._transfers.values() if transfer.pair is pair]
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def _new_session(self, transfer_id: TransferId, first: session.Expected | session.OfferReceived) -> ReceiverSession:
+    def _new_session(self, transfer_id: TransferId, first: events.Expected | events.OfferReceived) -> ReceiverSession:
         return ReceiverSession(transfer_id, first, offer_timeout_s=self._config.offer_timeout_s, now=self._clock.now())
 
-    def _feed(self, transfer: _Transfer, event: session.ReceiverEvent) -> None:
+    def _feed(self, transfer: _Transfer, event: events.ReceiverEvent) -> None:
         now = self._clock.now()
         try:
             effects = transfer.session.handle(event, now)
         except InvalidTransition as error:
             _log.warning("transfer %s: %s", transfer.session.transfer_id, error)
-            effects = transfer.session.handle(session.Cancelled(NackReason.PROTOCOL, str(error)), now)
+            effects = transfer.session.handle(events.Cancelled(NackReason.PROTOCOL, str(error)), now)
         self._perform(transfer, effects)
         self._timer.arm_by(transfer.session.next_deadline())
 
-    def _perform(self, transfer: _Transfer, effects: list[session.ReceiverEffect]) -> None:
+    def _perform(self, transfer: _Transfer, effects: list[events.ReceiverEffect]) -> None:
         transfer_id = transfer.session.transfer_id
         for effect in effects:
             match effect:
-                case session.SayReserved(held_tokens, lease_s):
+                case events.SayReserved(held_tokens, lease_s):
                     self._open_gate(transfer)
                     reserved = pb.Reserved(transfer_id=transfer_id, held_tokens=held_tokens, lease_s=lease_s)
                     self._say(transfer, pb.ReceiverMessage(reserved=reserved))
-                case session.SayAck(exposed_s):
+                case events.SayAck(exposed_s):
                     if transfer.pair is not None:
                         transfer.pair.say_ack(transfer_id, exposed_s)
-                    self._feed(transfer, session.AckSaid())
-                case session.SayNack(reason, detail):
+                    self._feed(transfer, events.AckSaid())
+                case events.SayNack(reason, detail):
                     self._say(transfer, nack(transfer_id, reason, detail))
-                case session.NeedOnly(kept_tokens):
+                case events.NeedOnly(kept_tokens):
                     assert transfer.landing is not None
                     written = transfer.landing.narrow(kept_tokens)
                     if written.num_frames:
                         self._feed(transfer, written)
-                case session.ReportLanded():
+                case events.ReportLanded():
                     self._report_landed(transfer, effect)
-                case session.ReportFailed(reason, detail):
+                case events.ReportFailed(reason, detail):
                     self._metrics.failures.labels("receiver", reason).inc()
                     self._settle_when_unwritten(transfer, self._outcomes.on_failed, transfer_id, str(reason), detail)
         if transfer.session.state.is_terminal and transfer.request_id is None and transfer_id in self._transfers:
@@ -308,7 +308,7 @@ class KvReceiver:
         transfer.landing = Landing(transfer_id, transfer.request_id, Coverage(target))
         transfer.pair.landings[transfer_id] = transfer.landing
 
-    def _report_landed(self, transfer: _Transfer, landed: session.ReportLanded) -> None:
+    def _report_landed(self, transfer: _Transfer, landed: events.ReportLanded) -> None:
         written = landed.written
         sent_tokens = transfer.num_tokens - transfer.held_tokens
         dropped_tokens = 0 if landed.kept_tokens is None else sent_tokens - landed.kept_tokens

@@ -12,7 +12,7 @@ from core.errors import DeadlineExceeded, ProtocolError, RejectedError, RejectRe
 from kv_transfer.control import ControlReply
 from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.receiver.pair import ReceiverPair, ReceiverPairOwner
-from kv_transfer.shared_parts import ReceiverParts
+from kv_transfer.receiver.parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb
 
 _KEPT_EPOCHS = 4096

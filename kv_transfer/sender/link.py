@@ -10,11 +10,11 @@ import threading
 from kv_transfer.config import MAX_SLOT_BYTES, MIN_SLOT_BYTES
 from kv_transfer.frame import HEADER_BYTES
 from kv_transfer.link import LinkError, LinkPlan, PairIdentity, SendEnd, Slot
-from kv_transfer.link_quota import LinkHolder
 from kv_transfer.sender.link_gauge import LinkGauge
+from kv_transfer.sender.link_quota import LinkHolder
 from kv_transfer.sender.outgoing import OpenedLink, Outgoing, PumpHooks
+from kv_transfer.sender.parts import SenderParts
 from kv_transfer.sender.rate_cap import RateCap
-from kv_transfer.shared_parts import SenderParts
 
 
 class Unreachable(LinkError):

@@ -13,11 +13,11 @@ from kv_transfer.control import ControlStream, nack_reason
 from kv_transfer.frame import FRAME_VERSION
 from kv_transfer.link import PairIdentity
 from kv_transfer.ports import Peer
-from kv_transfer.sender import session
+from kv_transfer.sender import events
 from kv_transfer.sender.outgoing import OpenedLink, Outgoing
+from kv_transfer.sender.parts import SenderParts
 from kv_transfer.sender.pump import SendPump
 from kv_transfer.session import NackReason
-from kv_transfer.shared_parts import SenderParts
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class PairOwner(Protocol):
     """Told on the event loop."""
 
-    def feed(self, transfer_id: TransferId, event: session.SenderEvent) -> None: ...
+    def feed(self, transfer_id: TransferId, event: events.SenderEvent) -> None: ...
 
     def on_link_lost(self, pair: "SenderPair", detail: str, is_unreachable: bool) -> None: ...
 
@@ -141,15 +141,15 @@ class SenderPair:
                 self._hear_received(message.credit)
             case "reserved":
                 lease_s = self._seconds(message.reserved.lease_s)
-                granted = session.ReservationGranted(message.reserved.held_tokens, lease_s)
+                granted = events.ReservationGranted(message.reserved.held_tokens, lease_s)
                 self._owner.feed(TransferId(message.reserved.transfer_id), granted)
             case "ack":
                 self._hear_received(message.ack)
-                acked = session.AckReceived(self._seconds(message.ack.exposed_s))
+                acked = events.AckReceived(self._seconds(message.ack.exposed_s))
                 self._owner.feed(TransferId(message.ack.transfer_id), acked)
             case "nack":
                 nack = message.nack
-                received = session.NackReceived(nack_reason(nack.reason), nack.detail)
+                received = events.NackReceived(nack_reason(nack.reason), nack.detail)
                 self._owner.feed(TransferId(nack.transfer_id), received)
             case unexpected:
                 raise ProtocolError(f"{self.peer.worker_id} said {unexpected or 'nothing that is known here'}")
@@ -166,14 +166,14 @@ class SenderPair:
     # --- hooks of the pump, on its thread -----------------------------------------------------------------------------
 
     def on_first_frame(self, outgoing: Outgoing) -> None:
-        self._post(self._owner.feed, outgoing.transfer_id, session.FrameSent())
+        self._post(self._owner.feed, outgoing.transfer_id, events.FrameSent())
 
     def on_all_sent(self, outgoing: Outgoing, first_token_id: int) -> None:
-        sent = session.AllSent(outgoing.num_frames, outgoing.payload_bytes, first_token_id)
+        sent = events.AllSent(outgoing.num_frames, outgoing.payload_bytes, first_token_id)
         self._post(self._owner.feed, outgoing.transfer_id, sent)
 
     def on_failed(self, outgoing: Outgoing, reason: NackReason, detail: str) -> None:
-        self._post(self._owner.feed, outgoing.transfer_id, session.Aborted(reason, detail))
+        self._post(self._owner.feed, outgoing.transfer_id, events.Aborted(reason, detail))
 
     def on_link_lost(self, detail: str, *, is_unreachable: bool) -> None:
         self._post(self._owner.on_link_lost, self, detail, is_unreachable)

@@ -23,13 +23,13 @@ from kv_transfer.box import Box, cut
 from kv_transfer.codec import Encoded
 from kv_transfer.frame import HEADER_BYTES, FrameHeader, seal, section_spans
 from kv_transfer.link import LinkError, PairIdentity, Slot
-from kv_transfer.link_quota import QuotaExceeded
 from kv_transfer.sender.encoding import EncodeFailed, FrameEncoder, largest_raw_bytes
 from kv_transfer.sender.line import LineItem, SendLine
 from kv_transfer.sender.link import SendLink, Unreachable
+from kv_transfer.sender.link_quota import QuotaExceeded
 from kv_transfer.sender.outgoing import Commit, Outgoing, PumpHooks
+from kv_transfer.sender.parts import SenderParts
 from kv_transfer.session import NackReason
-from kv_transfer.shared_parts import SenderParts
 
 _log = logging.getLogger(__name__)
 # An idle pump looks after frames in flight this late (a busy one meets them when it needs a slot): while it flushes it

@@ -31,18 +31,18 @@ from kv_transfer.codec_threads import Buffers, CodecThreads
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.control import Dialer
 from kv_transfer.link import Links
-from kv_transfer.link_quota import LinkQuota
 from kv_transfer.metrics import KvTransferMetrics, process_metrics
 from kv_transfer.ports import KvReader, Peer, PeerDown, SenderOutcomes, TokenReader
 from kv_transfer.rpc import GrpcDialer
-from kv_transfer.sender import session
+from kv_transfer.sender import events
+from kv_transfer.sender.link_quota import LinkQuota
 from kv_transfer.sender.outgoing import Commit, Outgoing
 from kv_transfer.sender.pair import SenderPair
+from kv_transfer.sender.parts import SenderParts
 from kv_transfer.sender.peer_health import PeerHealth
 from kv_transfer.sender.profile_desk import ProfileDesk
 from kv_transfer.sender.session import SenderSession
 from kv_transfer.session import NackReason
-from kv_transfer.shared_parts import SenderParts
 from protos import kv_transfer_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -188,14 +188,14 @@ class KvSender:
         """End a transfer; returns after its outcome was told. Does nothing when it has ended."""
         transfer = self._transfers.get(transfer_id)
         if transfer is not None:
-            self.feed(transfer_id, session.Aborted(NackReason.CANCELLED, reason))
+            self.feed(transfer_id, events.Aborted(NackReason.CANCELLED, reason))
             await asyncio.shield(transfer.done)
 
     async def close(self) -> None:
         """Fail what is live, end all threads and streams. Idempotent."""
         self._is_closed = True
         for transfer_id in list(self._transfers):
-            self.feed(transfer_id, session.Aborted(NackReason.CLOSED, "the sender is closing"))
+            self.feed(transfer_id, events.Aborted(NackReason.CLOSED, "the sender is closing"))
         waiting = [transfer.done for transfer in self._transfers.values()]
         for pair in list(self._pairs.values()):
             self._retire(pair)
@@ -211,7 +211,7 @@ class KvSender:
         renewals: dict[SenderPair, list[str]] = {}
         for transfer_id, transfer in list(self._transfers.items()):
             for effect in transfer.session.tick(now):
-                if isinstance(effect, session.SayRenewal):
+                if isinstance(effect, events.SayRenewal):
                     renewals.setdefault(transfer.pair, []).append(transfer_id)
                 else:
                     self._perform(transfer, effect)
@@ -256,7 +256,7 @@ class KvSender:
             del self._pairs[pair.peer.worker_id]
         for transfer_id, transfer in list(self._transfers.items()):
             if transfer.pair is pair:
-                self.feed(transfer_id, session.StreamLost(detail))
+                self.feed(transfer_id, events.StreamLost(detail))
         task = asyncio.get_running_loop().create_task(pair.close())
         self._closing_pairs.add(task)
         task.add_done_callback(self._closing_pairs.discard)
@@ -268,21 +268,21 @@ class KvSender:
             self._note_failure(pair.peer)
         for transfer_id, transfer in list(self._transfers.items()):
             if transfer.pair is pair:
-                self.feed(transfer_id, session.LinkLost(detail))
+                self.feed(transfer_id, events.LinkLost(detail))
 
     def on_link_moved(self, pair: SenderPair, link_epoch: int, received_bytes: int) -> None:
         for transfer_id, transfer in list(self._transfers.items()):
             outgoing = transfer.outgoing
             is_on_it = outgoing.link_epoch == link_epoch and received_bytes < outgoing.last_link_bytes
             if transfer.pair is pair and is_on_it:
-                self.feed(transfer_id, session.LinkMoved())
+                self.feed(transfer_id, events.LinkMoved())
 
     def on_receiver_lost_link(self, pair: SenderPair, link_epoch: int, detail: str) -> None:
         for transfer_id, transfer in list(self._transfers.items()):
             if transfer.pair is pair and transfer.outgoing.link_epoch == link_epoch:
-                self.feed(transfer_id, session.ReceiverLostLink(detail))
+                self.feed(transfer_id, events.ReceiverLostLink(detail))
 
-    def feed(self, transfer_id: TransferId, event: session.SenderEvent) -> None:
+    def feed(self, transfer_id: TransferId, event: events.SenderEvent) -> None:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             return  # settled; what was on its way came late
@@ -291,18 +291,18 @@ class KvSender:
             effects = transfer.session.handle(event, now)
         except InvalidTransition as error:
             _log.warning("transfer %s: %s", transfer_id, error)
-            effects = transfer.session.handle(session.Aborted(NackReason.PROTOCOL, str(error)), now)
+            effects = transfer.session.handle(events.Aborted(NackReason.PROTOCOL, str(error)), now)
         for effect in effects:
             self._perform(transfer, effect)
         self._timer.arm_by(transfer.session.next_deadline())
 
-    def _perform(self, transfer: _Transfer, effect: session.SenderEffect) -> None:
+    def _perform(self, transfer: _Transfer, effect: events.SenderEffect) -> None:
         transfer_id, pair = transfer.session.transfer_id, transfer.pair
         match effect:
-            case session.StartSending(held_tokens):
+            case events.StartSending(held_tokens):
                 self._choose_profile(transfer, held_tokens)
                 pair.pump.reserve(transfer.outgoing, held_tokens)
-            case session.SayCommit(num_frames, payload_bytes, first_token_id):
+            case events.SayCommit(num_frames, payload_bytes, first_token_id):
                 kept = transfer.outgoing.kept
                 now, ended_at = self._clock.now(), transfer.committed_at
                 commit = pb.Commit(
@@ -315,17 +315,17 @@ class KvSender:
                     waited_s=0.0 if ended_at is None else max(0.0, now - ended_at),
                 )
                 pair.say(pb.SenderMessage(commit=commit))
-            case session.SayAbort(reason):
+            case events.SayAbort(reason):
                 pair.say(pb.SenderMessage(abort=pb.AbortTransfer(transfer_id=transfer_id, reason=reason)))
-            case session.SayRenewal():
+            case events.SayRenewal():
                 pair.say(pb.SenderMessage(renew=pb.RenewLeases(transfer_ids=[transfer_id])))
-            case session.ReportAcked(exposed_s):
+            case events.ReportAcked(exposed_s):
                 self._health.pop(pair.peer, None)
                 self._observe(transfer, "")
                 self._metrics.acked_exposed_seconds.observe(exposed_s)
                 self._metrics.transfers.labels("sender").inc()
                 self._settle_when_unread(transfer, lambda: self._outcomes.on_acked(transfer_id))
-            case session.ReportFailed(reason, detail):
+            case events.ReportFailed(reason, detail):
                 self._observe(transfer, reason)
                 self._metrics.failures.labels("sender", reason).inc()
                 self._settle_when_unread(transfer, lambda: self._outcomes.on_failed(transfer_id, str(reason), detail))

@@ -23,8 +23,8 @@ from kv_transfer.receiver.coverage import Coverage
 from kv_transfer.receiver.events import FramesWritten
 from kv_transfer.receiver.landing import FrameStamp, Landing, LandingZone
 from kv_transfer.receiver.pair import ReceiverPair, ReceiverPairOwner
+from kv_transfer.receiver.parts import ReceiverParts
 from kv_transfer.session import NackReason
-from kv_transfer.shared_parts import ReceiverParts
 from protos import kv_transfer_pb2 as pb
 from tests.kv_peers import LAYOUT, ArrayPool
 

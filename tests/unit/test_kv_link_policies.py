@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.link_lru import LinkLru
-from kv_transfer.link_quota import LinkQuota, QuotaExceeded
+from kv_transfer.sender.link_lru import LinkLru
+from kv_transfer.sender.link_quota import LinkQuota, QuotaExceeded
 from kv_transfer.sender.peer_health import PeerHealth
 from kv_transfer.sender.rate_cap import RateCap
 

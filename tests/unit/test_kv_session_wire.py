@@ -15,7 +15,7 @@ from core.errors import InvalidTransition
 from core.ids import RequestId, TransferId
 from kv_transfer.receiver import events as receiving
 from kv_transfer.receiver.session import ReceiverSession, ReceiveState
-from kv_transfer.sender import session as sending
+from kv_transfer.sender import events as sending
 from kv_transfer.sender.session import SenderSession, SendState
 from kv_transfer.session import NackReason
 

@@ -10,7 +10,8 @@ from core.ids import RequestId, TransferId
 from kv_transfer.receiver import events as receiving
 from kv_transfer.receiver.session import EDGES as RECEIVER_EDGES
 from kv_transfer.receiver.session import ReceiverSession, ReceiveState
-from kv_transfer.sender import session as sending
+from kv_transfer.sender import events as sending
+from kv_transfer.sender.session import EDGES as SENDER_EDGES
 from kv_transfer.sender.session import SenderSession, SendState
 from kv_transfer.session import NackReason
 
@@ -113,7 +114,7 @@ def test_the_receiver_walks_from_reservation_to_ack() -> None:
 @pytest.mark.parametrize("state", SendState)
 @pytest.mark.parametrize("event", SENDER_EVENTS, ids=lambda event: type(event).__name__)
 def test_sender_product(state: SendState, event: sending.SenderEvent) -> None:
-    _product(SENDERS[state](), state, event, sending.EDGES)
+    _product(SENDERS[state](), state, event, SENDER_EDGES)
 
 
 @pytest.mark.parametrize("state", ReceiveState)
@@ -141,7 +142,7 @@ def _product(machine: Any, state: Any, event: Any, edges: Mapping[Any, Mapping[t
         assert machine.next_deadline() is None
 
 
-@pytest.mark.parametrize("edges", [sending.EDGES, RECEIVER_EDGES], ids=["sender", "receiver"])
+@pytest.mark.parametrize("edges", [SENDER_EDGES, RECEIVER_EDGES], ids=["sender", "receiver"])
 def test_every_state_is_reached_and_every_living_state_can_end(edges: Mapping[Any, Mapping[type, Any]]) -> None:
     first = next(iter(edges))
     starts = {first, ReceiveState.OFFERED} if isinstance(first, ReceiveState) else {first}
@@ -263,13 +264,13 @@ def test_a_stray_offer_is_answered_after_a_while() -> None:
 
 
 def test_a_committed_transfer_whose_frames_still_move_on_a_slow_wire_does_not_expire() -> None:
-    machine = sending.SenderSession(T, offer_timeout_s=5.0, now=0.0)
+    machine = SenderSession(T, offer_timeout_s=5.0, now=0.0)
     machine.handle(sending.ReservationGranted(0, 30.0), 0.0)
     machine.handle(sending.FrameSent(), 1.0)
     machine.handle(sending.AllSent(1, 100, 9), 2.0)
     for at in (20.0, 45.0, 70.0):
         assert machine.handle(sending.LinkMoved(), at) == []
     machine.tick(99.0)
-    assert machine.state is sending.SendState.COMMITTED
+    assert machine.state is SendState.COMMITTED
     machine.tick(100.0)
-    assert str(machine.state) == sending.SendState.EXPIRED
+    assert str(machine.state) == SendState.EXPIRED

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Protocol
 
 from kv_transfer.link import LinkError
-from kv_transfer.link_lru import LinkLru
+from kv_transfer.sender.link_lru import LinkLru
 from kv_transfer.session import NackReason
 
 
