@@ -1,4 +1,6 @@
-"""What the gateway's doors call, whatever they speak: generate, abort, tokenize, model and cluster facts."""
+"""What the gateway's surfaces call, whatever they speak: generate, abort, tokenize, explain, facts of the model.
+
+Knows no wire format: a surface makes a `GenerateCall`, reads the `RequestStream`, and says both in its own words."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,11 +10,9 @@ from core.clock import Clock
 from core.errors import Aborted, DuplicateRequest, ServingError
 from core.ids import GatewayId, RequestId
 from core.membership import Role, WorkerRecord, WorkerState
-from protos import admin_pb2
-from router.cluster_link import ClusterLink
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
-from router.explain.replies import decision_to_wire
+from router.explain.ring import ExplainedDecision
 from router.fleet import Fleet
 from router.intake import GenerateCall, Intake, Prepared, Prompt
 from router.metrics import GatewayMetrics
@@ -43,7 +43,7 @@ class Front:
         tokenizer: GatewayTokenizer,
         facts: ModelFacts,
         intake: Intake,
-        link: ClusterLink,
+        fleet: Fleet,
         dispatcher: Dispatcher,
         quotas: Quotas,
         metrics: GatewayMetrics,
@@ -54,13 +54,12 @@ class Front:
         self.gateway_id = gateway_id
         self.tokenizer = tokenizer
         self.facts = facts
-        self.link = link
-        self.fleet = link.fleet
+        self.fleet = fleet
         self.dispatcher = dispatcher
         self._intake = intake
         self._quotas = quotas
         self._metrics = metrics
-        self._clock = clock
+        self.clock = clock
         self._preparing: dict[str, _Preparation] = {}
 
     async def generate(self, call: GenerateCall, timeout_s: float | None) -> tuple[Prepared, RequestStream]:
@@ -69,7 +68,7 @@ class Front:
         Raises:
             ServingError: refused; nothing was kept.
         """
-        arrived_at = self._clock.now()
+        arrived_at = self.clock.now()
         try:
             service_class = call.service.service_class or self.config.tenant(call.tenant).service_class
             self.dispatcher.check_admissible(call.request_id, call.tenant, service_class)
@@ -110,24 +109,10 @@ class Front:
         """End the one request whose stream nobody reads any more. Does nothing once that is over."""
         self.dispatcher.abandon(stream, Aborted(reason))
 
-    def explain(self, request_id: RequestId, last: int) -> list[admin_pb2.RouteDecision]:
+    def explain(self, request_id: RequestId, last: int) -> list[ExplainedDecision]:
         """Return the last decisions about a request, or about any when it is empty; newest first."""
-        ring, now = self.dispatcher.placer.explanations, self._clock.now()
-        found = list(reversed(ring.of(request_id)))[:last] if request_id else ring.last(last)
-        return [decision_to_wire(one, now) for one in found]
-
-    @contextlib.contextmanager
-    def _preparation(self, request_id: str) -> Iterator[_Preparation]:
-        """Make a request that is not in the dispatcher yet known to `abort`. Without an id nobody can name it."""
-        preparation = _Preparation()
-        if request_id in self._preparing:
-            raise DuplicateRequest(f"request {request_id} is in flight")
-        if request_id:
-            self._preparing[request_id] = preparation
-        try:
-            yield preparation
-        finally:
-            self._preparing.pop(request_id, None)
+        ring = self.dispatcher.placer.explanations
+        return list(reversed(ring.of(request_id)))[:last] if request_id else ring.last(last)
 
     async def tokenize(self, model: str, prompt: Prompt) -> list[int]:
         """Return the ids of a prompt as `generate` would see it.
@@ -154,6 +139,19 @@ class Front:
     def is_serving(self) -> bool:
         """A request could be served now."""
         return self.dispatcher.can_serve()
+
+    @contextlib.contextmanager
+    def _preparation(self, request_id: str) -> Iterator[_Preparation]:
+        """Make a request that is not in the dispatcher yet known to `abort`. Without an id nobody can name it."""
+        preparation = _Preparation()
+        if request_id in self._preparing:
+            raise DuplicateRequest(f"request {request_id} is in flight")
+        if request_id:
+            self._preparing[request_id] = preparation
+        try:
+            yield preparation
+        finally:
+            self._preparing.pop(request_id, None)
 
 
 def longest_request(config: RouterConfig, facts: ModelFacts, fleet: Fleet) -> int:

@@ -1,4 +1,4 @@
-"""The gateway's public gRPC door: Inference, Admin, grpc.health.v1 and reflection."""
+"""The gateway's public gRPC surface: Inference, Admin, grpc.health.v1 and reflection."""
 
 import asyncio
 
@@ -11,8 +11,11 @@ from core.rpc import bind, create_server, reply_errors
 from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
 from router.calls import SESSION_METADATA, read_generate, read_tokenize
+from router.cluster_link import ClusterLink
+from router.explain.replies import decision_to_wire
 from router.front import Front
-from router.replies import GenerationText, delta, finished, started
+from router.generation_text import GenerationText
+from router.replies import delta, finished, started
 from router.status import cluster_status, model_info
 
 _INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -90,8 +93,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 class AdminServicer(admin_pb2_grpc.AdminServicer):
     """tandem.v1.Admin."""
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: Front, link: ClusterLink) -> None:
         self._front = front
+        self._link = link
 
     async def GetClusterStatus(  # noqa: N802
         self, request: admin_pb2.GetClusterStatusRequest, context: "admin_pb2_grpc._ServicerContext"
@@ -102,7 +106,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ListClusterKvDecisionsRequest, context: "admin_pb2_grpc._ServicerContext"
     ) -> admin_pb2.ListClusterKvDecisionsResponse:
         async with reply_errors(context):
-            link, last = self._front.link, request.last
+            link, last = self._link, request.last
             if request.worker_id:
                 found = [await link.list_kv_decisions(WorkerId(request.worker_id), last)]
             else:
@@ -113,7 +117,9 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ExplainRequestRequest, context: "admin_pb2_grpc._ServicerContext"
     ) -> admin_pb2.ExplainRequestResponse:
         front = self._front
-        decisions = front.explain(RequestId(request.request_id), request.last or _EXPLAINED)
+        now = front.clock.now()
+        explained = front.explain(RequestId(request.request_id), request.last or _EXPLAINED)
+        decisions = [decision_to_wire(one, now) for one in explained]
         return admin_pb2.ExplainRequestResponse(gateway_id=front.gateway_id, decisions=decisions)
 
 
@@ -136,10 +142,10 @@ class GatewayServer:
         """Take the port (0: a free one) and return it. Raises: ConfigError."""
         return bind(self._server, host, port)
 
-    async def start(self, front: Front) -> None:
+    async def start(self, front: Front, link: ClusterLink) -> None:
         """Register everything and serve."""
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(front), self._server)
-        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(front), self._server)
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(front, link), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (_INFERENCE, _ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

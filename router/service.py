@@ -32,7 +32,7 @@ _OBSERVE_S = 0.5
 
 
 class Gateway:
-    """The router and its public gRPC door.
+    """The router and its public gRPC surface.
 
     Args:
         rng: draws seeds and breaks ties; the system's generator by default.
@@ -88,7 +88,7 @@ class Gateway:
 
     @property
     def front(self) -> Front:
-        """What every door calls. Only once started."""
+        """What every surface calls. Only once started."""
         assert self._front is not None, "the gateway has not started"
         return self._front
 
@@ -141,7 +141,7 @@ class Gateway:
             tokenizer=tokenizer,
             facts=facts,
             intake=self._intake,
-            link=self._link,
+            fleet=self._fleet,
             dispatcher=self._dispatcher,
             quotas=self._quotas,
             metrics=self._metrics,
@@ -149,7 +149,7 @@ class Gateway:
         )
         self._server = server
         self._front = front
-        await server.start(front)
+        await server.start(front, self._link)
         self._tasks = [
             asyncio.create_task(self._link.run(self._dispatcher), name="cluster link"),
             asyncio.create_task(self._replicas.run(), name="replicas"),

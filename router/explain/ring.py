@@ -1,7 +1,6 @@
 """The last decisions of one gateway with their candidates and outcomes, bounded in bytes, found by request."""
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -79,7 +78,7 @@ class ExplanationRing:
         """Return the decisions about a request that are still kept, oldest first."""
         return list(self._of_request.get(request_id, ()))
 
-    def last(self, count: int) -> Iterable[ExplainedDecision]:
+    def last(self, count: int) -> list[ExplainedDecision]:
         """Return the newest ones, newest first."""
         return list(islice(reversed(self._ring), count))
 

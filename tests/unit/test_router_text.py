@@ -29,9 +29,9 @@ from protos.codec import load_to_wire
 from router import messages as m
 from router.calls import read_generate
 from router.config import RouterConfig
+from router.generation_text import GenerationText
 from router.intake import ChatPrompt, GenerateCall, Intake, Prompt, TextPrompt, TokenPrompt
 from router.prompt_hashes import HashKey
-from router.replies import GenerationText
 from router.tokenizer import ChatTurn, GatewayTokenizer, read_model_facts
 from router.worker_codec import read_decode_report, read_failure, read_prefill_report
 from tests.fakes.checkpoint import ASSISTANT, END, MAX_MODEL_LEN, USER, VOCAB_SIZE, write_checkpoint
