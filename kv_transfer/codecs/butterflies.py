@@ -6,22 +6,24 @@ meets lane i ^ h: ``u + w`` where bit h of i is clear, ``u - w`` where it is set
 the CPU has; the operations and their order are those of `reference` everywhere.
 """
 
-# mypy: disable-error-code="untyped-decorator,import-untyped,no-untyped-call,unused-ignore"
+# mypy: disable-error-code="import-untyped,no-untyped-call"
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from core.compiled import compiled
 
 _LANES = 16
 LARGEST = 1024  # of a part; a head_dim has none larger
 
 
-@intrinsic
-def _transform(typing_context: Any, flat: Any, num_rows: Any, width: Any, start: Any, size: Any, scale: Any) -> Any:
+def _typed_and_emitted(
+    typing_context: Any, flat: Any, num_rows: Any, width: Any, start: Any, size: Any, scale: Any
+) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         _, num_rows, width, start, size, scale = arguments
@@ -39,6 +41,9 @@ def _transform(typing_context: Any, flat: Any, num_rows: Any, width: Any, start:
         return context.get_dummy_value()
 
     return types.void(flat, *[types.intp] * 4, types.float32), emit
+
+
+_transform: Any = intrinsic(_typed_and_emitted)  # is called without the typing context, which numba gives
 
 
 def _emit(builder: ir.IRBuilder, first: ir.Value, scale: ir.Value, size: int) -> None:
@@ -75,14 +80,6 @@ def _lanes(indices: list[int]) -> ir.Constant:
     return ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), indices)
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function when it is called first, and keep the outcome on disk if there is a place for it."""
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # none of the places can be written to: a read-only image; every process compiles for itself
-        return njit(nogil=True, error_model="numpy")(function)
-
-
 @compiled
 def rotate_rows(flat: Any, num_rows: int, width: int, start: int, size: int, scale: Any) -> None:
     """Transform channels [start, start + size) of each row of ``flat[num_rows * width]`` in place.
@@ -90,4 +87,4 @@ def rotate_rows(flat: Any, num_rows: int, width: int, start: int, size: int, sca
     `size` is a power of two up to `LARGEST`. Other sizes change nothing. One call for many rows:
     choosing the code of a size costs as much as a row.
     """
-    _transform(flat, num_rows, width, start, size, scale)  # type: ignore[call-arg]  # numba gives the first
+    _transform(flat, num_rows, width, start, size, scale)

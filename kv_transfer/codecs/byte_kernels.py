@@ -3,13 +3,11 @@
 They equal the few lines of torch and numpy beside which they are used, bit for bit.
 """
 
-# mypy: disable-error-code="untyped-decorator"
-
 from typing import Any
 
 import numpy as np
 
-from kv_transfer.codecs.butterflies import compiled
+from core.compiled import compiled
 from kv_transfer.codecs.encode_kernel import MAGIC
 
 _F0 = np.float32(0)

@@ -1,12 +1,12 @@
 """The decoding arithmetic of `reference` in numba; see `encode_kernel` for how such code is written."""
 
-# mypy: disable-error-code="untyped-decorator,return-value"
+# mypy: disable-error-code="return-value"
 
 from typing import Any
 
 import numpy as np
 
-from kv_transfer.codecs.butterflies import compiled
+from core.compiled import compiled
 from kv_transfer.codecs.encode_kernel import TENSOR, TOKEN, rotate, scale_at
 
 _TILE = 64  # tokens at most that are worked on at once

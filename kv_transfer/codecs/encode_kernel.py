@@ -8,13 +8,14 @@ A function works on a whole tile, never on one row: passing a row costs as much 
 and write another, or LLVM does not vectorise them.
 """
 
-# mypy: disable-error-code="untyped-decorator,return-value,assignment,arg-type,operator"
+# mypy: disable-error-code="return-value,assignment,arg-type,operator"
 
 from typing import Any
 
 import numpy as np
 
-from kv_transfer.codecs.butterflies import compiled, rotate_rows
+from core.compiled import compiled
+from kv_transfer.codecs.butterflies import rotate_rows
 
 BLOCK = 32  # tokens that are summed before they are added to the sum; a tile
 LAST_WORD = 3568  # steps from 2 ** 96 on are not coded: nothing that is decoded can overflow

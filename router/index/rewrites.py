@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from router.compiled import compiled
+from core.compiled import compiled
 from router.index.layout import BARE, FREED, LOSS, NOBODY, NONE, OP, TARGET
 from router.index.table import release, set_holders
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from router.compiled import compiled, inner
+from core.compiled import compiled, inner
 from router.index.layout import (
     ADOPTED,
     COUNT,

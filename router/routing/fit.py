@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from router.compiled import compiled
+from core.compiled import compiled
 
 _LEAST_PRIOR = 1e-3
 _LEAST_SCALE_WEIGHT = 0.02

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from router.compiled import compiled, inner
+from core.compiled import compiled, inner
 from router.routing.columns import RoleCode
 
 TOO_LONG_BIT, REFUSED_BIT, NOT_LIVE_BIT = 1, 2, 4

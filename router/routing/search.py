@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from router.compiled import compiled, inner
+from core.compiled import compiled, inner
 from router.routing.columns import CANDIDATE, ModeCode, RoleCode
 
 TIE_S = 1e-9

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.compiled import compiled
 from kv_transfer.codecs import quantised, reference, rotary
-from kv_transfer.codecs.butterflies import compiled
 from kv_transfer.codecs.ladder import ladder
 from kv_transfer.codecs.planes import digits_per_byte
 from kv_transfer.codecs.rotation import parts, signs

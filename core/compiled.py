@@ -1,6 +1,6 @@
-"""Compiles the loops of the policy and of the prefix index.
+"""Compiles loops over arrays, one way for all: without the interpreter lock, kept on disk from run to run.
 
-The first call takes seconds where no cache can be kept: see `CostPolicy.warm` and `router.index.prepare`.
+The first call takes seconds where no cache can be kept, so what serves makes it before it says that it is ready.
 """
 
 from collections.abc import Callable
