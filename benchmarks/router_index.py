@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def purge(options: argparse.Namespace) -> list[Result]:
     for dead in (1, 49):
         workers = [WorkerId(f"w{at}") for at in range(dead)]
         before = len(index)
-        forget_s = statistics.median(_took(lambda worker=worker: index.forget(worker)) for worker in workers)  # type: ignore[misc]
+        forget_s = statistics.median(_took(partial(index.forget, worker)) for worker in workers)
         pieces = []
         while True:
             pieces.append(_took(lambda: index.sweep(_SWEEP_ENTRIES)))
