@@ -11,7 +11,6 @@ from core.errors import (
     InvalidTransition,
     ProtocolError,
     RejectedError,
-    RejectReason,
     ServingError,
     WorkerLost,
 )
@@ -19,15 +18,16 @@ from core.ids import RequestId, WorkerId
 from core.membership import Role
 from core.request import Finish, TokenOutput
 from router import messages as m
+from router.early_news import EarlyNews, check_order
 from router.lifecycle import ASKING, EDGES, TERMINAL, RequestState
 from router.patience import Patience
+from router.round import Round
 from router.timeline import Timeline
 
 S = RequestState
 _ALONE = frozenset({S.ENGAGING, S.COMPUTING, S.GENERATING})
 _NEWS_OF_PREFILL = (m.PrefillAccepted, m.PrefillRejected, m.PrefillProduced, m.PrefillFinished, m.PrefillLost)
 _NEWS_OF_DECODE = (m.DecodeAccepted, m.DecodeRejected, m.DecodeProduced, m.DecodeFinished, m.DecodeLost)
-_MAX_BUSIER = 2  # such answers of one role in a round; its next question takes none
 
 
 class RequestMachine:
@@ -69,11 +69,8 @@ class RequestMachine:
         self._patience = patience
         self._max_losses = max_losses
         self._num_losses = 0
-        self._refusals: dict[WorkerId, RejectReason | None] = {}  # in this round; None: lost
-        self._retry_after_s = 0.0
-        self._early: list[m.Event] = []  # news of the decode worker that overtook the first token
-        self._num_early_tokens = 0
-        self._num_busier = dict.fromkeys(Role, 0)
+        self._round = Round()
+        self._early = EarlyNews()
         self._num_seeks = 0
 
     @property
@@ -83,7 +80,7 @@ class RequestMachine:
     @property
     def is_too_long(self) -> bool:
         """Everybody who was asked in this round said that the request can never fit."""
-        return bool(self._refusals) and all(why is RejectReason.TOO_LONG for why in self._refusals.values())
+        return self._round.is_too_long
 
     @property
     def was_taken(self) -> bool:
@@ -131,8 +128,7 @@ class RequestMachine:
         self.state = after
         self._patience.moved(before, after, event, now)
         if after is S.HANDING_OVER:
-            early, self._early = self._early, []
-            for kept in early:
+            for kept in self._early.take():
                 effects += self.handle(kept, now)
         return effects
 
@@ -178,29 +174,29 @@ class RequestMachine:
                 return self._begin_round(now)
             case m.PairChosen(prefill, decode):
                 self._begin_attempt(prefill, decode)
-                return [m.SubmitDecode(decode, prefill, self.attempt, self._is_conditional(Role.DECODE))]
+                return [m.SubmitDecode(decode, prefill, self.attempt, self._round.is_conditional(Role.DECODE))]
             case m.LateChosen(prefill):
                 self._begin_attempt(prefill, None)
                 self.is_late = True
-                return [m.SubmitPrefill(prefill, None, self.attempt, self._is_conditional(Role.PREFILL))]
+                return [m.SubmitPrefill(prefill, None, self.attempt, self._round.is_conditional(Role.PREFILL))]
             case m.PrefillAloneChosen(prefill):
                 self._begin_attempt(prefill, None)
-                return [m.SubmitAlone(prefill, Role.PREFILL, self.attempt, self._is_conditional(Role.PREFILL))]
+                return [m.SubmitAlone(prefill, Role.PREFILL, self.attempt, self._round.is_conditional(Role.PREFILL))]
             case m.DecodeAloneChosen(decode):
                 self._begin_attempt(None, decode)
-                return [m.SubmitAlone(decode, Role.DECODE, self.attempt, self._is_conditional(Role.DECODE))]
+                return [m.SubmitAlone(decode, Role.DECODE, self.attempt, self._round.is_conditional(Role.DECODE))]
             case m.PrefillChosen(prefill):
                 self.num_asked += 1
                 self.prefill = prefill
-                return [m.SubmitPrefill(prefill, self.decode, self.attempt, self._is_conditional(Role.PREFILL))]
+                return [m.SubmitPrefill(prefill, self.decode, self.attempt, self._round.is_conditional(Role.PREFILL))]
             case m.DecodeChosen(decode):
                 self.num_asked += 1
                 self.decode = decode
-                return [m.SubmitDecode(decode, None, self.attempt, self._is_conditional(Role.DECODE))]
+                return [m.SubmitDecode(decode, None, self.attempt, self._round.is_conditional(Role.DECODE))]
             case m.NothingFits(cause):
                 return [
                     *self._free_workers("no prefill worker accepts"),
-                    m.ReturnToQueue(cause, self._retry_after_s),
+                    m.ReturnToQueue(cause, self._round.retry_after_s),
                 ]
             case m.SeekDue():
                 return self._seek_afresh()
@@ -217,7 +213,8 @@ class RequestMachine:
             case m.PrefillRejected(error):
                 return self._refused_by_prefill(error)
             case m.KvLanded() | m.DecodeProduced() | m.DecodeFinished() if self._overtakes:
-                return self._keep(event)
+                self._keep(event)
+                return []
             case m.PrefillProduced(tokens) | m.DecodeProduced(tokens):
                 return self._produced(tokens, now)
             case m.PrefillFinished(tokens, finish) | m.DecodeFinished(tokens, finish):
@@ -238,18 +235,13 @@ class RequestMachine:
             case _:
                 raise AssertionError(f"{type(event).__name__} has an edge but no effect")
 
-    def _is_conditional(self, role: Role) -> bool:
-        return self._num_busier[role] < _MAX_BUSIER
-
     @property
     def _overtakes(self) -> bool:
         """News of the decode worker come before the first token of the prefill worker."""
         return self.state in (S.DISPATCHING, S.PREFILLING)
 
     def _begin_round(self, now: float) -> list[m.Effect]:
-        self._refusals.clear()
-        self._retry_after_s = 0.0
-        self._num_busier = dict.fromkeys(Role, 0)
+        self._round = Round()
         self.timeline.dispatched(now)
         return [m.ChooseWorkers(frozenset())]
 
@@ -267,7 +259,7 @@ class RequestMachine:
             return [m.LeaveQueue()]
         assert self.prefill is not None
         if self.state is S.RESERVING:
-            return [m.SubmitPrefill(self.prefill, self.decode, self.attempt, self._is_conditional(Role.PREFILL))]
+            return [m.SubmitPrefill(self.prefill, self.decode, self.attempt, self._round.is_conditional(Role.PREFILL))]
         return [m.BindPrefill(self.prefill, self.decode)]
 
     def _accepted_by_prefill(self, cached_tokens: int, now: float) -> list[m.Effect]:
@@ -281,41 +273,33 @@ class RequestMachine:
     def _refused_by_decode(self, error: RejectedError) -> list[m.Effect]:
         assert self.decode is not None
         refuser = self.decode
-        self._refuse(refuser, Role.DECODE, error)
+        self._round.refuse(refuser, Role.DECODE, error)
         if self.state in (S.BINDING, S.PLACING):
             self.decode = None
             return [m.ReleaseWorker(refuser), self._seek()]
-        return [*self._release_all(), m.ChooseWorkers(frozenset(self._refusals))]
+        return [*self._release_all(), m.ChooseWorkers(self._round.refused)]
 
     def _refused_by_prefill(self, error: RejectedError) -> list[m.Effect]:
         assert self.prefill is not None
         refuser = self.prefill
-        self._refuse(refuser, Role.PREFILL, error)
+        self._round.refuse(refuser, Role.PREFILL, error)
         if self.state is not S.DISPATCHING:
-            return [*self._release_all(), m.ChooseWorkers(frozenset(self._refusals))]
+            return [*self._release_all(), m.ChooseWorkers(self._round.refused)]
         assert self.decode is not None
         self.prefill = None
-        self._forget_early()
-        return [m.ReleaseWorker(refuser), m.ChoosePrefill(frozenset(self._refusals), self.decode)]
-
-    def _refuse(self, worker_id: WorkerId, role: Role, error: RejectedError) -> None:
-        if error.reason is RejectReason.BUSIER and self._is_conditional(role):
-            self._num_busier[role] += 1  # what it told of its load is known now: it may be the best one still
-            return
-        self._refusals[worker_id] = error.reason
-        self._retry_after_s = max(self._retry_after_s, error.retry_after_s)
+        self._early = EarlyNews()
+        return [m.ReleaseWorker(refuser), m.ChoosePrefill(self._round.refused, self.decode)]
 
     def _seek_afresh(self) -> list[m.Effect]:
         """Look for a decode worker among all but those that were lost."""
-        self._refusals = {worker: None for worker, reason in self._refusals.items() if reason is None}
-        self._num_busier[Role.DECODE] = 0
+        self._round.ask_afresh(Role.DECODE)
         seek = self._seek()
         self._num_seeks += 1
         return [seek]
 
     def _seek(self) -> m.ChooseDecode:
         assert self.prefill is not None
-        return m.ChooseDecode(frozenset(self._refusals), self.prefill, self._num_seeks)
+        return m.ChooseDecode(self._round.refused, self.prefill, self._num_seeks)
 
     def _lost(self, event: m.Event, error: ServingError) -> list[m.Effect]:
         is_decode = isinstance(event, m.DecodeLost)
@@ -324,54 +308,40 @@ class RequestMachine:
         culprit = self.decode if is_decode else self.prefill
         if is_decode and self.state in (S.BINDING, S.PLACING) and culprit is not None:
             self.decode = None
-            self._refusals[culprit] = None
+            self._round.lose(culprit)
             return [m.AbortWork(culprit, str(error)), self._seek()]
         if self.num_tokens:
             return [*self._free_workers(str(error)), m.Conclude(error=error)]
         self._num_losses += 1
-        self._forget_early()
+        self._early = EarlyNews()
         if culprit is not None:
-            self._refusals[culprit] = None
+            self._round.lose(culprit)
         return [
             *self._free_workers(f"retry elsewhere: {error}"),
-            m.ChooseWorkers(frozenset(self._refusals)),
+            m.ChooseWorkers(self._round.refused),
         ]
 
-    def _keep(self, event: m.KvLanded | m.DecodeProduced | m.DecodeFinished) -> list[m.Effect]:
-        """Checked now, so that it cannot be refused when its turn comes."""
-        if self.decode is None or isinstance(event, m.KvLanded) is bool(self._early):
-            raise ProtocolError("a decode worker's news must begin with the landing of the KV, and have it once")
-        if not isinstance(event, m.KvLanded):
-            self._expect(event.tokens, first=1 + self._num_early_tokens)
-            self._num_early_tokens += len(event.tokens)
-        self._early.append(event)
-        return []
-
-    def _forget_early(self) -> None:
-        self._early.clear()
-        self._num_early_tokens = 0
+    def _keep(self, event: m.KvLanded | m.DecodeProduced | m.DecodeFinished) -> None:
+        if self.decode is None:
+            raise ProtocolError(f"{type(event).__name__} of a request that no decode worker has")
+        self._early.keep(event)
 
     def _release_prefill(self) -> list[m.Effect]:
         released, self.prefill = self.prefill, None
         return [m.ReleaseWorker(released)] if released is not None else []
 
     def _deliver(self, tokens: tuple[TokenOutput, ...], now: float) -> list[m.Effect]:
-        self._expect(tokens, first=self.num_tokens)
+        check_order(tokens, first=self.num_tokens)
         self.num_tokens += len(tokens)
         if tokens:
             self.timeline.tokens_arrived(now)
         return [m.Deliver(tokens)] if tokens else []
 
-    def _expect(self, tokens: tuple[TokenOutput, ...], *, first: int) -> None:
-        for index, token in enumerate(tokens, first):
-            if token.index != index:
-                raise ProtocolError(f"expected token {index}, got token {token.index}")
-
     def _produced(self, tokens: tuple[TokenOutput, ...], now: float) -> list[m.Effect]:
         """Tokens of the worker whose turn it is."""
         if not tokens and not self.num_tokens:
             raise ProtocolError("a worker told of a first token and sent none")
-        if self._num_early_tokens and len(tokens) != 1:  # they were checked to follow one token
+        if self._early.has_tokens and len(tokens) != 1:
             raise ProtocolError("both workers produced the same token")
         return self._deliver(tokens, now)
 

@@ -139,7 +139,7 @@ class Cluster(RuleBasedStateMachine):
         }
 
     def free_decode(self) -> WorkerId:
-        return D2 if D1 in self.request._refusals else D1
+        return D2 if D1 in self.request._round.refused else D1
 
     def of_lone(self, by_decode: m.Event, by_prefill: m.Event) -> m.Event:
         return by_decode if self.request.decode is not None else by_prefill
