@@ -9,7 +9,7 @@ from cluster.backoff import BackOffConfig
 from cluster.settings import complete, section
 from core.config import ConfigModel, load_config
 from decode_workers.config import DecodeWorkerConfig
-from engine.config import ModelConfig
+from engine.config import EngineConfig, ModelConfig
 from kv_transfer.config import KvTransferConfig
 from prefill_workers.config import PrefillWorkerConfig
 from router.config import RouterConfig
@@ -47,10 +47,17 @@ class GatewayConfig(ConfigModel):
     )
 
 
-if TYPE_CHECKING:  # the real classes are made below, of fields that no static checker can see
-    PrefillPool = PoolConfig
-    DecodePool = PoolConfig
-    RouterSection = GatewayConfig
+if TYPE_CHECKING:  # the real classes are made below, of fields that no static checker can see but these
+
+    class PrefillPool(PoolConfig):
+        engine: EngineConfig = EngineConfig()
+
+    class DecodePool(PoolConfig):
+        engine: EngineConfig = EngineConfig()
+
+    class RouterSection(GatewayConfig):
+        metrics_port: int | None = None
+
 else:
     _FILLED = {"model", "transfer", "host", "port"}
     PrefillPool = section("PrefillPool", __name__, PoolConfig, PrefillWorkerConfig, filled=_FILLED)
@@ -133,8 +140,10 @@ class ClusterConfig(ConfigModel):
                 build()
             except ValidationError as error:
                 raise ValueError(f"{name}: {error.errors()[0]['msg']}") from error
-        if self.gateway().port + self.router.replicas > _MAX_PORT + 1:
-            raise ValueError(f"router.replicas: there are no {self.router.replicas} ports from router.port on")
+        gateway, replicas = self.gateway(), self.router.replicas
+        for key, first in (("port", gateway.port), ("metrics_port", gateway.metrics_port or 0)):
+            if first + replicas > _MAX_PORT + 1:
+                raise ValueError(f"router.replicas: there are no {replicas} ports from router.{key} on")
         return self
 
     def prefill_worker(self, **filled: object) -> PrefillWorkerConfig:
@@ -147,7 +156,7 @@ class ClusterConfig(ConfigModel):
 
     def gateway(self, index: int = 0, **filled: object) -> RouterConfig:
         """Return the configuration of one gateway; `filled` are the fields that the launcher chose."""
-        metrics_port: int | None = self.router.metrics_port  # type: ignore[attr-defined]
+        metrics_port = self.router.metrics_port
         said = {
             "model_path": self.model.path,
             "served_model_name": self.model.name,

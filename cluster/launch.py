@@ -7,8 +7,9 @@ the processes, which is why they import what they build: the launcher itself nev
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
-from cluster.config import ClusterConfig, PoolConfig
+from cluster.config import ClusterConfig, DecodePool, PrefillPool
 from cluster.incarnation import Incarnation, ServiceSpec
 from cluster.lifecycle import LifePolicy
 from cluster.placement import CoreMap
@@ -21,6 +22,7 @@ from core.store_redis import RedisStore
 from core.telemetry import setup_logging
 from engine.config import PROCESS_ENVIRONMENT
 
+Pool = TypeVar("Pool", PrefillPool, DecodePool)
 GATEWAY = "gateway"
 PACKAGES = (
     "cluster", "core", "decode_workers", "engine", "kv_transfer", "prefill_workers", "protos", "router", "workers",
@@ -86,17 +88,15 @@ def _seated(config: ClusterConfig, seat: Seat) -> ClusterConfig:
     )
 
 
-def _with_threads(pool: PoolConfig, seat: Seat) -> PoolConfig:
-    engine = pool.engine  # type: ignore[attr-defined]
-    if engine.num_threads is not None:
+def _with_threads(pool: Pool, seat: Seat) -> Pool:
+    if pool.engine.num_threads is not None:
         return pool
-    return pool.model_copy(update={"engine": engine.model_copy(update={"num_threads": seat.num_threads})})
+    return pool.model_copy(update={"engine": pool.engine.model_copy(update={"num_threads": seat.num_threads})})
 
 
-def engine_environment(pool: PoolConfig, num_threads: int) -> tuple[tuple[str, str], ...]:
+def engine_environment(pool: PrefillPool | DecodePool, num_threads: int) -> tuple[tuple[str, str], ...]:
     """Return what a worker's process needs set before torch loads, on a seat of so many threads. Pure."""
-    engine = pool.engine  # type: ignore[attr-defined]
-    return tuple(PROCESS_ENVIRONMENT.items()) if (engine.num_threads or num_threads) > 1 else ()
+    return tuple(PROCESS_ENVIRONMENT.items()) if (pool.engine.num_threads or num_threads) > 1 else ()
 
 
 class Blueprint:

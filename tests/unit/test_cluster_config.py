@@ -85,6 +85,14 @@ def test_survives_a_pickle() -> None:
         ({"decode": {"replicas": 0}}, "decode.replicas: Input should be greater than or equal to 1"),
         ({"router": {"model_path": "x"}}, "router.model_path: unknown key"),
         ({"router": {"port": 70000}}, "router.port: Input should be less than or equal to 65535"),
+        (
+            {"router": {"port": 65535, "replicas": 2}},
+            "(top level): Value error, router.replicas: there are no 2 ports from router.port on",
+        ),
+        (
+            {"router": {"metrics_port": 65535, "replicas": 2}},
+            "(top level): Value error, router.replicas: there are no 2 ports from router.metrics_port on",
+        ),
         ({"transfer": {"slot_bytes": 1}}, "transfer.slot_bytes: Input should be greater than or equal to 4096"),
         ({"redis": {"url": "localhost"}}, "redis.url: String should match pattern"),
         ({"ray": {"address": "ray://h:1"}}, "ray.address: Value error, must be host:port"),
