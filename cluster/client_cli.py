@@ -14,7 +14,7 @@ from cluster import run_file
 from cluster.decisions_view import decisions_table
 from cluster.explain_view import decision_view, route_table
 from cluster.view import placement_line, status_table, transfer_line
-from core.errors import ConfigError, InvalidRequest
+from core.errors import ConfigError, InvalidRequest, ServingError
 from tandem_client import Client, ClusterStatus, KvDecision, Message, RouteDecision, Sampling, Service
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def generate(
 ) -> None:
     """Stream a generation to standard output.
 
-    What is refused for now is tried twice more, after as long as the gateway says.
+    What is refused for now is tried twice more, after as long as the gateway says; standard error tells of the wait.
 
     Examples:
 
@@ -221,7 +221,11 @@ def _quality(text: str) -> str | float:
 
 def _with_client(address: str, use: Callable[[Client], Coroutine[Any, Any, T]], tenant: str = "") -> T:
     async def run() -> T:
-        async with Client(address, tenant=tenant) as client:
+        async with Client(address, tenant=tenant, on_retry=_say_retry) as client:
             return await use(client)
 
     return asyncio.run(run())
+
+
+def _say_retry(error: ServingError, wait_s: float) -> None:
+    print(f"refused for now: {error}; trying again in {wait_s:.1f} s", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self, Unpack
@@ -40,15 +40,25 @@ class Client:
         max_retries: how often a generation that was refused for now (or whose gateway cannot be reached) is tried again
             before its first token. After the first token nothing is ever tried again.
         tenant: on whose account everything goes.
+        on_retry: told why a generation was refused for now, and the seconds until it is tried again.
 
     Every method raises a `ServingError` of the kind that the gateway reported.
     Concurrency: one event loop; calls may overlap.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0, max_retries: int = 2, tenant: str = "") -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 10.0,
+        max_retries: int = 2,
+        tenant: str = "",
+        on_retry: Callable[[ServingError, float], None] = lambda _, __: None,
+    ) -> None:
         self._timeout_s = timeout_s
         self._max_retries = max_retries
         self._tenant = tenant
+        self._on_retry = on_retry
         self._channel = connect(address)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminStub(self._channel)
@@ -116,6 +126,7 @@ class Client:
                 wait_s *= random.uniform(1.0, 1.5)
                 if ends_at is not None and loop.time() + wait_s >= ends_at:
                     raise
+                self._on_retry(error, wait_s)
             await asyncio.sleep(wait_s)
 
     async def generate_text(

@@ -1,16 +1,19 @@
 """The Python client and the examples against a gateway with fake workers."""
 
 import asyncio
+import re
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import examples.abort
 import examples.chat
 import examples.logprobs
 import examples.seeded_sampling
 import examples.stream_text
+from cluster.cli import app
 from core.request import Finish, FinishReason
 from protos import worker_pb2
 from tandem_client import (
@@ -23,6 +26,7 @@ from tandem_client import (
     NoWorkers,
     PromptTooLong,
     RejectedError,
+    ServingError,
     WorkerLost,
 )
 from tests.fakes.checkpoint import ASSISTANT, MAX_MODEL_LEN, USER, VOCAB_SIZE, write_checkpoint
@@ -175,12 +179,15 @@ async def test_refusals_keep_their_reason_and_hint(checkpoint: Path) -> None:
 
 
 async def test_retries_before_the_first_token_only(checkpoint: Path) -> None:
+    told: list[tuple[ServingError, float]] = []
     async with (
         fake_cluster(checkpoint, num_prefills=0, num_decodes=0, no_workers_timeout_s=0) as cluster,
-        Client(cluster.address, max_retries=2) as client,
+        Client(cluster.address, max_retries=2, on_retry=lambda *why: told.append(why)) as client,
     ):
         with pytest.raises(NoWorkers):
             await client.generate_text("x")
+        assert [type(error) for error, _ in told] == [NoWorkers, NoWorkers]
+        assert all(wait_s > 0 for _, wait_s in told)
         text = cluster.gateway.metrics.registry.get_sample_value(
             "tandem_gateway_rejected_total", {"reason": "no_workers"}
         )
@@ -200,6 +207,15 @@ async def test_retries_before_the_first_token_only(checkpoint: Path) -> None:
             await read()
         assert received == 2
         assert len(cluster.prefills[0].submits) == 1
+
+
+async def test_the_command_says_what_it_waits_for(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint, num_prefills=0, num_decodes=0, no_workers_timeout_s=0) as cluster:
+        command = ["generate", "x", "--address", cluster.address]
+        result = await asyncio.to_thread(CliRunner().invoke, app, command)
+        assert isinstance(result.exception, NoWorkers)
+        assert re.fullmatch(r"(refused for now: .+; trying again in \d+\.\d s\n){2}", result.stderr)
+        assert result.stdout == ""
 
 
 async def test_leaving_the_loop_aborts(checkpoint: Path) -> None:

@@ -8,7 +8,18 @@ from typer.testing import CliRunner
 
 from cluster.cli import app, main
 
-COMMANDS = ("up", "down", "status", "generate", "demo", "config schema", "config check", "profile decisions")
+COMMANDS = (
+    "up",
+    "down",
+    "status",
+    "generate",
+    "explain",
+    "bench",
+    "demo",
+    "config schema",
+    "config check",
+    "profile decisions",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -33,7 +44,7 @@ def test_schema_is_json_and_names_every_section() -> None:
     assert schema["required"] == ["model"]
 
 
-@pytest.mark.parametrize("command", [["status"], ["generate", "x"], ["profile", "decisions"], ["down"]])
+@pytest.mark.parametrize("command", [["status"], ["generate", "x"], ["explain"], ["profile", "decisions"], ["down"]])
 def test_without_a_cluster_one_line_says_so(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
