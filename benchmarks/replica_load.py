@@ -157,7 +157,9 @@ class Client:
         result = Result(arrival.at_s)
         sampling = pb.SamplingParams(temperature=0.0, max_tokens=arrival.max_tokens, ignore_eos=True)
         request = pb.GenerateRequest(
-            token_ids=pb.TokenIds(ids=arrival.prompt), sampling=sampling, session_id=arrival.session
+            token_ids=pb.TokenIds(ids=arrival.prompt),
+            sampling=sampling,
+            terms=pb.RequestTerms(session_id=arrival.session),
         )
         last_at = due_at
         while result.attempts < 2 * len(self._stubs):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from core.constraint import Constraint
 from core.errors import InvalidRequest
 from core.ids import RequestId
 from core.kv_quality import EXACT
@@ -41,6 +42,9 @@ class SamplingParams:
         seed: the sample at position i depends only on (seed, i, logits at i).
         logprobs: None for none; otherwise the log-probability of each chosen token (of the distribution before
             temperature and filters, after penalties and bias) and this many most probable alternatives.
+        prompt_logprobs: None for none; otherwise the same of every prompt token but the first, of the model's own
+            distribution.
+        constraint: what the text must be; None: anything.
     """
 
     temperature: float = 1.0
@@ -58,6 +62,8 @@ class SamplingParams:
     max_tokens: int = 16
     seed: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def check(self, vocab_size: int) -> None:
         """Check every range. Pure.
@@ -78,6 +84,8 @@ class SamplingParams:
         _within("seed", self.seed, 0, MAX_SEED - 1)
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest("sampling.stop", f"at most {MAX_STOP_STRINGS} stop strings")
         if any(not text for text in self.stop):
@@ -167,9 +175,23 @@ class TokenOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptToken:
+    """One token of the prompt, scored. `logprob` is None for the first: nothing came before it."""
+
+    token_id: int
+    logprob: float | None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one engine step produced for one request: new tokens, and the end if it came."""
+    """What one engine step produced for one request: new tokens, and the end if it came.
+
+    Attributes:
+        prompt_tokens: with the first token, the scored prompt when `prompt_logprobs` asked for it.
+    """
 
     request_id: RequestId
     tokens: tuple[TokenOutput, ...]
     finish: Finish | None = None
+    prompt_tokens: tuple[PromptToken, ...] = ()

@@ -1,7 +1,9 @@
 """Wire messages to core types and back. Pure; the wire's oddities (presence, unsigned, bytes) stop here."""
 
+import json
 from collections.abc import Iterable
 
+from core.constraint import Constraint, ConstraintKind
 from core.errors import ProtocolError, RejectedError, RejectReason, ServingError
 from core.ids import Epoch, RequestId, WorkerId
 from core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEvent, KvEventBatch, Tier
@@ -10,6 +12,7 @@ from core.request import (
     Finish,
     FinishReason,
     GenerateRequest,
+    PromptToken,
     RequestOutput,
     SamplingParams,
     TokenLogprob,
@@ -37,6 +40,7 @@ _OPTIONAL_SAMPLING = (
     "max_tokens",
     "seed",
     "logprobs",
+    "prompt_logprobs",
 )
 
 
@@ -58,6 +62,8 @@ def sampling_to_wire(sampling: SamplingParams) -> inference_pb2.SamplingParams:
         max_tokens=sampling.max_tokens,
         seed=sampling.seed,
         logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+        constraint=constraint_to_wire(sampling.constraint),
     )
 
 
@@ -69,7 +75,62 @@ def sampling_from_wire(message: inference_pb2.SamplingParams, **defaults: float)
         logit_bias=dict(message.logit_bias),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
+        constraint=constraint_from_wire(message.constraint),
     )
+
+
+def constraint_to_wire(constraint: Constraint | None) -> inference_pb2.Constraint | None:
+    if constraint is None:
+        return None
+    match constraint.kind:
+        case ConstraintKind.JSON_OBJECT:
+            return inference_pb2.Constraint(json_object=True)
+        case ConstraintKind.JSON_SCHEMA:
+            return inference_pb2.Constraint(json_schema=constraint.text)
+        case ConstraintKind.REGEX:
+            return inference_pb2.Constraint(regex=constraint.text)
+        case ConstraintKind.CHOICE:
+            return inference_pb2.Constraint(choice=inference_pb2.StringList(values=json.loads(constraint.text)))
+        case ConstraintKind.GRAMMAR:
+            return inference_pb2.Constraint(grammar=constraint.text)
+        case ConstraintKind.STRUCTURAL_TAG:
+            return inference_pb2.Constraint(structural_tag=constraint.text)
+
+
+def constraint_from_wire(message: inference_pb2.Constraint) -> Constraint | None:
+    """None when nothing is asked for. Whether the text is a good schema or expression is not checked here."""
+    match message.WhichOneof("constraint"):
+        case None:
+            return None
+        case "json_object":
+            return Constraint(ConstraintKind.JSON_OBJECT) if message.json_object else None
+        case "choice":
+            values = json.dumps(list(message.choice.values), ensure_ascii=False)
+            return Constraint(ConstraintKind.CHOICE, values)
+        case kind:
+            return Constraint(ConstraintKind(kind), getattr(message, kind))
+
+
+def prompt_token_to_wire(token: PromptToken) -> inference_pb2.PromptToken:
+    return inference_pb2.PromptToken(
+        token_id=token.token_id, logprob=token.logprob, top_logprobs=_logprobs_to_wire(token.top_logprobs)
+    )
+
+
+def prompt_token_from_wire(message: inference_pb2.PromptToken) -> PromptToken:
+    return PromptToken(
+        token_id=message.token_id,
+        logprob=message.logprob if message.HasField("logprob") else None,
+        top_logprobs=_logprobs_from_wire(message.top_logprobs),
+    )
+
+
+def _logprobs_to_wire(alternatives: Iterable[TokenLogprob]) -> list[inference_pb2.Logprob]:
+    return [inference_pb2.Logprob(token_id=one.token_id, logprob=one.logprob) for one in alternatives]
+
+
+def _logprobs_from_wire(messages: Iterable[inference_pb2.Logprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(one.token_id, one.logprob) for one in messages)
 
 
 def request_to_wire(request: GenerateRequest) -> worker_pb2.WorkRequest:
@@ -99,9 +160,7 @@ def token_to_wire(token: TokenOutput) -> inference_pb2.GeneratedToken:
         index=token.index,
         token_id=token.token_id,
         logprob=token.logprob,
-        top_logprobs=[
-            inference_pb2.Logprob(token_id=other.token_id, logprob=other.logprob) for other in token.top_logprobs
-        ],
+        top_logprobs=_logprobs_to_wire(token.top_logprobs),
     )
 
 
@@ -110,7 +169,7 @@ def token_from_wire(message: inference_pb2.GeneratedToken) -> TokenOutput:
         index=message.index,
         token_id=message.token_id,
         logprob=message.logprob if message.HasField("logprob") else None,
-        top_logprobs=tuple(TokenLogprob(other.token_id, other.logprob) for other in message.top_logprobs),
+        top_logprobs=_logprobs_from_wire(message.top_logprobs),
     )
 
 
@@ -143,6 +202,7 @@ def outputs_to_wire(outputs: Iterable[RequestOutput]) -> worker_pb2.OutputBatch:
                 request_id=output.request_id,
                 tokens=[token_to_wire(token) for token in output.tokens],
                 finish=finish_to_wire(output.finish) if output.finish else None,
+                prompt_logprobs=[prompt_token_to_wire(token) for token in output.prompt_tokens],
             )
             for output in outputs
         ]
@@ -155,6 +215,7 @@ def outputs_from_wire(batch: worker_pb2.OutputBatch) -> list[RequestOutput]:
             RequestId(output.request_id),
             tuple(token_from_wire(token) for token in output.tokens),
             finish_from_wire(output.finish) if output.HasField("finish") else None,
+            tuple(prompt_token_from_wire(token) for token in output.prompt_logprobs),
         )
         for output in batch.outputs
     ]

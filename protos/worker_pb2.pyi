@@ -431,6 +431,7 @@ class WorkOutput(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.GeneratedToken]: ...
@@ -438,16 +439,21 @@ class WorkOutput(_message.Message):
     def finish(self) -> Global___WorkFinish:
         """set when the stream ended well on this worker"""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.PromptToken]:
+        """with the first token, when asked for"""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         tokens: _abc.Iterable[_inference_pb2.GeneratedToken] | None = ...,
         finish: Global___WorkFinish | None = ...,
+        prompt_logprobs: _abc.Iterable[_inference_pb2.PromptToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

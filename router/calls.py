@@ -32,7 +32,7 @@ def read_generate(request: pb.GenerateRequest, max_model_len: int, session_id: s
         PromptTooLong: more token ids than the context holds; they are not even looked at.
         InvalidRequest: a level of quality or a service class that there is not.
     """
-    sampling = request.sampling
+    sampling, terms = request.sampling, request.terms
     return GenerateCall(
         model=request.model,
         request_id=request.request_id,
@@ -40,12 +40,12 @@ def read_generate(request: pb.GenerateRequest, max_model_len: int, session_id: s
         sampling=sampling_from_wire(sampling),
         has_max_tokens=sampling.HasField("max_tokens"),
         has_seed=sampling.HasField("seed"),
-        tenant=request.tenant,
+        tenant=terms.tenant,
         kv=KvWish(
-            _read_quality(request.kv_quality),
-            request.handoff_budget_s if request.HasField("handoff_budget_s") else None,
+            _read_quality(terms.kv_quality),
+            terms.handoff_budget_s if terms.HasField("handoff_budget_s") else None,
         ),
-        service=_read_service(request, session_id),
+        service=_read_service(terms, session_id),
     )
 
 
@@ -60,19 +60,19 @@ def read_tokenize(request: pb.TokenizeRequest) -> Prompt:
             raise InvalidRequest("input", "is missing: set text or chat")
 
 
-def _read_service(request: pb.GenerateRequest, session_id: str) -> ServiceWish:
-    if request.service_class not in _CLASSES:
-        raise InvalidRequest("service_class", f"is the unknown class {request.service_class}")
-    slo = request.slo
+def _read_service(terms: pb.RequestTerms, session_id: str) -> ServiceWish:
+    if terms.service_class not in _CLASSES:
+        raise InvalidRequest("service_class", f"is the unknown class {terms.service_class}")
+    slo = terms.slo
     return ServiceWish(
-        _CLASSES[request.service_class],
-        request.priority if request.HasField("priority") else None,
+        _CLASSES[terms.service_class],
+        terms.priority if terms.HasField("priority") else None,
         Slo(
             slo.ttft_s if slo.HasField("ttft_s") else None,
             slo.tpot_s if slo.HasField("tpot_s") else None,
             slo.deadline_s if slo.HasField("deadline_s") else None,
         ),
-        request.session_id or session_id,
+        terms.session_id or session_id,
     )
 
 

@@ -68,13 +68,15 @@ def generate_request(
             model=model,
             request_id=request_id,
             sampling=pb.SamplingParams(**sampling),
-            kv_quality=_quality(kv_quality),
-            handoff_budget_s=handoff_budget_s,
-            tenant=tenant,
-            service_class=_service_class(service.service_class),
-            priority=service.priority,
-            slo=_slo(service),
-            session_id=service.session_id,
+            terms=pb.RequestTerms(
+                kv_quality=_quality(kv_quality),
+                handoff_budget_s=handoff_budget_s,
+                tenant=tenant,
+                service_class=_service_class(service.service_class),
+                priority=service.priority,
+                slo=_slo(service),
+                session_id=service.session_id,
+            ),
         )
         if isinstance(prompt, str):
             request.text = prompt

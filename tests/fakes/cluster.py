@@ -120,10 +120,11 @@ class FakeCluster:
 
 
 def text_request(text: str = "hello", *, max_tokens: int = 5, **fields: Any) -> pb.GenerateRequest:
-    """Return a greedy request."""
+    """Return a greedy request; `fields` are of the request or of its terms."""
     sampling = pb.SamplingParams(temperature=0.0, max_tokens=max_tokens)
     request = pb.GenerateRequest(text=text, sampling=sampling)
-    request.MergeFrom(pb.GenerateRequest(**fields))
+    terms = {name: fields.pop(name) for name in list(fields) if name in pb.RequestTerms.DESCRIPTOR.fields_by_name}
+    request.MergeFrom(pb.GenerateRequest(terms=pb.RequestTerms(**terms), **fields))
     return request
 
 

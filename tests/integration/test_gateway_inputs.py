@@ -213,7 +213,7 @@ async def test_reflection_describes_the_services(checkpoint: Path) -> None:
 
         services, methods = await asyncio.to_thread(describe)
     assert services >= {"tandem.v1.Inference", "tandem.v1.Admin", "grpc.health.v1.Health"}
-    assert methods == ["Generate", "Abort", "GetModelInfo", "Tokenize"]
+    assert methods == ["Generate", "Chat", "Resume", "Abort", "GetModelInfo", "Tokenize", "Detokenize"]
 
 
 async def test_status_shows_load_and_requests_in_flight(checkpoint: Path) -> None:

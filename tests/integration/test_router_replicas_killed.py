@@ -51,7 +51,9 @@ async def test_a_killed_gateway_and_a_killed_redis_cost_only_what_they_were_stre
 
 def narrow_request(max_tokens: int) -> pb.GenerateRequest:
     sampling = pb.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=range(300, 400)), sampling=sampling, tenant="narrow")
+    return pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=range(300, 400)), sampling=sampling, terms=pb.RequestTerms(tenant="narrow")
+    )
 
 
 async def one_long_request(address: str) -> bool:
