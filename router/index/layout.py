@@ -1,8 +1,4 @@
-"""The layout of the prefix index's arrays. See `router.index.table`.
-
-Numba keeps compiled code beside the sources and looks at the file of a function only, not at what it calls: whoever
-changes this file or `table` deletes ``router/index/__pycache__``.
-"""
+"""The layout of the prefix index's arrays. See `router.index.table`."""
 
 import mmap
 from typing import NamedTuple

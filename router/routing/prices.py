@@ -13,9 +13,6 @@
     affinity  for leaving the workers of its session
 
 Every term is finite, at least 0, and does not fall when a load grows. `router.routing.search` joins the sides.
-
-Nothing in this file calls compiled code of another file, nor is called by any: the cache of compiled code watches one
-file at a time. What the files share is the types of `columns`, which are part of what a cached function is found by.
 """
 
 from typing import Any
