@@ -25,7 +25,7 @@ from prefill_workers.service import prefill_worker
 from protos import codec, worker_pb2
 from tests.fake_model import run_to_end, token_ids
 from tests.redis_process import RedisProcess
-from tests.worker_pair import request
+from tests.worker_pair import record_of, request
 from tests.worker_stream import decode_stream, prefill_stream
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
@@ -82,6 +82,16 @@ async def first_line(process: "subprocess.Popen[str]") -> str:
     return await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), PATIENCE_S)
 
 
+async def registered(store: RedisStore, worker_id: str) -> WorkerRecord:
+    """Wait for the record of a worker that is ready; it is written after the line is printed."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            record = await record_of(store, worker_id)
+            if record.state is WorkerState.READY:
+                return record
+            await asyncio.sleep(0.02)  # the store has no watch
+
+
 async def generate(one: GenerateRequest, prefill_address: str, decode_address: str) -> list[int]:
     name = one.request_id
     wire = codec.request_to_wire(one)
@@ -105,8 +115,8 @@ async def test_two_programs_serve_the_trained_model_and_leave_on_a_signal(redis:
     store = RedisStore(redis.url)
     try:
         addresses = [(await first_line(process)).split()[-1] for process in processes]
-        record = WorkerRecord.model_validate_json(await store.get(worker_key("test", WorkerId("d0"))) or b"")
-        assert (record.state, record.epoch, record.address) == (WorkerState.READY, Epoch(1), addresses[1])
+        record = await registered(store, "d0")
+        assert (record.epoch, record.address) == (Epoch(1), addresses[1])
         got = await asyncio.gather(*(generate(one, *addresses) for one in REQUESTS))
         assert dict(zip((one.request_id for one in REQUESTS), got, strict=True)) == expected()
         for process in processes:
