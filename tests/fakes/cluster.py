@@ -70,6 +70,14 @@ class FakeCluster:
     def workers(self) -> list[FakePrefillWorker | FakeDecodeWorker]:
         return [*self.prefills, *self.decodes]
 
+    def holds_nothing(self) -> bool:
+        """Say whether the gateway has no request, and none on the books of a worker."""
+        dispatcher, credit = self.gateway.dispatcher, self.gateway.fleet.credit
+        return dispatcher.num_active == dispatcher.num_queued == 0 and not any(
+            dispatcher.num_on_worker(worker.worker_id) or credit.of(worker.worker_id).num_requests
+            for worker in self.workers
+        )
+
     def generate(self, request: pb.GenerateRequest, timeout: float | None = None) -> Reading:
         """Begin a generation."""
         return Reading(self.inference.Generate(request, timeout=timeout))

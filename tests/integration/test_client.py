@@ -29,14 +29,9 @@ from tandem_client import (
     ServingError,
     WorkerLost,
 )
-from tests.fakes.checkpoint import ASSISTANT, MAX_MODEL_LEN, USER, VOCAB_SIZE, write_checkpoint
+from tests.fakes.checkpoint import ASSISTANT, MAX_MODEL_LEN, USER, VOCAB_SIZE
 from tests.fakes.cluster import fake_cluster
 from tests.fakes.script import PATIENCE_S, Reply, echo_alphabet
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 async def test_generates_whole_and_in_pieces(checkpoint: Path) -> None:

@@ -13,15 +13,9 @@ from core.errors import SlowReader
 from protos import inference_pb2 as pb
 from router.intake import GenerateCall, Intake, Prepared
 from router.rpc import InferenceServicer
-from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import FakeCluster, fake_cluster, text_request
 from tests.fakes.reading import fails
 from tests.fakes.script import PATIENCE_S
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 class StuckContext:

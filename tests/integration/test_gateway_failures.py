@@ -14,25 +14,11 @@ from core.rpc import field_violations
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc, worker_pb2
 from router.messages import WorkEvents
-from tests.fakes.checkpoint import write_checkpoint
-from tests.fakes.cluster import CLUSTER, FakeCluster, fake_cluster, text_request
+from tests.fakes.cluster import CLUSTER, fake_cluster, text_request
 from tests.fakes.decode import FakeDecodeWorker
 from tests.fakes.prefill import FakePrefillWorker
 from tests.fakes.reading import Reading, collect, fails
 from tests.fakes.script import refusal
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-def nothing_is_held(cluster: FakeCluster) -> bool:
-    dispatcher = cluster.gateway.dispatcher
-    return dispatcher.num_active == dispatcher.num_queued == 0 and not any(
-        dispatcher.num_on_worker(worker.worker_id) or cluster.gateway.fleet.credit.of(worker.worker_id).num_requests
-        for worker in cluster.workers
-    )
 
 
 async def test_a_prefill_worker_lost_before_the_first_token_is_replaced(checkpoint: Path) -> None:
@@ -55,7 +41,7 @@ async def test_a_prefill_worker_lost_before_the_first_token_is_replaced(checkpoi
         first, second = (submit.transfer_id for submit in cluster.decodes[0].submits)
         assert (first.split(".")[0], second.split(".")[0]) == ("r/0", "r/1")
         await cluster.decodes[0].wait_aborted("r")
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_a_decode_worker_lost_before_the_first_token_is_replaced(checkpoint: Path) -> None:
@@ -81,7 +67,7 @@ async def test_a_prompt_that_kills_workers_does_not_kill_them_all(checkpoint: Pa
         error = await fails(cluster.inference.Generate(text_request()), grpc.StatusCode.UNAVAILABLE)
         assert "engine died" in (error.details() or "")
         assert sum(len(worker.submits) for worker in cluster.prefills) == 2
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_a_prefill_worker_lost_in_the_hand_over_fails_the_request(checkpoint: Path) -> None:
@@ -96,7 +82,7 @@ async def test_a_prefill_worker_lost_in_the_hand_over_fails_the_request(checkpoi
         assert "p0" in (error.details() or "")
         await decode.wait_aborted("r")
         assert decode.held == set()
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_a_decode_worker_lost_in_mid_stream_fails_the_request(checkpoint: Path) -> None:
@@ -109,7 +95,7 @@ async def test_a_decode_worker_lost_in_mid_stream_fails_the_request(checkpoint: 
         victim = next(worker for worker in cluster.decodes if worker.submits)
         await victim.kill()
         await call.fails(grpc.StatusCode.UNAVAILABLE)
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
         survivor = next(worker for worker in cluster.decodes if worker is not victim)
         survivor.steps_allowed = asyncio.Semaphore(100)
         assert (await collect(cluster.inference.Generate(text_request()))).text == "abcde"
@@ -132,7 +118,7 @@ async def test_a_client_that_leaves_frees_both_workers(checkpoint: Path, phase: 
         if phase == "prefill":
             await prefill.wait_aborted("r")
         assert prefill.held == decode.held == set()
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_abort_ends_the_stream_and_frees_both_workers(checkpoint: Path) -> None:
@@ -145,7 +131,7 @@ async def test_abort_ends_the_stream_and_frees_both_workers(checkpoint: Path) ->
         await cluster.prefills[0].wait_aborted("r")
         await cluster.decodes[0].wait_aborted("r")
         assert not (await cluster.inference.Abort(pb.AbortRequest(request_id="r"))).found
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_the_gateways_own_deadline_frees_both_workers(checkpoint: Path) -> None:
@@ -163,7 +149,7 @@ async def test_a_request_that_nobody_accepts_ends_at_its_deadline(checkpoint: Pa
         cluster.decodes[0].script.always_refuse = refusal()
         await fails(cluster.inference.Generate(text_request(), timeout=0.2), grpc.StatusCode.DEADLINE_EXCEEDED)
         await cluster.wait_idle()
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_without_workers_requests_wait_a_little_then_fail(checkpoint: Path) -> None:
@@ -222,7 +208,7 @@ async def test_a_slow_reader_is_cut_off_and_frees_the_workers(checkpoint: Path) 
             call = Reading(inference_pb2_grpc.InferenceStub(channel).Generate(request))
             await call.read_tokens(1)
             await cluster.decodes[0].wait_aborted("r")
-            assert nothing_is_held(cluster)
+            assert cluster.holds_nothing()
             error = await call.fails(grpc.StatusCode.RESOURCE_EXHAUSTED)
             assert "unread" in (error.details() or "")
 
@@ -298,4 +284,4 @@ async def test_a_defect_of_the_gateway_costs_a_link_once_and_leaves_a_traceback(
         assert len(prefill.gateways) == 2, "the link was opened again"
         logged = [record for record in caplog.records if record.exc_info and "a defect" in str(record.exc_info[1])]
         assert len(logged) == 1
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()

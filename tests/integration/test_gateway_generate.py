@@ -11,15 +11,9 @@ from core.ids import RequestId
 from core.request import Finish, FinishReason
 from protos import inference_pb2 as pb
 from protos import worker_pb2
-from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import fake_cluster, text_request
 from tests.fakes.reading import collect
 from tests.fakes.script import Reply, client_id, echo_alphabet, refusal
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 async def test_streams_every_token_once_with_usage_timing_and_placement(checkpoint: Path) -> None:

@@ -23,11 +23,6 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 LONG = grpc.StatusCode.OUT_OF_RANGE
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
 def sampling(**fields: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(text="x", sampling=pb.SamplingParams(**fields))  # type: ignore[arg-type]
 

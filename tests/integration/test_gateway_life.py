@@ -15,17 +15,11 @@ from core.store_memory import MemoryStore
 from protos import admin_pb2
 from router.config import RouterConfig
 from router.service import Gateway
-from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import CLUSTER, fake_cluster, text_request
 from tests.fakes.decode import FakeDecodeWorker
 from tests.fakes.prefill import FakePrefillWorker
 from tests.fakes.reading import collect, fails
 from tests.fakes.script import PATIENCE_S
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 async def test_draining_and_restarted_workers(checkpoint: Path) -> None:

@@ -11,26 +11,12 @@ from core.membership import LoadReport
 from protos import admin_pb2, worker_pb2
 from protos import inference_pb2 as pb
 from router.forwarding.breaker import BreakerState
-from tests.fakes.checkpoint import write_checkpoint
-from tests.fakes.cluster import FakeCluster, fake_cluster, text_request
+from tests.fakes.cluster import fake_cluster, text_request
 from tests.fakes.reading import collect, fails, refusal_of
 from tests.fakes.script import refusal
 
 LATE = {"modes": ["remote_prefill"], "late_binding": True}
 ANY = {"modes": ["remote_prefill", "local_prefill", "colocated"]}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-def nothing_is_held(cluster: FakeCluster) -> bool:
-    dispatcher = cluster.gateway.dispatcher
-    return dispatcher.num_active == dispatcher.num_queued == 0 and not any(
-        dispatcher.num_on_worker(worker.worker_id) or cluster.gateway.fleet.credit.of(worker.worker_id).num_requests
-        for worker in cluster.workers
-    )
 
 
 async def test_a_prompt_begins_while_no_decode_worker_has_room(checkpoint: Path) -> None:
@@ -53,7 +39,7 @@ async def test_a_prompt_begins_while_no_decode_worker_has_room(checkpoint: Path)
         placement = call.finished.placement
         assert (placement.mode, placement.binding, placement.decode_worker) == ("remote_prefill", "late", "d0")
         assert placement.attempts == len(decode.submits) + 1
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_a_prompt_that_nobody_takes_over_is_generated_where_it_was_computed(checkpoint: Path) -> None:
@@ -65,7 +51,7 @@ async def test_a_prompt_that_nobody_takes_over_is_generated_where_it_was_compute
         assert (placement.mode, placement.mode_reason) == ("colocated", "no_decode_pool")
         assert (placement.prefill_worker, placement.decode_worker, placement.binding) == ("p0", "", "")
         assert [bind.decode_worker_id for bind in cluster.prefills[0].binds] == [""]
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_prompts_without_a_decode_worker_are_bounded_and_served_in_turn(checkpoint: Path) -> None:
@@ -80,7 +66,7 @@ async def test_prompts_without_a_decode_worker_are_bounded_and_served_in_turn(ch
         decode.script.always_refuse = None
         await asyncio.gather(*results)
         assert [call.text for call in calls] == ["abcde"] * 6
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_an_aborted_prompt_that_waits_for_a_decode_worker_frees_its_kv(checkpoint: Path) -> None:
@@ -92,7 +78,7 @@ async def test_an_aborted_prompt_that_waits_for_a_decode_worker_frees_its_kv(che
         await cluster.prefills[0].wait_aborted("r")
         await cluster.wait_idle()
         assert cluster.prefills[0].held == set()
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 @pytest.mark.parametrize("missing", ["decodes", "prefills"])
@@ -113,7 +99,7 @@ async def test_one_pool_serves_alone_when_the_other_is_missing(checkpoint: Path,
         ]
         assert got.finished.timing.ttft_s > 0
         assert placement.predicted_ttft_s > 0
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_a_decode_worker_that_holds_the_prefix_does_the_rest_itself(checkpoint: Path) -> None:
@@ -138,7 +124,7 @@ async def test_a_worker_that_is_busier_than_was_thought_sends_the_request_elsewh
         assert {one.finished.placement.prefill_worker for one in got} == {other.worker_id}
         assert len(busy.submits) == 1, "its refusal told of its load"
         assert sorted(one.finished.placement.attempts for one in got) == [1, 1, 1, 1, 1, 2]
-        assert nothing_is_held(cluster)
+        assert cluster.holds_nothing()
 
 
 async def test_a_cluster_that_is_busy_all_over_takes_the_third_question(checkpoint: Path) -> None:

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import grpc
-import pytest
 
-from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import text_request
 from tests.fakes.gateways import several_gateways
 from tests.fakes.script import refusal
@@ -15,11 +13,6 @@ TENANTS = {
     "brief": {"tokens_per_minute": 60},
     "narrow": {"max_concurrent_requests": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 async def test_a_rate_holds_over_both_gateways(tmp_path: Path, checkpoint: Path) -> None:

@@ -3,19 +3,11 @@
 import asyncio
 from pathlib import Path
 
-import pytest
-
 from core.ids import WorkerId
 from core.membership import LoadReport
-from tests.fakes.checkpoint import write_checkpoint
 from tests.fakes.cluster import text_request
 from tests.fakes.gateways import Gateways, several_gateways
 from tests.fakes.script import client_id
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def hold_back(cluster: Gateways) -> None:
