@@ -1,8 +1,8 @@
 """What a gateway knows about its workers, in one place: records, links, loads, credit, models, prefix caches.
 
 Keeps the table that the policy reads in step with what it is told. Knows no request's life (the listener, the
-dispatcher, does), no store and no socket: records come from a `RecordSource`, what workers say through `DoorListener`,
-and orders leave through `WorkerDoors`. A simulator plugs in others.
+dispatcher, does), no store, no socket: records come from a `RecordSource`, what workers say through `WorkerListener`,
+and orders leave through `WorkerPort`. A simulator plugs in others.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from core.errors import ServingError
 from core.ids import WorkerId
 from core.membership import LoadReport, Role, WorkerRecord
 from router.broadcast import Broadcast
-from router.forwarding.doors import WorkerDoors
+from router.forwarding.worker_port import WorkerPort
 from router.index.prefix_index import PrefixIndex
 from router.index.slots import WorkerSlots
 from router.messages import WorkEvents
@@ -58,17 +58,17 @@ class FleetListener(Protocol):
 
 
 class Fleet:
-    """The workers of one cluster as one gateway sees them. Implements `router.forwarding.doors.DoorListener`.
+    """The workers of one cluster as one gateway sees them. Implements `router.forwarding.worker_port.WorkerListener`.
 
     Concurrency: the event loop's thread.
     """
 
-    def __init__(self, config: RoutingConfig, doors: WorkerDoors, clock: Clock) -> None:
+    def __init__(self, config: RoutingConfig, workers: WorkerPort, clock: Clock) -> None:
         self._clock = clock
         self._listener: FleetListener | None = None
         self._source: RecordSource | None = None
         self._hash_keys: dict[WorkerId, HashKey] = {}
-        self.doors = doors
+        self.workers = workers
         self.changed = Broadcast()  # workers came, went, or changed state
         self.slots = WorkerSlots()
         self.index = PrefixIndex(config.prefix_index_bytes, self.slots)
@@ -125,7 +125,7 @@ class Fleet:
         self._notify()
 
     def on_up(self, worker_id: WorkerId) -> None:
-        epoch = self.doors.connected_epoch(worker_id)
+        epoch = self.workers.connected_epoch(worker_id)
         assert epoch is not None, "a connection that is up leads somewhere"
         self.table.connected(worker_id, epoch)
         self._notify()
@@ -151,7 +151,7 @@ class Fleet:
 
     def apply_load(self, worker_id: WorkerId, load: LoadReport) -> None:
         """Take a load that came over the worker's stream, on its own or within an answer."""
-        if self.doors.connected_epoch(worker_id) is None:
+        if self.workers.connected_epoch(worker_id) is None:
             return
         self.table.report(worker_id, load, self._clock.now())
         self.credit.reported(worker_id)

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from core.errors import Aborted, RejectedError, ServingError, SlowReader
 from core.service_class import ServiceClass
 from core.telemetry import LATENCY_BUCKETS_S
-from router.explain.outcome import Verdict
+from router.explain.outcome import Hindsight
 from router.routing.decision import Decision
 from router.stream import Completion
 
@@ -139,10 +139,10 @@ class GatewayMetrics:
     def worker_lost(self) -> None:
         self._losses.inc()
 
-    def judged(self, verdict: Verdict) -> None:
+    def judged(self, hindsight: Hindsight) -> None:
         """How right the decision behind a request was."""
-        self._ttft_error.observe(verdict.ttft_error_s)
-        self._regret.observe(verdict.regret_s)
+        self._ttft_error.observe(hindsight.ttft_error_s)
+        self._regret.observe(hindsight.regret_s)
 
     def finished(self, completion: Completion) -> None:
         timing = completion.timing

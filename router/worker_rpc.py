@@ -17,7 +17,7 @@ from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
 from protos.codec import chain_from_wire, request_to_wire
 from router.config import WorkerStreamConfig
-from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.forwarding.worker_port import DecodeOrder, PrefillOrder
 from router.messages import WorkEvents
 from router.mirror import CacheSnapshot
 from router.worker_codec import read_decode_report, read_prefill_report

@@ -18,7 +18,7 @@ from core.errors import ServingError, WorkerLost
 from core.ids import Epoch, GatewayId, TransferId, WorkerId
 from core.membership import LoadReport, WorkerRecord, WorkerState
 from router.config import WorkerStreamConfig
-from router.forwarding.doors import DecodeOrder, DoorListener, PrefillOrder
+from router.forwarding.worker_port import DecodeOrder, PrefillOrder, WorkerListener
 from router.messages import WorkEvents
 from router.mirror import CacheSnapshot
 from router.worker_rpc import DecodeChannel, PrefillChannel, WorkerChannel, open_channel
@@ -40,7 +40,7 @@ class WorkerLink:
 
 
 class WorkerPool:
-    """All links of one gateway. Implements `router.forwarding.doors.WorkerDoors`.
+    """All links of one gateway. Implements `router.forwarding.worker_port.WorkerPort`.
 
     Concurrency: the event loop's thread.
     """
@@ -56,11 +56,11 @@ class WorkerPool:
         self._config = config
         self._clock = clock
         self._rng = rng
-        self._listener: DoorListener | None = None
+        self._listener: WorkerListener | None = None
         self._links: dict[WorkerId, WorkerLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    def listen(self, listener: DoorListener) -> None:
+    def listen(self, listener: WorkerListener) -> None:
         """Tell `listener` from now on."""
         self._listener = listener
 

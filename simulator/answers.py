@@ -6,7 +6,7 @@ from core.errors import RejectedError, RejectReason
 from core.membership import WorkerRecord, WorkerState
 from decode_workers import policy as decode_policy
 from prefill_workers import policy as prefill_policy
-from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.forwarding.worker_port import DecodeOrder, PrefillOrder
 from simulator.engine import Engine
 from simulator.kv_pool import KvPool
 

@@ -131,7 +131,7 @@ class _Cluster:
             worker_id: (worker.engine.prefill_s + worker.engine.decode_s) / virtual_s if virtual_s else 0.0
             for worker_id, worker in self._workers.items()
         }
-        num_orders = sum(gateway.doors.num_orders for gateway in self._gateways)
+        num_orders = sum(gateway.wires.num_orders for gateway in self._gateways)
         return Run(tuple(self._outcomes), tuple(self._samples), len(self._workers), virtual_s, busy, num_orders)
 
     def _make_workers(self, loop: VirtualLoop) -> list[SimulatedWorker]:

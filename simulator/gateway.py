@@ -14,7 +14,7 @@ from core.store import Store
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
-from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.forwarding.worker_port import DecodeOrder, PrefillOrder
 from router.index.kv_feed import KvFeed
 from router.metrics import GatewayMetrics
 from router.replicas.config import SharingConfig
@@ -35,8 +35,8 @@ class SimulatedRecords:
     staleness_s: float = field(default=0.0)
 
 
-class SimulatedDoors:
-    """Wires to every worker and back. Implements `router.forwarding.doors.WorkerDoors`."""
+class SimulatedWires:
+    """Wires to every worker and back. Implements `router.forwarding.worker_port.WorkerPort`."""
 
     def __init__(self, loop: VirtualLoop, workers: Mapping[WorkerId, SimulatedWorker], delay_s: float) -> None:
         self._workers = workers
@@ -105,8 +105,8 @@ class SimulatedGateway:
         name: GatewayId,
         store: Store | None,
     ) -> None:
-        self.doors = SimulatedDoors(loop, workers, wire_delay_s)
-        self.fleet = Fleet(config.routing, self.doors, loop)
+        self.wires = SimulatedWires(loop, workers, wire_delay_s)
+        self.fleet = Fleet(config.routing, self.wires, loop)
         self.fleet.follow(SimulatedRecords({worker_id: worker.record for worker_id, worker in workers.items()}))
         self.dispatcher = Dispatcher(config, self.fleet, loop, rng, GatewayMetrics())
         self.fleet.listen(self.dispatcher)
@@ -135,7 +135,7 @@ class SimulatedGateway:
     def open(self) -> None:
         """Connect to the workers, and to the other gateways."""
         self.fleet.records_changed()
-        self.doors.open(self.fleet)
+        self.wires.open(self.fleet)
         if self._replicas is not None:
             self._sharing = asyncio.create_task(self._replicas.run(), name="replicas")
 

@@ -20,7 +20,7 @@ from core.kv_events import BlocksRemoved, BlocksStored, KvEvent, KvEventBatch
 from core.membership import LoadReport, WorkerRecord
 from core.request import Finish, FinishReason, GenerateRequest, TokenOutput
 from router import messages as m
-from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.forwarding.worker_port import DecodeOrder, PrefillOrder
 from simulator.answers import WorkerTerms, decode_refusal, no_blocks, prompt_refusal
 from simulator.engine import DecodeSequence, Engine, Gaps, PromptJob
 from simulator.hand_off import HandOff

@@ -1,7 +1,7 @@
 """Whether a request is worth entering: what it was promised against what is predicted. Pure.
 
 A request that would miss its targets is refused now, with the time after which asking again makes sense: as long as it
-takes until what it would wait too long for has drained. When it would miss them on an empty cluster too, waiting does
+takes until what it would wait too long for is over. When it would miss them on an empty cluster too, waiting does
 not help, and the refusal says so.
 """
 
@@ -80,9 +80,9 @@ class Door:
             (RejectReason.SLO_TPOT, "each further token", slo.tpot_s, forecast.tpot_s, None),
             (RejectReason.DEADLINE, "the last token", slo.deadline_s, total_s, waits_s + forecast.room_wait_s),
         )
-        for reason, what, target_s, predicted_s, drains_s in targets:
+        for reason, what, target_s, predicted_s, passes_s in targets:
             if target_s is not None and predicted_s > target_s * allowed:
-                refusal = self._refusal(reason, what, target_s, predicted_s, drains_s, total_s)
+                refusal = self._refusal(reason, what, target_s, predicted_s, passes_s, total_s)
                 return Verdict(refusal, verdict.is_enforced, ttft_s, total_s)
         return verdict
 
@@ -92,15 +92,15 @@ class Door:
         what: str,
         target_s: float,
         predicted_s: float,
-        drains_s: float | None,
+        passes_s: float | None,
         total_s: float,
     ) -> RejectedError:
-        """`drains_s`: the part of the prediction that waiting takes away; None: batches must shrink first."""
+        """`passes_s`: the part of the prediction that waiting takes away; None: batches must shrink first."""
         detail = f"{what} is expected after {predicted_s:.3g} s, wanted within {target_s:.3g} s"
         excess_s = predicted_s - target_s
-        if drains_s is None:
+        if passes_s is None:
             retry_after_s = total_s * excess_s / predicted_s  # that part of such requests has ended by then
-        elif excess_s > drains_s:
+        elif excess_s > passes_s:
             return RejectedError(reason, f"{detail}, which no waiting would bring")
         else:
             retry_after_s = excess_s

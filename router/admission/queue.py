@@ -21,9 +21,9 @@ from core.ids import RequestId
 from core.service_class import ServiceClass
 from router.admission.bands import Bands, Charge, Ticket
 from router.admission.claims import Amount, Claim
-from router.admission.drain import DrainRate
 from router.admission.gate import Gate
 from router.admission.room import Room
+from router.admission.speed import QueueSpeed
 from router.config import RouterConfig
 
 _RETRY_HINT_S = 1.0  # while the queue's speed is not known
@@ -100,7 +100,7 @@ class AdmissionQueue:
         )
         self._gate = Gate(retry_min_s=rules.retry_min_s, retry_max_s=rules.retry_max_s, rng=rng)
         self._room = Room(rules.bounds, rules.reserved_ratio)
-        self._drain = DrainRate(rules.rate_window_s)
+        self._speed = QueueSpeed(rules.rate_window_s)
         self._tickets: dict[RequestId, Ticket] = {}
         self._releases: dict[RequestId, _Release] = {}
         self._num_entered = 0
@@ -180,7 +180,7 @@ class AdmissionQueue:
         self._pass_time(now)
         ticket = self._tickets.get(request_id)
         if ticket is not None and self._gate.is_limited and self._gate.is_asking(request_id):
-            self._drain.accepted(ticket.claim.num_tokens, now)
+            self._speed.accepted(ticket.claim.num_tokens, now)
         release = self._releases.get(request_id)
         if release is not None:
             release.is_accepted = True
@@ -215,8 +215,8 @@ class AdmissionQueue:
             return 0.0
         before = self._bands.tokens_before(claim.service_class, claim.tenant, claim.num_tokens)
         released = self.num_tokens - self._bands.num_tokens
-        drained_s = self._drain.wait_s(before + released)
-        return max(self._gate.closed_for(now), drained_s or 0.0)
+        emptied_s = self._speed.wait_s(before + released)
+        return max(self._gate.closed_for(now), emptied_s or 0.0)
 
     def check(self) -> None:
         """Assert what must hold between calls."""
@@ -255,11 +255,11 @@ class AdmissionQueue:
             self._room.remove(ticket.claim.service_class, ticket.claim.amount)
 
     def _pass_time(self, now: float) -> None:
-        self._drain.pass_time(now, is_backlogged=self._gate.is_limited)
+        self._speed.pass_time(now, is_backlogged=self._gate.is_limited)
 
     def _retry_after_s(self, claim: Claim) -> float:
         """How long it takes until as much as `claim` has left the queue, at its latest speed."""
         mean_tokens = self.num_tokens / max(1, len(self._tickets))
-        wait_s = self._drain.wait_s(int(max(claim.num_tokens, mean_tokens)))
+        wait_s = self._speed.wait_s(int(max(claim.num_tokens, mean_tokens)))
         hint_s = _RETRY_HINT_S if wait_s is None else max(self._rules.retry_max_s, wait_s)
         return min(hint_s, self._rules.max_retry_after_s)

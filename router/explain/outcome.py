@@ -6,7 +6,7 @@ from router.routing.decision import Candidate, Decision
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RouteOutcome:
     """As observed; seconds.
 
     Attributes:
@@ -23,7 +23,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Hindsight:
     """Seconds; of a decision whose request ended well.
 
     Attributes:
@@ -38,7 +38,7 @@ class Verdict:
     regret_s: float
 
 
-def judge(decision: Decision, outcome: Outcome, expected_output_tokens: int) -> Verdict:
+def judge(decision: Decision, outcome: RouteOutcome, expected_output_tokens: int) -> Hindsight:
     """Compare. The parts of the cost that cannot be observed (targets, handicaps) count as predicted. Pure."""
     winner = decision.winner
     decided_s = winner.ttft_s - winner.ready_in_s  # after arrival
@@ -49,7 +49,7 @@ def judge(decision: Decision, outcome: Outcome, expected_output_tokens: int) -> 
     cost_error_s = ttft_error_s + transfer_error_s + decode_error_s
     best_other = _best_other(decision)
     regret_s = winner.terms.total_s + cost_error_s - best_other.terms.total_s if best_other is not None else 0.0
-    return Verdict(ttft_error_s, cost_error_s, regret_s)
+    return Hindsight(ttft_error_s, cost_error_s, regret_s)
 
 
 def _best_other(decision: Decision) -> Candidate | None:

@@ -25,15 +25,15 @@ def decision_to_wire(one: ExplainedDecision, now: float) -> pb.RouteDecision:
         num_eligible=decision.num_eligible,
         decision_s=decision.decision_s,
     )
-    outcome, verdict = one.outcome, one.verdict()
+    outcome, hindsight = one.outcome, one.hindsight()
     if outcome is not None:
         wire.outcome.ttft_s = outcome.ttft_s
         wire.outcome.tpot_s = outcome.tpot_s
         wire.outcome.transfer_s = outcome.transfer_s
         wire.outcome.failure = outcome.failure
-    if verdict is not None:
-        wire.outcome.ttft_error_s = verdict.ttft_error_s
-        wire.outcome.regret_s = verdict.regret_s
+    if hindsight is not None:
+        wire.outcome.ttft_error_s = hindsight.ttft_error_s
+        wire.outcome.regret_s = hindsight.regret_s
     return wire
 
 

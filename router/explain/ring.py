@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from core.ids import RequestId
-from router.explain.outcome import Outcome, Verdict, judge
+from router.explain.outcome import Hindsight, RouteOutcome, judge
 from router.routing.decision import Decision
 
 _RECORD_BYTES = 1_400
@@ -21,13 +21,13 @@ class ExplainedDecision:
     decision: Decision
     num_prompt_tokens: int
     expected_output_tokens: int
-    outcome: Outcome | None = None
+    outcome: RouteOutcome | None = None
 
     @property
     def num_bytes(self) -> int:
         return _RECORD_BYTES + 2 * len(self.request_id) + self.decision.ranked.num_bytes
 
-    def verdict(self) -> Verdict | None:
+    def hindsight(self) -> Hindsight | None:
         """Return how right it was; None before the outcome, and for what failed."""
         if self.outcome is None or self.outcome.failure:
             return None
@@ -66,7 +66,7 @@ class ExplanationRing:
         while self._num_bytes > self._max_bytes:
             self._drop_oldest()
 
-    def observed(self, request_id: RequestId, outcome: Outcome) -> ExplainedDecision | None:
+    def observed(self, request_id: RequestId, outcome: RouteOutcome) -> ExplainedDecision | None:
         """Note what came of a request: of its last decision, the one that was carried out; return it if it is kept."""
         known = self._of_request.get(request_id)
         if known is None or known[-1].outcome is not None:  # of a request before this one that had the same id

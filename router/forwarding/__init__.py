@@ -1,1 +1,1 @@
-"""How requests get to workers: the doors, the breaker before each of them, and who came with whom before."""
+"""How requests get to workers: the port to them, a breaker before each, and who came with whom before."""

@@ -3,7 +3,7 @@
 from core.errors import ServingError
 from core.ids import WorkerId
 from router import messages as m
-from router.explain.outcome import Outcome
+from router.explain.outcome import RouteOutcome
 from router.explain.ring import ExplanationRing
 from router.fleet import Fleet
 from router.forwarding.breaker import CircuitBreakers
@@ -70,11 +70,11 @@ class Findings:
         split = machine.timeline.split(machine.num_tokens, now)
         exposed_s = machine.landed.exposed_s if machine.landed is not None else 0.0
         failure = "" if error is None else type(error).__name__
-        outcome = Outcome(split.ttft_s, split.tpot_s, exposed_s, failure)
+        outcome = RouteOutcome(split.ttft_s, split.tpot_s, exposed_s, failure)
         explained = self._explanations.observed(active.request_id, outcome)
-        verdict = explained.verdict() if explained is not None else None
-        if verdict is not None:
-            self._metrics.judged(verdict)
+        hindsight = explained.hindsight() if explained is not None else None
+        if hindsight is not None:
+            self._metrics.judged(hindsight)
 
     def _landed(self, worker_id: WorkerId, active: ActiveRequest, event: m.KvLanded) -> None:
         self._fleet.credit.landed(worker_id, active.work_id)

@@ -12,14 +12,14 @@ from core.membership import Role
 from router import messages as m
 from router.fleet import Fleet
 from router.forwarding.breaker import CircuitBreakers
-from router.forwarding.doors import DecodeOrder, PrefillOrder
 from router.forwarding.predictions import Predictions
+from router.forwarding.worker_port import DecodeOrder, PrefillOrder
 from router.in_flight import ActiveRequest, InFlight
 from router.routing.decision import Decision
 
 
 class Sender:
-    """From machine to doors. Every method that sends returns the loss when the worker cannot be reached, else None."""
+    """From machine to port. Every method that sends returns the loss when the worker cannot be reached, else None."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Sender:
             max_requests_held=decision.max_requests_held if effect.is_conditional else None,
         )
         self._hold(active, effect.worker_id)
-        is_sent = self._fleet.doors.submit_decode(effect.worker_id, order)
+        is_sent = self._fleet.workers.submit_decode(effect.worker_id, order)
         return None if is_sent else m.DecodeLost(_unreachable(effect.worker_id))
 
     def dispatch(self, active: ActiveRequest, effect: m.SubmitPrefill) -> m.Event | None:
@@ -74,7 +74,7 @@ class Sender:
             bind_later=effect.decode is None,
             max_queued_tokens=allowed,
         )
-        is_sent = self._fleet.doors.submit_prefill(effect.worker_id, order)
+        is_sent = self._fleet.workers.submit_prefill(effect.worker_id, order)
         return None if is_sent else m.PrefillLost(_unreachable(effect.worker_id))
 
     def engage(self, active: ActiveRequest, effect: m.SubmitAlone) -> m.Event | None:
@@ -87,7 +87,7 @@ class Sender:
         if effect.role is Role.DECODE:
             max_held = decision.max_requests_held if effect.is_conditional else None
             whole = DecodeOrder(active.work_id, active.request, hashes, True, max_queued, max_held)
-            if not self._fleet.doors.submit_decode(effect.worker_id, whole):
+            if not self._fleet.workers.submit_decode(effect.worker_id, whole):
                 return m.DecodeLost(_unreachable(effect.worker_id))
             return None
         order = PrefillOrder(
@@ -97,7 +97,7 @@ class Sender:
             cached_tokens=decision.winner.held_tokens,
             max_queued_tokens=max_queued,
         )
-        is_sent = self._fleet.doors.submit_prefill(effect.worker_id, order)
+        is_sent = self._fleet.workers.submit_prefill(effect.worker_id, order)
         return None if is_sent else m.PrefillLost(_unreachable(effect.worker_id))
 
     def bind(self, active: ActiveRequest, effect: m.BindPrefill) -> m.Event | None:
@@ -105,12 +105,12 @@ class Sender:
         decode = self._fleet.records.get(effect.decode) if effect.decode is not None else None
         if effect.decode is not None and decode is None:
             return m.PrefillLost(_unreachable(effect.decode))
-        is_sent = self._fleet.doors.bind(effect.worker_id, active.work_id, decode)
+        is_sent = self._fleet.workers.bind(effect.worker_id, active.work_id, decode)
         return None if is_sent else m.PrefillLost(_unreachable(effect.worker_id))
 
     def abort(self, active: ActiveRequest, worker_id: WorkerId, reason: str) -> None:
         """Tell a worker to free what it holds."""
-        self._fleet.doors.abort(worker_id, active.work_id, reason)
+        self._fleet.workers.abort(worker_id, active.work_id, reason)
         self.let_go(active, worker_id)
 
     def let_go(self, active: ActiveRequest, worker_id: WorkerId) -> None:

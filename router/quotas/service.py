@@ -35,7 +35,7 @@ _MAX_RELEASED = 4096  # slots that wait to be given back; beyond that their leas
 
 
 @dataclass(frozen=True, slots=True)
-class Charge:
+class QuotaCharge:
     """What a request was charged. `holder` names it among all requests of all gateways; `is_shared`: at the store."""
 
     quotas: TenantQuotas
@@ -89,7 +89,7 @@ class Quotas:
         """Return how many slots of a tenant this gateway holds."""
         return len(self._held.get(tenant, ()))
 
-    async def charge(self, tenant: str, num_tokens: int) -> Charge | None:
+    async def charge(self, tenant: str, num_tokens: int) -> QuotaCharge | None:
         """Count a request of about `num_tokens` tokens in all. Returns None for a tenant without quotas.
 
         Raises:
@@ -107,15 +107,15 @@ class Quotas:
         except BaseException:  # refused, or the client left while we asked
             self._release(tenant, holder)
             raise
-        return Charge(quotas, holder, num_tokens, is_shared)
+        return QuotaCharge(quotas, holder, num_tokens, is_shared)
 
-    def settle(self, charge: Charge | None, num_tokens: int) -> None:
+    def settle(self, charge: QuotaCharge | None, num_tokens: int) -> None:
         """The request ended, having used so many tokens of prompt and output."""
         if charge is not None:
             self._release(charge.quotas.tenant, charge.holder)
             self._correct(charge, requests=0, tokens=num_tokens - charge.num_tokens)
 
-    def refund(self, charge: Charge | None) -> None:
+    def refund(self, charge: QuotaCharge | None) -> None:
         """The request was refused after all."""
         if charge is not None:
             self._release(charge.quotas.tenant, charge.holder)
@@ -207,7 +207,7 @@ class Quotas:
         self._released.append((key(self._prefix, tenant, Quota.CONCURRENCY), holder))
         self._work.set()
 
-    def _correct(self, charge: Charge, *, requests: float, tokens: float) -> None:
+    def _correct(self, charge: QuotaCharge, *, requests: float, tokens: float) -> None:
         takes = self._takes(charge.quotas, requests=requests, tokens=tokens)
         self._local.charge(charge.quotas.tenant, takes.values(), self._num_replicas(), self._clock.now())
         if self._is_store_lost or not charge.is_shared:

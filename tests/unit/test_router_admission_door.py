@@ -11,7 +11,7 @@ from core.errors import RejectReason
 from core.service_class import NO_SLO, ServiceClass, Slo
 from router.admission.config import AdmissionConfig, ClassConfig, DoorMode
 from router.admission.door import Door, Forecast
-from router.admission.drain import DrainRate
+from router.admission.speed import QueueSpeed
 from router.service_terms import ServiceTerms
 
 CONFIG = AdmissionConfig(
@@ -112,7 +112,7 @@ def test_after_the_hinted_time_the_door_is_open_if_nobody_else_came() -> None:
 
 
 def test_the_speed_is_that_of_the_time_under_backlog() -> None:
-    rate = DrainRate(10.0)
+    rate = QueueSpeed(10.0)
     assert rate.wait_s(100) is None
     for second in range(1, 41):
         is_backlogged = second % 2 == 0
@@ -123,7 +123,7 @@ def test_the_speed_is_that_of_the_time_under_backlog() -> None:
 
 
 def test_the_window_slides() -> None:
-    rate = DrainRate(10.0)
+    rate = QueueSpeed(10.0)
     for second in range(1, 101):
         rate.pass_time(float(second), is_backlogged=True)
         rate.accepted(100 if second <= 50 else 400, float(second))
@@ -133,7 +133,7 @@ def test_the_window_slides() -> None:
 
 
 def test_a_stalled_queue_takes_at_least_as_long_as_it_has_stalled() -> None:
-    rate = DrainRate(10.0)
+    rate = QueueSpeed(10.0)
     for second in range(1, 9):
         rate.pass_time(float(second), is_backlogged=True)
     wait_s = rate.wait_s(1)
@@ -143,7 +143,7 @@ def test_a_stalled_queue_takes_at_least_as_long_as_it_has_stalled() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.0, 30.0), st.booleans(), st.integers(0, 1000)), max_size=100))
 def test_the_speed_keeps_few_slices_and_finite_numbers(steps: list[tuple[float, bool, int]]) -> None:
-    rate, now = DrainRate(10.0), 0.0
+    rate, now = QueueSpeed(10.0), 0.0
     for seconds, is_backlogged, num_tokens in steps:
         now += seconds
         rate.pass_time(now, is_backlogged=is_backlogged)

@@ -1,4 +1,4 @@
-"""The dispatcher over doors without sockets: late news, shedding, the end of every request, and books that balance."""
+"""The dispatcher over workers without sockets: late news, shedding, the end of every request, books that balance."""
 
 import asyncio
 import random
@@ -12,10 +12,10 @@ from core.request import Finish, FinishReason, TokenOutput
 from core.service_class import NO_SLO, ServiceClass
 from router import messages as m
 from router.forwarding.breaker import BreakerState
-from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.forwarding.worker_port import DecodeOrder, PrefillOrder
 from router.service_terms import ServiceTerms
 from router.stream import Completion, RequestStream
-from tests.fakes.doors import FakeGateway
+from tests.fakes.worker_port import FakeGateway
 
 END = Finish(FinishReason.LENGTH)
 BATCH = ServiceTerms(ServiceClass.BATCH, 0, NO_SLO, "")
@@ -45,11 +45,11 @@ async def test_a_good_life_is_told_once_and_explained() -> None:
     gateway = FakeGateway(routing=REMOTE, num_prefills=1, num_decodes=1)
     ended: list[int] = []
     stream = gateway.submit("r", on_concluded=ended.append)
-    [(decode, reservation)] = gateway.doors.sent
+    [(decode, reservation)] = gateway.workers.sent
     assert isinstance(reservation, DecodeOrder)
     assert gateway.fleet.credit.of(gateway.prefills[0]).prefill_tokens == 16, "counted before it is even asked"
     gateway.tell(decode, reservation.work_id, m.DecodeAccepted(0, LoadReport(sequence=1, num_reserved=1)))
-    prefill, prompt = gateway.doors.sent[-1]
+    prefill, prompt = gateway.workers.sent[-1]
     assert isinstance(prompt, PrefillOrder)
     assert prompt.decode is not None
     assert (prompt.decode.worker_id, prompt.work_id) == (decode, reservation.work_id)
@@ -64,7 +64,7 @@ async def test_a_good_life_is_told_once_and_explained() -> None:
     [explained] = gateway.dispatcher.placer.explanations.of(stream.request_id)
     assert explained.outcome is not None
     assert (explained.outcome.ttft_s, explained.outcome.transfer_s) == (completion.timing.ttft_s, 0.01)
-    assert explained.verdict() is not None
+    assert explained.hindsight() is not None
     await turn()
     gateway.check_books()
 
@@ -74,18 +74,18 @@ async def test_what_comes_from_a_worker_that_holds_nothing_of_the_work_is_droppe
     for sequence, decode in enumerate(gateway.decodes, 1):
         gateway.report(decode, sequence, total_blocks=100, free_blocks=0, num_running=1, context_tokens=400)
     stream = gateway.submit("r")
-    [(prefill, prompt)] = gateway.doors.sent
+    [(prefill, prompt)] = gateway.workers.sent
     assert isinstance(prompt, PrefillOrder)
     assert prompt.bind_later
     gateway.tell(prefill, prompt.work_id, m.PrefillAccepted(0))
-    first = gateway.doors.sent[-1][0]
+    first = gateway.workers.sent[-1][0]
     gateway.tell(first, prompt.work_id, m.DecodeLost(WorkerLost("not now")))
-    second = gateway.doors.sent[-1][0]
+    second = gateway.workers.sent[-1][0]
     assert second != first
     gateway.tell(first, prompt.work_id, m.DecodeAccepted(0))
-    assert gateway.doors.binds == [], "the late answer of a worker that was given up binds nothing"
+    assert gateway.workers.binds == [], "the late answer of a worker that was given up binds nothing"
     gateway.tell(second, prompt.work_id, m.DecodeAccepted(0))
-    assert gateway.doors.binds == [(prefill, prompt.work_id, second)]
+    assert gateway.workers.binds == [(prefill, prompt.work_id, second)]
     gateway.dispatcher.abandon(stream, Aborted("enough"))
     await turn()
     gateway.check_books()
@@ -138,14 +138,14 @@ async def test_a_request_that_is_refused_asks_some_of_a_large_cluster_and_waits(
         retry_max_s=60.0,
     )
     gateway.submit("r")
-    [(decode, reservation)] = gateway.doors.sent
+    [(decode, reservation)] = gateway.workers.sent
     gateway.tell(decode, reservation.work_id, m.DecodeAccepted(0))
     while prompts := gateway.orders_at(lambda worker_id: worker_id.startswith("p")):
         [(prefill, prompt)] = prompts
-        del gateway.doors.orders[prefill, prompt.work_id]
+        del gateway.workers.orders[prefill, prompt.work_id]
         gateway.tell(prefill, prompt.work_id, m.PrefillRejected(RejectedError(RejectReason.QUEUE_FULL)))
-    assert len({worker_id for worker_id, _ in gateway.doors.sent}) == 1 + 5
-    assert gateway.doors.aborts == [(decode, reservation.work_id)]
+    assert len({worker_id for worker_id, _ in gateway.workers.sent}) == 1 + 5
+    assert gateway.workers.aborts == [(decode, reservation.work_id)]
     assert gateway.dispatcher.num_queued == 1, "it keeps its place"
     gateway.dispatcher.close(Aborted("enough"))
     await turn()
@@ -159,13 +159,13 @@ async def test_a_late_bound_prompt_that_is_refused_asks_some_of_a_large_pool_and
     for sequence, decode in enumerate(gateway.decodes, 1):
         gateway.report(decode, sequence, total_blocks=100, free_blocks=0, num_running=1, context_tokens=400)
     gateway.submit("r")
-    [(prefill, prompt)] = gateway.doors.sent
+    [(prefill, prompt)] = gateway.workers.sent
     gateway.tell(prefill, prompt.work_id, m.PrefillAccepted(0))
     while asked := gateway.orders_at(lambda worker_id: worker_id.startswith("d")):
         [(decode, reservation)] = asked
-        del gateway.doors.orders[decode, reservation.work_id]
+        del gateway.workers.orders[decode, reservation.work_id]
         gateway.tell(decode, reservation.work_id, m.DecodeRejected(RejectedError(RejectReason.NO_BLOCKS)))
-    assert len(gateway.doors.sent) == 1 + 5
+    assert len(gateway.workers.sent) == 1 + 5
     gateway.dispatcher.close(Aborted("enough"))
     await turn()
     gateway.check_books()
@@ -177,39 +177,39 @@ async def test_a_late_bound_prompt_asks_again_when_there_may_be_room_and_not_at_
     for decode in gateway.decodes:
         gateway.report(decode, 1, **full)
     gateway.submit("r")
-    [(prefill, prompt)] = gateway.doors.sent
+    [(prefill, prompt)] = gateway.workers.sent
     gateway.tell(prefill, prompt.work_id, m.PrefillAccepted(0))
     refused = m.DecodeRejected(RejectedError(RejectReason.NO_BLOCKS), LoadReport(sequence=2, **full))
 
     async def refuse_all() -> None:
         while asked := gateway.orders_at(lambda worker_id: worker_id.startswith("d")):
             [(decode, reservation)] = asked
-            del gateway.doors.orders[decode, reservation.work_id]
+            del gateway.workers.orders[decode, reservation.work_id]
             gateway.tell(decode, reservation.work_id, refused)
             await turn()
 
     await refuse_all()
     gateway.submit("next")
     await turn()
-    later = gateway.doors.sent[-1][1]
+    later = gateway.workers.sent[-1][1]
     gateway.tell(prefill, later.work_id, m.PrefillAccepted(0))
     await refuse_all()
     gateway.submit("unanswered")
     await turn()
-    assert isinstance(gateway.doors.sent[-1][1], PrefillOrder), "one more request is no room"
-    num_sent = len(gateway.doors.sent)
+    assert isinstance(gateway.workers.sent[-1][1], PrefillOrder), "one more request is no room"
+    num_sent = len(gateway.workers.sent)
     for sequence in range(3, 10):
         gateway.report(prefill, sequence, free_blocks=sequence)
         gateway.report(gateway.decodes[0], sequence, **{**full, "context_tokens": 400 + sequence})
         await turn()
-    assert len(gateway.doors.sent) == num_sent, "nothing was freed"
+    assert len(gateway.workers.sent) == num_sent, "nothing was freed"
     gateway.report(gateway.decodes[0], 10, **{**full, "num_running": 1, "free_blocks": 50})
     await turn()
-    [(decode, reservation)] = gateway.doors.sent[num_sent:]
+    [(decode, reservation)] = gateway.workers.sent[num_sent:]
     assert (decode, reservation.work_id) == (gateway.decodes[0], prompt.work_id)
     gateway.tell(decode, reservation.work_id, m.DecodeAccepted(0))
     await turn()
-    assert gateway.doors.sent[-1][1].work_id == later.work_id, "who finds a place leaves the next one to look"
+    assert gateway.workers.sent[-1][1].work_id == later.work_id, "who finds a place leaves the next one to look"
     gateway.dispatcher.close(Aborted("enough"))
     await turn()
     gateway.check_books()
@@ -270,7 +270,7 @@ class RandomWorkers:
     def prefill(self, worker_id: WorkerId, order: PrefillOrder, stage: int) -> None:
         key, tell = (worker_id, order.work_id), self.gateway.tell
         last = order.request.sampling.max_tokens - 1
-        bound = next((decode for who, work, decode in self.gateway.doors.binds if (who, work) == key), "")
+        bound = next((decode for who, work, decode in self.gateway.workers.binds if (who, work) == key), "")
         is_alone = order.decode is None and (not order.bind_later or bound is None)
         if stage == 1:
             self.progress[key] = 2
@@ -317,7 +317,7 @@ class RandomWorkers:
 
     def drop(self, key: tuple[WorkerId, TransferId]) -> None:
         self.progress.pop(key, None)
-        self.gateway.doors.orders.pop(key, None)
+        self.gateway.workers.orders.pop(key, None)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.ids import RequestId
-from router.explain.outcome import Outcome, judge
+from router.explain.outcome import RouteOutcome, judge
 from router.explain.ring import ExplanationRing
 from router.routing.columns import CANDIDATE, TERM_NAMES
 from router.routing.decision import CandidateList, Decision
@@ -30,23 +30,23 @@ def test_regret_is_what_it_turned_out_to_cost_less_the_best_other_prediction() -
     decision = decide("p1", "p2", "d1")
     winner, other = decision.candidates()[:2]
     assert (winner.prefill, other.prefill) == ("p1", "p2")
-    as_expected = Outcome(winner.ttft_s, winner.tpot_s, winner.terms.transfer_s)
-    verdict = judge(decision, as_expected, 64)
-    assert verdict.ttft_error_s == pytest.approx(0.0)
-    assert verdict.cost_error_s == pytest.approx(0.0)
-    assert verdict.regret_s == pytest.approx(winner.terms.total_s - other.terms.total_s)
-    assert verdict.regret_s < 0.0
-    worse = Outcome(winner.ttft_s + 1.0, winner.tpot_s + 0.01, winner.terms.transfer_s + 0.5)
+    as_expected = RouteOutcome(winner.ttft_s, winner.tpot_s, winner.terms.transfer_s)
+    hindsight = judge(decision, as_expected, 64)
+    assert hindsight.ttft_error_s == pytest.approx(0.0)
+    assert hindsight.cost_error_s == pytest.approx(0.0)
+    assert hindsight.regret_s == pytest.approx(winner.terms.total_s - other.terms.total_s)
+    assert hindsight.regret_s < 0.0
+    worse = RouteOutcome(winner.ttft_s + 1.0, winner.tpot_s + 0.01, winner.terms.transfer_s + 0.5)
     assert judge(decision, worse, 64).ttft_error_s == pytest.approx(1.0)
     assert judge(decision, worse, 64).cost_error_s == pytest.approx(1.0 + 0.64 + 0.5)
-    assert judge(decision, worse, 64).regret_s == pytest.approx(verdict.regret_s + 2.14)
+    assert judge(decision, worse, 64).regret_s == pytest.approx(hindsight.regret_s + 2.14)
 
 
 def test_without_another_candidate_there_is_nothing_to_regret() -> None:
     decision = decide("p1", "d1")
-    verdict = judge(decision, Outcome(decision.ttft_s + 1.0), 64)
-    assert verdict.regret_s == 0.0
-    assert verdict.cost_error_s == pytest.approx(1.0 - decision.terms.transfer_s), "one token: no step was seen"
+    hindsight = judge(decision, RouteOutcome(decision.ttft_s + 1.0), 64)
+    assert hindsight.regret_s == 0.0
+    assert hindsight.cost_error_s == pytest.approx(1.0 - decision.terms.transfer_s), "one token: no step was seen"
 
 
 def test_candidates_are_read_when_somebody_asks() -> None:
@@ -67,16 +67,16 @@ def test_the_outcome_belongs_to_the_decision_that_was_carried_out() -> None:
     ring, decision = ExplanationRing(10**6), decide("p1", "p2", "d1")
     ring.add(R, decision, START, 1000, 64)
     ring.add(R, decision, START + 1, 1000, 64)
-    assert ring.observed(RequestId("nobody"), Outcome(1.0)) is None
-    carried_out = ring.observed(R, Outcome(1.0, 0.01))
+    assert ring.observed(RequestId("nobody"), RouteOutcome(1.0)) is None
+    carried_out = ring.observed(R, RouteOutcome(1.0, 0.01))
     first, second = ring.of(R)
     assert carried_out is second
-    assert (first.outcome, first.verdict()) == (None, None)
-    assert second.verdict() is not None
+    assert (first.outcome, first.hindsight()) == (None, None)
+    assert second.hindsight() is not None
     ring.add(R, decision, START + 2, 1000, 64)
-    failed = ring.observed(R, Outcome(1.0, failure="lost"))
+    failed = ring.observed(R, RouteOutcome(1.0, failure="lost"))
     assert failed is not None
-    assert failed.verdict() is None, "what failed says nothing about seconds"
+    assert failed.hindsight() is None, "what failed says nothing about seconds"
     assert [one.decided_at for one in ring.last(5)] == [START + 2, START + 1, START]
     assert ring.of(RequestId("nobody")) == []
 
@@ -104,12 +104,12 @@ def test_an_outcome_is_of_one_request_only() -> None:
     """A client may use an id again; a request that ends in the queue says nothing of its namesake's decisions."""
     ring, decision = ExplanationRing(10**6), decide("p1", "p2", "d1")
     ring.add(R, decision, START, 1000, 64)
-    ended = Outcome(1.0, 0.01)
+    ended = RouteOutcome(1.0, 0.01)
     assert ring.observed(R, ended) is not None
-    assert ring.observed(R, Outcome(0.0, failure="RejectedError")) is None
+    assert ring.observed(R, RouteOutcome(0.0, failure="RejectedError")) is None
     assert ring.of(R)[0].outcome == ended
     ring.add(R, decision, START + 9, 1000, 64)
-    assert ring.observed(R, Outcome(2.0)) is ring.of(R)[1]
+    assert ring.observed(R, RouteOutcome(2.0)) is ring.of(R)[1]
 
 
 def test_what_is_decided_after_the_first_token_did_not_predict_it() -> None:
@@ -118,8 +118,8 @@ def test_what_is_decided_after_the_first_token_did_not_predict_it() -> None:
     query = replace(world.query(), waited_s=3.0)
     decision = world.place(query)
     winner = decision.winner
-    verdict = judge(decision, Outcome(1.0, winner.tpot_s, winner.terms.transfer_s), 64)
-    assert (verdict.ttft_error_s, verdict.cost_error_s) == pytest.approx((0.0, 0.0))
-    assert verdict.regret_s == pytest.approx(winner.terms.total_s - decision.candidates()[1].terms.total_s)
-    early = judge(decision, Outcome(3.0 + winner.ready_in_s / 2, winner.tpot_s, winner.terms.transfer_s), 64)
+    hindsight = judge(decision, RouteOutcome(1.0, winner.tpot_s, winner.terms.transfer_s), 64)
+    assert (hindsight.ttft_error_s, hindsight.cost_error_s) == pytest.approx((0.0, 0.0))
+    assert hindsight.regret_s == pytest.approx(winner.terms.total_s - decision.candidates()[1].terms.total_s)
+    early = judge(decision, RouteOutcome(3.0 + winner.ready_in_s / 2, winner.tpot_s, winner.terms.transfer_s), 64)
     assert early.ttft_error_s == pytest.approx(-winner.ready_in_s / 2)

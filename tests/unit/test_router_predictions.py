@@ -11,11 +11,11 @@ from core.errors import Aborted, RejectedError, RejectReason
 from core.ids import TransferId, WorkerId
 from core.membership import LoadReport
 from router import messages as m
-from router.forwarding.doors import PrefillOrder
 from router.forwarding.predictions import Predictions
+from router.forwarding.worker_port import PrefillOrder
 from router.index.prefix_index import PrefixIndex
 from router.index.slots import WorkerSlots
-from tests.fakes.doors import FakeGateway
+from tests.fakes.worker_port import FakeGateway
 
 W = WorkerId("w")
 REMOTE = {"modes": ["remote_prefill"], "late_binding": False, "temperature": 0.0}
@@ -72,13 +72,13 @@ def test_predicted_is_what_the_works_on_their_way_need(seed: int) -> None:
 async def test_a_worker_that_said_it_is_busier_is_not_asked_again_for_what_it_never_got() -> None:
     gateway = FakeGateway(routing=REMOTE, num_prefills=2, num_decodes=1)
     gateway.submit("r", num_tokens=400)
-    [(decode, reservation)] = gateway.doors.sent
+    [(decode, reservation)] = gateway.workers.sent
     gateway.tell(decode, reservation.work_id, m.DecodeAccepted(0))
-    busy, prompt = gateway.doors.sent[-1]
+    busy, prompt = gateway.workers.sent[-1]
     assert isinstance(prompt, PrefillOrder)
     load = LoadReport(sequence=1, queued_prefill_tokens=200)  # less than computing the whole prompt elsewhere
     gateway.tell(busy, prompt.work_id, m.PrefillRejected(RejectedError(RejectReason.BUSIER, "busier", 0.0), load))
-    other, again = gateway.doors.sent[-1]
+    other, again = gateway.workers.sent[-1]
     assert other != busy
     assert isinstance(again, PrefillOrder)
     assert again.cached_tokens == 0
@@ -93,11 +93,13 @@ async def test_siblings_of_one_turn_follow_the_first_until_it_is_refused() -> No
     gateway = FakeGateway(routing=REMOTE, num_prefills=2, num_decodes=1)
     for name in ("a", "b"):
         gateway.submit(name, num_tokens=400)
-    [(decode, first), (_, second)] = gateway.doors.sent
+    [(decode, first), (_, second)] = gateway.workers.sent
     for reservation in (first, second):
         gateway.tell(decode, reservation.work_id, m.DecodeAccepted(0))
     asked: dict[TransferId, tuple[WorkerId, PrefillOrder]] = {
-        order.work_id: (worker_id, order) for worker_id, order in gateway.doors.sent if isinstance(order, PrefillOrder)
+        order.work_id: (worker_id, order)
+        for worker_id, order in gateway.workers.sent
+        if isinstance(order, PrefillOrder)
     }
     worker_id, leader = asked[first.work_id]
     assert asked[second.work_id][0] == worker_id

@@ -18,7 +18,7 @@ from router.config import TenantConfig
 from router.quotas.config import QuotasConfig
 from router.quotas.limits import Quota, TenantQuotas, key
 from router.quotas.local_counts import LocalCounts
-from router.quotas.service import Charge, Quotas
+from router.quotas.service import QuotaCharge, Quotas
 
 CONFIG = QuotasConfig(deadline_s=5.0, burst_s=60.0, slot_lease_s=9.0, retry_interval_s=0.01)
 TENANTS = {
@@ -81,7 +81,7 @@ async def refused(gateway: Quotas, tenant: str, tokens: int = 1) -> RejectedErro
     return refusal.value
 
 
-async def charged(gateway: Quotas, tenant: str, tokens: int = 1) -> Charge:
+async def charged(gateway: Quotas, tenant: str, tokens: int = 1) -> QuotaCharge:
     charge = await gateway.charge(tenant, tokens)
     assert charge is not None
     return charge

@@ -10,7 +10,7 @@ import pytest
 from core.ids import RequestId, WorkerId
 from core.kv_events import Tier
 from core.request import GenerateRequest, SamplingParams
-from router.explain.outcome import Outcome
+from router.explain.outcome import RouteOutcome
 from router.index.prefix_index import PrefixIndex
 from router.prompt_hashes import HashKey, PromptHashes
 from router.routing.config import PolicyName
@@ -70,7 +70,7 @@ def test_a_placement_is_remembered_with_what_it_rested_on() -> None:
     kept = ours.explanations.of(RequestId("r"))
     assert [one.decision for one in kept] == [decision]
     assert (kept[0].num_prompt_tokens, kept[0].expected_output_tokens) == (1024, 64)
-    assert ours.explanations.observed(RequestId("r"), Outcome(1.0)) is kept[0]
+    assert ours.explanations.observed(RequestId("r"), RouteOutcome(1.0)) is kept[0]
     assert isinstance(ours.forecast(request(name="asked"), PromptHashes.known({KEY: CHAIN})), Decision)
     assert ours.explanations.of(RequestId("asked")) == [], "nothing was sent by a forecast"
 

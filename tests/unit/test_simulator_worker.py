@@ -12,7 +12,7 @@ from core.ids import Epoch, RequestId, TransferId, WorkerId
 from core.membership import LoadReport, Role, WorkerRecord, WorkerState
 from core.request import GenerateRequest, SamplingParams
 from router import messages as m
-from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.forwarding.worker_port import DecodeOrder, PrefillOrder
 from simulator.answers import WorkerTerms
 from simulator.latency import DecodeLatency, LinkLatency, PrefillLatency, StepLatency
 from simulator.machines import Machine

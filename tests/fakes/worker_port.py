@@ -1,4 +1,4 @@
-"""Doors without sockets: a gateway's dispatcher over workers that a test plays, event by event."""
+"""The port to the workers without sockets: a gateway's dispatcher over workers that a test plays, event by event."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from router import messages as m
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
-from router.forwarding.doors import DecodeOrder, PrefillOrder
+from router.forwarding.worker_port import DecodeOrder, PrefillOrder
 from router.metrics import GatewayMetrics
 from router.prompt_hashes import PromptHashes
 from router.stream import RequestStream
@@ -21,7 +21,7 @@ from router.stream import RequestStream
 Order = PrefillOrder | DecodeOrder
 
 
-class FakeDoors:
+class FakeWorkers:
     """Keeps what is sent, by worker and work, until the test answers."""
 
     def __init__(self) -> None:
@@ -66,16 +66,16 @@ class FakeRecords:
 
 
 class FakeGateway:
-    """A real dispatcher and fleet over fake doors."""
+    """A real dispatcher and fleet over a fake port to the workers."""
 
     def __init__(self, *, num_prefills: int = 2, num_decodes: int = 2, seed: int = 1, **config: Any) -> None:
         settings = {"model_path": ".", "retry_min_s": 0.001, "retry_max_s": 0.01, **config}
         self.config = RouterConfig.model_validate(settings)
         self.clock = MonotonicClock()
-        self.doors = FakeDoors()
+        self.workers = FakeWorkers()
         self.source = FakeRecords()
         self.metrics = GatewayMetrics()
-        self.fleet = Fleet(self.config.routing, self.doors, self.clock)
+        self.fleet = Fleet(self.config.routing, self.workers, self.clock)
         self.fleet.follow(self.source)
         self.dispatcher = Dispatcher(self.config, self.fleet, self.clock, random.Random(seed), self.metrics)
         self.fleet.listen(self.dispatcher)
@@ -98,14 +98,14 @@ class FakeGateway:
             block_size=4,
             max_model_len=512,
         )
-        self.doors.epochs[worker_id] = Epoch(epoch)
+        self.workers.epochs[worker_id] = Epoch(epoch)
         self.fleet.records_changed()
         self.fleet.on_up(worker_id)
 
     def lose(self, worker_id: WorkerId) -> None:
         """The stream to a worker ends."""
-        del self.doors.epochs[worker_id]
-        self.doors.orders = {key: order for key, order in self.doors.orders.items() if key[0] != worker_id}
+        del self.workers.epochs[worker_id]
+        self.workers.orders = {key: order for key, order in self.workers.orders.items() if key[0] != worker_id}
         self.fleet.on_down(worker_id, WorkerLost("gone"))
 
     def submit(
@@ -126,7 +126,7 @@ class FakeGateway:
 
     def orders_at(self, choose: Callable[[WorkerId], bool] = lambda _: True) -> list[tuple[WorkerId, Order]]:
         """Return what is unanswered or at work, oldest first."""
-        return [(worker_id, order) for (worker_id, _), order in self.doors.orders.items() if choose(worker_id)]
+        return [(worker_id, order) for (worker_id, _), order in self.workers.orders.items() if choose(worker_id)]
 
     def check_books(self) -> None:
         """Assert what must hold when nothing is in flight."""

@@ -1,4 +1,4 @@
-"""How fast the queue drains: prompt tokens that the cluster accepted, per second in which it could not take all. Pure.
+"""How fast the queue empties: prompt tokens that the cluster accepted, per second in which it could not take all. Pure.
 
 Only time under backlog counts. An idle minute says nothing about how fast a full queue would empty, and what was
 accepted into an idle cluster at once says nothing either.
@@ -18,7 +18,7 @@ class _Slice:
     num_tokens: int = 0
 
 
-class DrainRate:
+class QueueSpeed:
     """A sliding window over the time of one process.
 
     Args:
@@ -48,15 +48,15 @@ class DrainRate:
         self._slice(now).num_tokens += num_tokens
 
     def wait_s(self, num_tokens: int) -> float | None:
-        """Return how long so many tokens take to drain, None while that is not known.
+        """Return how long so many tokens take to leave, None while that is not known.
 
         When nothing was accepted lately it is at least so long as that has lasted.
         """
         busy_s = sum(piece.busy_s for piece in self._slices)
-        drained = sum(piece.num_tokens for piece in self._slices)
+        accepted = sum(piece.num_tokens for piece in self._slices)
         if busy_s < _MIN_BUSY_RATIO * self._window_s:
             return None
-        return busy_s * num_tokens / drained if drained else busy_s
+        return busy_s * num_tokens / accepted if accepted else busy_s
 
     def _slice(self, now: float) -> _Slice:
         length_s = self._window_s / _NUM_SLICES

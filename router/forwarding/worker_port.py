@@ -1,4 +1,4 @@
-"""The port to the workers: orders go in by `WorkerDoors`, what the workers say comes back through `DoorListener`.
+"""The port to the workers: orders go in by `WorkerPort`, what the workers say comes back through `WorkerListener`.
 
 The gateway's own implementation is `router.workers.WorkerPool` (gRPC streams); a simulator has another. Whoever
 implements it must keep the order of what one worker says, and must not call the listener from within a call of the
@@ -24,7 +24,7 @@ class PrefillOrder:
         block_hashes: of the prompt, as this worker's cache is keyed.
         decode: where the KV goes; None: not known yet (`bind_later`), or nowhere (this worker generates all of it).
         cached_tokens: of the prompt, that the worker should have in its prefix cache.
-        bind_later: the decode worker follows by `WorkerDoors.bind`.
+        bind_later: the decode worker follows by `WorkerPort.bind`.
         max_queued_tokens: refuse as busier when more prompt tokens than this wait there already; None: never.
     """
 
@@ -55,7 +55,7 @@ class DecodeOrder:
     max_requests_held: int | None = None
 
 
-class WorkerDoors(Protocol):
+class WorkerPort(Protocol):
     """Sends to workers. Nothing here waits, and nothing is kept for a worker that is not connected."""
 
     def submit_prefill(self, worker_id: WorkerId, order: PrefillOrder) -> bool:
@@ -86,7 +86,7 @@ class WorkerDoors(Protocol):
         ...
 
 
-class DoorListener(Protocol):
+class WorkerListener(Protocol):
     """Who is told what comes from the workers. Called on the event loop, must not block."""
 
     def on_up(self, worker_id: WorkerId) -> None:
