@@ -33,7 +33,7 @@ from router.config import RouterConfig
 from router.fleet import Fleet
 from router.forwarding.absence import WorkerAbsence, missing
 from router.forwarding.affinity import SessionAffinity
-from router.forwarding.breaker import CircuitBreakers
+from router.forwarding.breaker_watch import BreakerWatch
 from router.forwarding.completing import complete
 from router.forwarding.entrance import Entrance
 from router.forwarding.findings import Findings
@@ -41,6 +41,7 @@ from router.forwarding.late_bound import LateBound
 from router.forwarding.placing import Placing
 from router.forwarding.predictions import Predictions
 from router.forwarding.sender import Sender
+from router.forwarding.turns import Turns
 from router.in_flight import ActiveRequest, InFlight
 from router.lifecycle import RequestState
 from router.metrics import GatewayMetrics
@@ -73,19 +74,17 @@ class Dispatcher:
             config.routing, clock, rng, fleet.table, fleet.models.links, fleet.index, lambda: fleet.staleness_s
         )
         self.affinity = SessionAffinity(config.forwarding.affinity)
-        self.breakers = CircuitBreakers(config.forwarding.breaker, rng, self._gate_worker)
-        fleet.table.on_reset.append(self._forget_breaker)
-        self._queue = AdmissionQueue(queue_rules(config), rng)
-        self._entrance = Entrance(config.admission, self._queue, self.placer, metrics)
         self._requests = InFlight()
+        self._queue = AdmissionQueue(queue_rules(config), rng)
+        self._late_bound = LateBound(config.forwarding.max_late_bound)
+        self._turns = Turns(self._queue, self._late_bound, self._requests, clock, metrics, feed=self._feed)
+        self._watch = BreakerWatch(config.forwarding.breaker, fleet, clock, rng, on_rested=self._turns.note_capacity)
+        self.breakers = self._watch.breakers
+        self._entrance = Entrance(config.admission, self._queue, self.placer, metrics)
         self.predictions = Predictions(fleet.index, config.forwarding.predicted_ttl_s)
         self._sender = Sender(fleet, self._requests, self.breakers, self.predictions, clock)
         self._placing = Placing(config, self.placer, self.affinity, clock, rng, metrics)
         self._findings = Findings(fleet, self.breakers, self.predictions, self.placer.explanations, metrics)
-        self._late_bound = LateBound(config.forwarding.max_late_bound)
-        self._is_pump_due = False
-        self._gate_alarm = Alarm(clock, self._pump)
-        self._breaker_alarm = Alarm(clock, self._poll_breakers)
         self._absence = WorkerAbsence(
             is_alone_allowed=Mode.COLOCATED in config.routing.modes,
             patience_s=config.no_workers_timeout_s,
@@ -160,7 +159,7 @@ class Dispatcher:
         self._feed(active, m.Queued())
         for loser in shed:
             self._feed(self._requests.queued(loser.request_id), m.RequestFailed(loser.error))
-        self._pump()
+        self._turns.run()
         return stream
 
     def abort(self, request_id: RequestId, error: ServingError) -> bool:
@@ -192,8 +191,9 @@ class Dispatcher:
         """End everything that is in flight."""
         for active in self._requests.all():
             self._feed(active, m.AbortRequested(error))
-        for alarm in (self._gate_alarm, self._gone_alarm, self._breaker_alarm):
-            alarm.disarm()
+        self._turns.close()
+        self._watch.close()
+        self._gone_alarm.disarm()
 
     # --- what the fleet tells ---
 
@@ -208,7 +208,7 @@ class Dispatcher:
             self._feed(active, event)
 
     def on_room(self, worker_id: WorkerId) -> None:
-        self._seek_soon()
+        self._turns.note_room()
 
     def on_worker_down(self, worker_id: WorkerId, error: ServingError) -> None:
         self._metrics.worker_lost()
@@ -224,10 +224,9 @@ class Dispatcher:
             self._metrics.workers.labels(role).set(count)
         self._absence.note(live, now)
         self._gone_alarm.arm(self._absence.deadline())
-        self._queue.note_capacity(now)
-        self._seek_soon()
+        self._turns.note_capacity()
 
-    # --- the queue ---
+    # --- who may come in ---
 
     def can_serve(self) -> bool:
         """Somebody can be asked now."""
@@ -262,45 +261,6 @@ class Dispatcher:
         for active in self._requests.all():
             if active.machine.state is RequestState.QUEUED:
                 self._feed(active, m.RequestFailed(error))
-
-    def _pump_soon(self) -> None:
-        if not self._is_pump_due:
-            self._is_pump_due = True
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    def _seek_soon(self) -> None:
-        """There may be room at a decode worker."""
-        self._late_bound.note_room()
-        self._pump_soon()
-
-    def _pump(self) -> None:
-        self._is_pump_due = False
-        seeker = self._late_bound.take_turn()
-        if seeker is not None:
-            self._feed(seeker, m.SeekDue())
-        for request_id in self._queue.take(self._clock.now()):
-            self._feed(self._requests.queued(request_id), m.Released())
-        self._gate_alarm.arm(self._queue.next_deadline())
-        self._metrics.queued.set(len(self._queue))
-
-    # --- breakers ---
-
-    def _gate_worker(self, worker_id: WorkerId, is_shut: bool) -> None:
-        """Whoever saw why: a failure here, or another gateway, which may be gone before the rest is over."""
-        self._fleet.table.set_breaker(worker_id, is_shut)
-        self._breaker_alarm.arm(self.breakers.next_deadline())
-
-    def _poll_breakers(self) -> None:
-        self.breakers.poll(self._clock.now())
-        self._breaker_alarm.arm(self.breakers.next_deadline())
-        self._queue.note_capacity(self._clock.now())
-        self._seek_soon()
-
-    def _forget_breaker(self, slot: int) -> None:
-        """Another incarnation has the worker's row, or none."""
-        worker_id = self._fleet.slots.worker(slot)
-        if worker_id is not None:
-            self.breakers.forget(worker_id)
 
     # --- machines ---
 
@@ -341,7 +301,7 @@ class Dispatcher:
             case m.BindPrefill():
                 self._late_bound.discard(active)
                 following = self._sender.bind(active, effect)
-                self._seek_soon()
+                self._turns.note_room()
             case m.AbortWork(worker_id, reason):
                 self._sender.abort(active, worker_id, reason)
             case m.ReleaseWorker(worker_id):
@@ -353,11 +313,11 @@ class Dispatcher:
                 self._requests.end_attempt(active)
                 self._late_bound.discard(active)
                 self._queue.put_back(active.claim, self._clock.now(), retry_after_s)
-                self._pump_soon()
+                self._turns.soon()
             case m.LeaveQueue():
                 self._queue.leave(active.request_id, self._clock.now())
                 self._placing.bind_session(active)
-                self._pump_soon()
+                self._turns.soon()
             case m.Conclude(finish, error):
                 self._conclude(active, finish, error)
         if following is not None:
@@ -381,7 +341,6 @@ class Dispatcher:
         self._requests.remove(active)
         self._late_bound.discard(active)
         self._queue.end(active.request_id, now, machine.num_tokens)
-        self._queue.note_capacity(now)
         self._metrics.active.set(len(self._requests))
         self._findings.concluded(active, error, now)
         if finish is not None:
@@ -397,4 +356,4 @@ class Dispatcher:
             active.on_concluded(active.request.num_prompt_tokens + machine.num_tokens if machine.was_taken else 0)
         if not len(self._requests):
             self._idle.set()
-        self._seek_soon()
+        self._turns.note_capacity()
