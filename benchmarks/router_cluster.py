@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ClusterConfig
-from cluster.demo import model_path
+from cluster.demo.run import model_path
 from cluster.launcher import launcher_of
 from cluster.progress import LineProgress
 from core.config import parse_config

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Entry point of the console script and of `python -m cluster`."""
     try:
-        from cluster.cli import main as run  # it takes a moment, and Ctrl-C in it deserves no traceback
+        from cluster.cli.app import main as run  # it takes a moment, and Ctrl-C in it deserves no traceback
     except KeyboardInterrupt:
         sys.exit("error: interrupted; nothing was started")
     run()

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cluster.backoff import BackOffConfig
 from cluster.settings import complete, section
+from cluster.supervision.backoff import BackOffConfig
 from core.config import ConfigModel, load_config
 from decode_workers.config import DecodeWorkerConfig
 from engine.config import EngineConfig, ModelConfig

@@ -10,11 +10,11 @@ from functools import partial
 from typing import TypeVar
 
 from cluster.config import ClusterConfig, DecodePool, PrefillPool
-from cluster.incarnation import Incarnation, ServiceSpec
-from cluster.lifecycle import LifePolicy
 from cluster.placement import CoreMap
 from cluster.ray_backend import RayBackend
 from cluster.service_host import Factory, Seat, Service, Whereabouts
+from cluster.supervision.incarnation import Incarnation, ServiceSpec
+from cluster.supervision.lifecycle import LifePolicy
 from core.clock import MonotonicClock
 from core.ids import Epoch, WorkerId
 from core.membership import Role, WorkerIdentity

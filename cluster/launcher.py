@@ -18,17 +18,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.config import ClusterConfig
-from cluster.fencing import StoreFencer
-from cluster.incarnation import ServiceSpec, SpawnError
 from cluster.launch import GATEWAY, PACKAGES, Blueprint, StoreAddress
-from cluster.lifecycle import LifePolicy, LifeState
 from cluster.placement import demands, shares
 from cluster.preflight import check, packages_folder
 from cluster.progress import Progress
 from cluster.ray_backend import RayBackend, reclaim_signals
 from cluster.redis_server import EmbeddedRedis, free_ports
 from cluster.side_thread import SideThread
-from cluster.supervisor import ServiceStatus, Supervisor
+from cluster.supervision.fencing import StoreFencer
+from cluster.supervision.incarnation import ServiceSpec, SpawnError
+from cluster.supervision.lifecycle import LifePolicy, LifeState
+from cluster.supervision.supervisor import ServiceStatus, Supervisor
 from cluster.workspace import end_marked, workspace
 from core.clock import MonotonicClock
 from core.errors import ConfigError, ServingError, StoreUnavailable

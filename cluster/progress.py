@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.lifecycle import LifeState
-from cluster.supervisor import ServiceStatus
+from cluster.supervision.lifecycle import LifeState
+from cluster.supervision.supervisor import ServiceStatus
 
 _STYLES = {
     LifeState.READY: "green",

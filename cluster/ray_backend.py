@@ -32,8 +32,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config import RayConfig
-from cluster.incarnation import SpawnError
 from cluster.service_host import Factory, Seat, ServiceHost, Started, Whereabouts
+from cluster.supervision.incarnation import SpawnError
 from core.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class _Host(ServiceHost):
 
 
 class RayActor:
-    """Implements `cluster.incarnation.Incarnation`."""
+    """Implements `cluster.supervision.incarnation.Incarnation`."""
 
     def __init__(self, actor: Any, whereabouts: Whereabouts, seat: Seat) -> None:
         self._actor = actor

@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.incarnation import SpawnError
+from cluster.supervision.incarnation import SpawnError
 from cluster.tied_process import spawn_tied
 from core.errors import ConfigError, StoreUnavailable
 from core.ids import Epoch
@@ -75,7 +75,7 @@ class EmbeddedRedis:
             file.write("\n".join(settings) + "\n")
 
     async def spawn(self, epoch: Epoch) -> "RedisProcess":
-        """Implements `cluster.incarnation.Spawn`."""
+        """Implements `cluster.supervision.incarnation.Spawn`."""
         with self._log.open("ab") as sink:
             try:
                 process = await spawn_tied([self._executable, str(self._config)], stderr=sink.fileno())
@@ -90,7 +90,7 @@ class EmbeddedRedis:
 
 
 class RedisProcess:
-    """Implements `cluster.incarnation.Incarnation`."""
+    """Implements `cluster.supervision.incarnation.Incarnation`."""
 
     def __init__(self, process: asyncio.subprocess.Process, server: EmbeddedRedis) -> None:
         self._process = process

@@ -15,7 +15,7 @@ from typing import cast
 import pytest
 import pytest_asyncio
 
-from cluster.demo_report import placement_problems
+from cluster.demo.report import placement_problems
 from core.errors import RejectedError, RejectReason
 from tandem_client import Client, Generation, Service, ServingError
 from tests.e2e.cluster_process import ClusterProcess, running_cluster, tandem, tiny_config

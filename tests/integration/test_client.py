@@ -13,7 +13,7 @@ import examples.chat
 import examples.logprobs
 import examples.seeded_sampling
 import examples.stream_text
-from cluster.cli import app
+from cluster.cli.app import app
 from core.request import Finish, FinishReason
 from protos import worker_pb2
 from tandem_client import (

@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 
 from cluster.config import RayConfig
-from cluster.incarnation import SpawnError
 from cluster.preflight import packages_folder
 from cluster.ray_backend import RayActor, RayBackend
 from cluster.service_host import Seat, Whereabouts
+from cluster.supervision.incarnation import SpawnError
 from cluster.workspace import GONE, marked_processes, workspace
 from core.errors import ConfigError
 from tests.echo_service import EchoService

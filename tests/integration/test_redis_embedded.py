@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.incarnation import SpawnError
 from cluster.redis_server import EmbeddedRedis, RedisProcess
+from cluster.supervision.incarnation import SpawnError
 from cluster.workspace import GONE
 from core.errors import ConfigError, StoreUnavailable
 from core.ids import Epoch

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.cli import app, main
+from cluster.cli.app import app, main
 
 COMMANDS = (
     "up",

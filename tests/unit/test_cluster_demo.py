@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.demo_report import DemoTotals, placement_problems, placement_table, problems, request_table, totals_table
-from cluster.demo_traffic import WAVES
+from cluster.demo.report import DemoTotals, placement_problems, placement_table, problems, request_table, totals_table
+from cluster.demo.traffic import WAVES
 from core.request import FinishReason
 from tandem_client import Generation, Placement, Summary, Timing, Token, Usage
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from rich.console import Console, Group
 from rich.table import Table
 
-from cluster.explain_view import decision_view, route_table
-from cluster.view import placement_line
+from cluster.cli.explain_view import decision_view, route_table
+from cluster.cli.status_view import placement_line
 from core.request import FinishReason
 from tandem_client import Placement, RouteCandidate, RouteDecision, RouteOutcome, Summary, Timing, Usage
 

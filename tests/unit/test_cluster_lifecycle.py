@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cluster.backoff import BackOffConfig, restart_delay_s
-from cluster.lifecycle import (
+from cluster.supervision.backoff import BackOffConfig, restart_delay_s
+from cluster.supervision.lifecycle import (
     EDGES,
     BecameReady,
     Drain,

@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from cluster.backoff import BackOffConfig
-from cluster.epochs import EpochLedger
-from cluster.fencing import StoreFencer
-from cluster.incarnation import Incarnation, ServiceSpec, SpawnError
-from cluster.lifecycle import LifePolicy, LifeState
-from cluster.supervisor import ServiceStatus, Supervisor
+from cluster.supervision.backoff import BackOffConfig
+from cluster.supervision.epochs import EpochLedger
+from cluster.supervision.fencing import StoreFencer
+from cluster.supervision.incarnation import Incarnation, ServiceSpec, SpawnError
+from cluster.supervision.lifecycle import LifePolicy, LifeState
+from cluster.supervision.supervisor import ServiceStatus, Supervisor
 from core.clock import MonotonicClock
 from core.ids import Epoch, WorkerId
 from core.membership import Role, WorkerRecord, WorkerState, epoch_key, worker_key

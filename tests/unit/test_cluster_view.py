@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.decisions_view import decisions_table
-from cluster.view import status_table, transfer_line
+from cluster.cli.decisions_view import decisions_table
+from cluster.cli.status_view import status_table, transfer_line
 from tandem_client import ClusterStatus, KvDecision, Placement, WorkerStatus
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.profile_cli import profile_app
+from cluster.cli.profile import profile_app
 from core.errors import ConfigError
 from engine.injection import InjectionHarness, rope_theta_of
 from kv_transfer.codecs.spec import PipelineSpec, Quantiser

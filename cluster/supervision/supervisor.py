@@ -1,4 +1,4 @@
-"""Keeps services alive: observes their processes, lets the machine of `cluster.lifecycle` decide, performs its effects.
+"""Keeps services alive: observes their processes, lets the machine of `lifecycle` decide, performs its effects.
 
 One `ServiceLife` per service. Every observation (a process came up, ended, a timer) becomes an event; `_feed` is the
 only place that steps a machine, and every effect runs as a task of its own whose outcome is the next event. One timer
@@ -10,8 +10,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.incarnation import Incarnation, ServiceSpec, SpawnError
-from cluster.lifecycle import (
+from cluster.supervision.incarnation import Incarnation, ServiceSpec, SpawnError
+from cluster.supervision.lifecycle import (
     BecameReady,
     Drain,
     Effect,

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from cluster import run_file
-from cluster.decisions_view import decisions_table
-from cluster.explain_view import decision_view, route_table
-from cluster.view import placement_line, status_table, transfer_line
+from cluster.cli.decisions_view import decisions_table
+from cluster.cli.explain_view import decision_view, route_table
+from cluster.cli.status_view import placement_line, status_table, transfer_line
 from core.errors import ConfigError, InvalidRequest, ServingError
 from tandem_client import Client, ClusterStatus, KvDecision, Message, RouteDecision, Sampling, Service
 

@@ -13,12 +13,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from cluster import client_cli, detach, run_file
-from cluster.bench_cli import bench
+from cluster import detach, run_file
+from cluster.cli import client
+from cluster.cli.bench import bench
+from cluster.cli.profile import profile_app
 from cluster.config import ClusterConfig, json_schema, load_cluster_config
 from cluster.launcher import Launcher
 from cluster.own_session import enter_own_session
-from cluster.profile_cli import profile_app
 from cluster.progress import LineProgress, LiveProgress
 from cluster.serve import Interrupted, serve
 from core.errors import ServingError
@@ -75,7 +76,7 @@ def up(
 
 @app.command()
 def down(
-    cluster: client_cli.Cluster = None,
+    cluster: client.Cluster = None,
     deadline_s: Annotated[float, typer.Option("--deadline", help="Seconds to drain; then it is killed.")] = 60.0,
 ) -> None:
     """Drain and stop a cluster of this machine.
@@ -99,13 +100,13 @@ def demo() -> None:
 
         tandem demo
     """
-    from cluster.demo import run_demo  # it alone needs what it imports
+    from cluster.demo.run import run_demo  # it alone needs what it imports
 
     enter_own_session()
-    _launch(run_demo(client_cli.page()))
+    _launch(run_demo(client.page()))
 
 
-client_cli.add_commands(app, profile_app)
+client.add_commands(app, profile_app)
 app.command()(bench)
 
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.config import ClusterConfig
-from cluster.demo_report import DemoTotals, placement_table, problems, request_table, totals_table
-from cluster.demo_traffic import WAVES, DemoRequest
+from cluster.demo.memory import MemoryWatch
+from cluster.demo.report import DemoTotals, placement_table, problems, request_table, totals_table
+from cluster.demo.traffic import WAVES, DemoRequest
 from cluster.launcher import Launcher, launcher_of
-from cluster.memory import MemoryWatch
 from cluster.preflight import packages_folder
 from cluster.progress import LineProgress, LiveProgress, Progress
 from cluster.workspace import marked_processes

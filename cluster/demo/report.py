@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from cluster.demo_traffic import WAVES
+from cluster.demo.traffic import WAVES
 from tandem_client import Generation, Placement, Summary
 
 

@@ -4,7 +4,7 @@ import logging
 
 from pydantic import ValidationError
 
-from cluster.epochs import EpochLedger
+from cluster.supervision.epochs import EpochLedger
 from core.errors import StoreUnavailable
 from core.ids import Epoch, WorkerId
 from core.membership import Role, WorkerRecord, WorkerState, worker_key
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 class StoreFencer:
-    """Implements `cluster.supervisor.Fencer` over the shared store.
+    """Implements `cluster.supervision.supervisor.Fencer` over the shared store.
 
     The old incarnation, should it still run, finds a newer epoch at its next renewal and gives up; routers drop it when
     they see the announcement. With the store down only the number is drawn: the new incarnation announces itself later.

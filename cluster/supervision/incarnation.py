@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.lifecycle import LifePolicy
+from cluster.supervision.lifecycle import LifePolicy
 from core.errors import ServingError
 from core.ids import Epoch, WorkerId
 

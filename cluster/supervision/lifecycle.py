@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from cluster.backoff import BackOffConfig, restart_delay_s
+from cluster.supervision.backoff import BackOffConfig, restart_delay_s
 from core.errors import InvalidTransition
 from core.ids import Epoch
 
