@@ -80,10 +80,10 @@ class Dispatcher:
         self._turns = Turns(self._queue, self._late_bound, self._requests, clock, metrics, feed=self._feed)
         self._watch = BreakerWatch(config.forwarding.breaker, fleet, clock, rng, on_rested=self._turns.note_capacity)
         self.breakers = self._watch.breakers
-        self._entrance = Entrance(config.admission, self._queue, self.placer, metrics)
+        self._entrance = Entrance(config, self._queue, self.placer, metrics)
         self.predictions = Predictions(fleet.index, config.forwarding.predicted_ttl_s)
         self._sender = Sender(fleet, self._requests, self.breakers, self.predictions, clock)
-        self._placing = Placing(config, self.placer, self.affinity, clock, rng, metrics)
+        self._placing = Placing(config, fleet, self.placer, self.affinity, clock, rng, metrics)
         self._findings = Findings(fleet, self.breakers, self.predictions, self.placer.explanations, metrics)
         self._absence = WorkerAbsence(
             is_alone_allowed=Mode.COLOCATED in config.routing.modes,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from core.alarm import Alarm
-from core.ids import RequestId, TransferId, WorkerId, transfer_id
+from core.ids import Epoch, RequestId, TransferId, WorkerId, transfer_id
 from core.request import GenerateRequest
 from router.admission.claims import Claim
 from router.prompt_hashes import PromptHashes
@@ -22,7 +22,10 @@ _NO_WORK = TransferId("")
 
 @dataclass(slots=True, eq=False)
 class ActiveRequest:
-    """One request with all that the shell keeps for it. `work_id` is empty before the first attempt."""
+    """One request with all that the shell keeps for it. `work_id` is empty before the first attempt.
+
+    `asked_epochs`: of the decode workers that were asked to reserve, the incarnation that was.
+    """
 
     request: GenerateRequest
     service: ServiceTerms
@@ -40,6 +43,7 @@ class ActiveRequest:
     decided_at: float = 0.0
     work_id: TransferId = _NO_WORK
     workers: set[WorkerId] = field(default_factory=set)
+    asked_epochs: dict[WorkerId, Epoch] = field(default_factory=dict)
 
     @property
     def request_id(self) -> RequestId:

@@ -3,7 +3,7 @@
 Its states and edges are in `router.lifecycle`. Every attempt to place the request has a number of its own, and so a
 work id of its own: a late message of an older attempt names a work that the shell does not know any more. The decode
 workers that are asked for one late-bound prompt share its work id; the shell drops what comes from a worker that holds
-nothing of the work, and one that was lost is not asked again for this work.
+nothing of the work, and one that was lost is not asked again for this work (its next incarnation may be).
 """
 
 from core.errors import (

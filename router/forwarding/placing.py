@@ -7,6 +7,7 @@ from core.errors import PromptTooLong
 from core.ids import WorkerId
 from router import messages as m
 from router.config import RouterConfig
+from router.fleet import Fleet
 from router.forwarding.affinity import SessionAffinity
 from router.in_flight import ActiveRequest
 from router.metrics import GatewayMetrics
@@ -22,6 +23,7 @@ class Placing:
     def __init__(
         self,
         config: RouterConfig,
+        fleet: Fleet,
         placer: Placer,
         affinity: SessionAffinity,
         clock: Clock,
@@ -29,6 +31,7 @@ class Placing:
         metrics: GatewayMetrics,
     ) -> None:
         self._config = config
+        self._fleet = fleet
         self._placer = placer
         self._affinity = affinity
         self._clock = clock
@@ -54,7 +57,6 @@ class Placing:
             waited_s=now - active.claim.arrived_at,
             slo=service.slo,
             expected_output_tokens=active.claim.expected_output_tokens,
-            quality_floor=request.kv_quality_floor,
             refused=refused,
             reserved_decode=reserved_decode,
             session=self._session(active, now),
@@ -69,8 +71,9 @@ class Placing:
         return m.PrefillChosen(_known(outcome.prefill)) if reserved_decode is not None else _event(outcome)
 
     def choose_decode(self, active: ActiveRequest, effect: m.ChooseDecode) -> m.Event:
-        """Choose a decode worker for a prompt that is being computed."""
-        if self._are_enough(effect.refused):
+        """Choose a decode worker for a prompt that is being computed, or waits as KV."""
+        refused = self._still_refused(active, effect.refused)
+        if self._are_enough(refused):
             return self._look_later(effect)
         now = self._clock.now()
         request, service = active.request, active.service
@@ -86,8 +89,7 @@ class Placing:
             waited_s=now - active.claim.arrived_at,
             slo=service.slo,
             expected_output_tokens=active.claim.expected_output_tokens,
-            quality_floor=request.kv_quality_floor,
-            refused=effect.refused,
+            refused=refused,
             session=self._session(active, now),
         )
         if isinstance(outcome, NoCandidate):
@@ -110,6 +112,15 @@ class Placing:
     def _are_enough(self, refused: frozenset[WorkerId]) -> bool:
         """Asking every worker there is would burden a full cluster, and the more so the larger it is."""
         return len(refused) >= self._config.forwarding.max_refusals
+
+    def _still_refused(self, active: ActiveRequest, refused: frozenset[WorkerId]) -> frozenset[WorkerId]:
+        """Leave out who has restarted since it was asked: the new incarnation never heard of this work."""
+        records, asked = self._fleet.records, active.asked_epochs
+        return frozenset(
+            worker_id
+            for worker_id in refused
+            if worker_id not in asked or worker_id not in records or records[worker_id].epoch == asked[worker_id]
+        )
 
     def _look_later(self, effect: m.ChooseDecode) -> m.Event:
         longest_s = min(self._config.retry_max_s, self._config.retry_min_s * 2.0 ** min(effect.num_seeks, 32))

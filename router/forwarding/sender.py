@@ -38,6 +38,9 @@ class Sender:
     def reserve(self, active: ActiveRequest, effect: m.SubmitDecode) -> m.Event | None:
         """Ask a decode worker for room. The prefill worker, if it was chosen with it, counts as asked from now on."""
         self._requests.begin_attempt(active, effect.attempt)
+        record = self._fleet.records.get(effect.worker_id)
+        if record is not None:
+            active.asked_epochs[effect.worker_id] = record.epoch
         if effect.prefill is not None:
             decision = self._place(active, effect.prefill)
         else:

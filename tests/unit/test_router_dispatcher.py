@@ -91,6 +91,31 @@ async def test_what_comes_from_a_worker_that_holds_nothing_of_the_work_is_droppe
     gateway.check_books()
 
 
+async def test_kv_that_waits_goes_to_the_next_incarnation_of_decode_workers_that_died_as_they_were_asked() -> None:
+    gateway = FakeGateway(routing=LATE, num_prefills=1, retry_min_s=60.0, retry_max_s=60.0)
+    for decode in gateway.decodes:
+        gateway.report(decode, 1, total_blocks=100, free_blocks=0, num_running=1, context_tokens=400)
+    stream = gateway.submit("r")
+    [(prefill, prompt)] = gateway.workers.sent
+    gateway.tell(prefill, prompt.work_id, m.PrefillAccepted(0), m.PrefillProduced(token(0)))
+    for _ in gateway.decodes:
+        gateway.lose(gateway.workers.sent[-1][0])
+    asked = [worker_id for worker_id, _ in gateway.workers.sent[1:]]
+    assert set(asked) == set(gateway.decodes)
+    gateway.join(asked[0])
+    await turn()
+    assert len(gateway.workers.sent) == 3, "it may hold what it was asked for"
+    gateway.join(asked[0], epoch=2)
+    await turn()
+    [(again, reservation)] = gateway.workers.sent[3:]
+    assert (again, reservation.work_id) == (asked[0], prompt.work_id)
+    gateway.tell(again, prompt.work_id, m.DecodeAccepted(0))
+    assert gateway.workers.binds == [(prefill, prompt.work_id, again)]
+    gateway.dispatcher.abandon(stream, Aborted("enough"))
+    await turn()
+    gateway.check_books()
+
+
 async def test_who_can_wait_is_sent_away_for_who_cannot() -> None:
     gateway = FakeGateway(
         num_prefills=0, num_decodes=0, max_queued_requests=4, admission={"reserved_ratio": 0.0}, retry_min_s=1.0
