@@ -39,7 +39,6 @@ class OutputLengthsConfig(ConfigModel):
     min_samples: int = Field(16, ge=1, description="a history with fewer that apply leaves the answer to a wider one")
     max_histories: int = Field(1024, ge=8, description="kept at once; the longest unused goes first")
     forget_after_s: float = Field(3600.0, gt=0, description="older ones say nothing about today's traffic")
-    prior_tokens: int = Field(256, ge=1, description="expected while nothing is known, at most what was asked for")
 
 
 class AdmissionConfig(ConfigModel):

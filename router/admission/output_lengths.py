@@ -53,10 +53,15 @@ class _History:
 
 
 class OutputLengths:
-    """All histories of one gateway."""
+    """All histories of one gateway.
 
-    def __init__(self, config: OutputLengthsConfig) -> None:
+    Args:
+        prior_tokens: expected while nothing is known.
+    """
+
+    def __init__(self, config: OutputLengthsConfig, prior_tokens: int) -> None:
         self._config = config
+        self._prior_tokens = prior_tokens
         self._histories: OrderedDict[_HistoryKey, _History] = OrderedDict()
 
     def __len__(self) -> int:
@@ -105,7 +110,7 @@ class OutputLengths:
             if num_apply:
                 widest = history.ordered, first
         if widest is None:
-            return self._config.prior_tokens if generated == 0 else 2 * generated
+            return self._prior_tokens if generated == 0 else 2 * generated
         ordered, first = widest
         return ordered[first + ceil(q * (len(ordered) - first)) - 1]
 

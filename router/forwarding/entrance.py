@@ -6,10 +6,10 @@ answer becomes by the history of such answers, and how fast the gateway's queue 
 
 from core.request import GenerateRequest
 from router.admission.claims import Claim, claim_bytes
-from router.admission.config import AdmissionConfig
 from router.admission.door import Door, Forecast
 from router.admission.output_lengths import LengthKey, OutputLengths
 from router.admission.queue import AdmissionQueue
+from router.config import RouterConfig
 from router.metrics import GatewayMetrics
 from router.prompt_hashes import PromptHashes
 from router.routing.decision import NoCandidate
@@ -22,12 +22,12 @@ _LENGTH_QUANTILE = 0.5  # an answer as long as most, not as long as may be: the 
 class Entrance:
     """Claims, forecasts, and the history of output lengths. The caller owns the time."""
 
-    def __init__(self, config: AdmissionConfig, queue: AdmissionQueue, placer: Placer, metrics: GatewayMetrics) -> None:
+    def __init__(self, config: RouterConfig, queue: AdmissionQueue, placer: Placer, metrics: GatewayMetrics) -> None:
         self._queue = queue
         self._placer = placer
         self._metrics = metrics
-        self._door = Door(config)
-        self.output_lengths = OutputLengths(config.output_lengths)
+        self._door = Door(config.admission)
+        self.output_lengths = OutputLengths(config.admission.output_lengths, config.routing.expected_output_tokens)
 
     def expected_output_tokens(self, request: GenerateRequest, service: ServiceTerms) -> int:
         """Predict how long the answer becomes."""
@@ -58,7 +58,6 @@ class Entrance:
             hashes,
             slo=service.slo,
             expected_output_tokens=claim.expected_output_tokens,
-            quality_floor=request.kv_quality_floor,
         )
         if isinstance(decision, NoCandidate):
             return  # nobody can be asked now: the queue and its time limit decide

@@ -69,7 +69,9 @@ class RoutingConfig(ConfigModel):
     candidates_kept: int = Field(8, ge=2, le=64, description="best placements that are drawn from and explained")
     priors: ModelPriors = ModelPriors()
     links: LinkPriors = LinkPriors()
-    expected_output_tokens: int = Field(64, ge=1, description="where no history tells")
+    expected_output_tokens: int = Field(
+        256, ge=1, description="length of an answer while no history tells, at most what was asked for"
+    )
     crowding_weight: float = Field(
         8.0, ge=0, description="of what computing a prompt takes from those behind it, per prompt that a worker has"
     )

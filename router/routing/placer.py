@@ -38,7 +38,6 @@ class Placer:
         index: PrefixIndex,
         staleness: Callable[[], float],
     ) -> None:
-        self._config = config
         self._clock = clock
         self._rng = rng
         self._table = table
@@ -52,10 +51,9 @@ class Placer:
         request: GenerateRequest,
         hashes: PromptHashes,
         *,
+        expected_output_tokens: int,
         waited_s: float = 0.0,
         slo: Slo = NO_SLO,
-        expected_output_tokens: int | None = None,
-        quality_floor: float = 1.0,
         refused: frozenset[WorkerId] = frozenset(),
         reserved_decode: WorkerId | None = None,
         session: Session = NO_SESSION,
@@ -63,7 +61,7 @@ class Placer:
     ) -> Decision | NoCandidate:
         """Choose workers for `request`, or only a prefill worker when `reserved_decode` has accepted."""
         query = self._query(
-            request, hashes, slo, expected_output_tokens, quality_floor, waited_s=waited_s, refused=refused,
+            request, hashes, slo, expected_output_tokens, waited_s=waited_s, refused=refused,
             reserved_decode=reserved_decode, session=session, allow_late=allow_late,
         )  # fmt: skip
         return self._decide(request.request_id, query)
@@ -75,16 +73,15 @@ class Placer:
         *,
         prefill: WorkerId,
         remaining_prefill_s: float,
+        expected_output_tokens: int,
         waited_s: float = 0.0,
         slo: Slo = NO_SLO,
-        expected_output_tokens: int | None = None,
-        quality_floor: float = 1.0,
         refused: frozenset[WorkerId] = frozenset(),
         session: Session = NO_SESSION,
     ) -> Decision | NoCandidate:
         """Choose the decode worker of a prompt that `prefill` computes already, for so much longer."""
         query = self._query(
-            request, hashes, slo, expected_output_tokens, quality_floor, waited_s=waited_s, refused=refused,
+            request, hashes, slo, expected_output_tokens, waited_s=waited_s, refused=refused,
             bound_prefill=prefill, remaining_prefill_s=remaining_prefill_s, session=session,
         )  # fmt: skip
         return self._decide(request.request_id, query)
@@ -94,12 +91,11 @@ class Placer:
         request: GenerateRequest,
         hashes: PromptHashes,
         *,
+        expected_output_tokens: int,
         slo: Slo = NO_SLO,
-        expected_output_tokens: int | None = None,
-        quality_floor: float = 1.0,
     ) -> Decision | NoCandidate:
         """Answer as `place` would, for admission: nothing is remembered, since nothing will be sent by it."""
-        query = self._query(request, hashes, slo, expected_output_tokens, quality_floor)
+        query = self._query(request, hashes, slo, expected_output_tokens)
         return self._policy.choose(self._table, query, self._rng)
 
     def _query(
@@ -107,21 +103,19 @@ class Placer:
         request: GenerateRequest,
         hashes: PromptHashes,
         slo: Slo,
-        expected_output_tokens: int | None,
-        quality_floor: float,
+        expected_output_tokens: int,
         **fields: Any,
     ) -> RouteQuery:
         num_prompt_tokens = request.num_prompt_tokens
-        max_tokens = request.sampling.max_tokens
         return RouteQuery(
             num_prompt_tokens,
-            num_prompt_tokens + max_tokens,
+            num_prompt_tokens + request.sampling.max_tokens,
             held_prefixes(self._index, self._table, hashes),
             self._clock.now(),
             needs_decode=needs_decode(request),
-            expected_output_tokens=expected_output_tokens or min(max_tokens, self._config.expected_output_tokens),
+            expected_output_tokens=expected_output_tokens,
             slo=slo,
-            quality_floor=quality_floor,
+            quality_floor=request.kv_quality_floor,
             staleness_s=self._staleness(),
             **fields,
         )

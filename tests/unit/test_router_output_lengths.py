@@ -11,12 +11,12 @@ from core.service_class import ServiceClass
 from router.admission.config import OutputLengthsConfig
 from router.admission.output_lengths import LengthKey, OutputLengths
 
-CONFIG = OutputLengthsConfig(window=64, min_samples=8, max_histories=32, forget_after_s=100.0, prior_tokens=50)
+CONFIG = OutputLengthsConfig(window=64, min_samples=8, max_histories=32, forget_after_s=100.0)
 KEY = LengthKey("t", ServiceClass.INTERACTIVE, 4096)
 
 
 def known(lengths: list[int], key: LengthKey = KEY) -> OutputLengths:
-    history = OutputLengths(CONFIG)
+    history = OutputLengths(CONFIG, 50)
     for length in lengths:
         history.record(key, length, 0.0)
     return history
@@ -63,7 +63,7 @@ def test_it_grows_with_the_quantile_and_with_what_was_produced(
 
 def test_the_bound_holds_as_often_as_it_says() -> None:
     rng = random.Random(2)
-    history = OutputLengths(OutputLengthsConfig(window=256))
+    history = OutputLengths(OutputLengthsConfig(window=256), 50)
     draws = [max(1, int(rng.lognormvariate(5.0, 1.0))) for _ in range(3_000)]
     num_within = 0
     for number, length in enumerate(draws):
@@ -74,7 +74,7 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
 
 
 def test_the_narrowest_history_with_enough_samples_answers() -> None:
-    history = OutputLengths(CONFIG)
+    history = OutputLengths(CONFIG, 50)
     assert history.quantile(KEY, 0.5) == 50, "nothing is known"
     assert history.quantile(LengthKey("t", ServiceClass.INTERACTIVE, 20), 0.5) == 20, "nor could it be longer"
 
@@ -107,7 +107,7 @@ def test_the_latest_count() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    history = OutputLengths(CONFIG)
+    history = OutputLengths(CONFIG, 50)
     for number in range(10_000):
         history.record(LengthKey(f"tenant {number % 97}", ServiceClass.BATCH, 1 << (number % 12)), number, 0.0)
     assert len(history) <= 32

@@ -62,7 +62,7 @@ def test_a_placement_is_remembered_with_what_it_rested_on() -> None:
     index = PrefixIndex(2**20, world.table.slots)
     index.store(WorkerId("p2"), CHAIN[:32])
     ours = placer(world, index)
-    decision = ours.place(request(), PromptHashes.known({KEY: CHAIN}))
+    decision = ours.place(request(), PromptHashes.known({KEY: CHAIN}), expected_output_tokens=64)
     assert isinstance(decision, Decision)
     assert (decision.prefill, decision.winner.held_tokens, decision.winner.uncached_tokens) == ("p2", 512, 512)
     assert decision.staleness_s == 0.5
@@ -71,21 +71,33 @@ def test_a_placement_is_remembered_with_what_it_rested_on() -> None:
     assert [one.decision for one in kept] == [decision]
     assert (kept[0].num_prompt_tokens, kept[0].expected_output_tokens) == (1024, 64)
     assert ours.explanations.observed(RequestId("r"), RouteOutcome(1.0)) is kept[0]
-    assert isinstance(ours.forecast(request(name="asked"), PromptHashes.known({KEY: CHAIN})), Decision)
+    assert isinstance(
+        ours.forecast(request(name="asked"), PromptHashes.known({KEY: CHAIN}), expected_output_tokens=64), Decision
+    )
     assert ours.explanations.of(RequestId("asked")) == [], "nothing was sent by a forecast"
 
 
 def test_a_late_decode_worker_and_another_prefill_worker() -> None:
     world = World("p1", "p2", "d1", "d2", **REMOTE)
     ours, hashes = placer(world, PrefixIndex(2**20, world.table.slots)), PromptHashes.known({})
-    bound = ours.place_decode(request(), hashes, prefill=WorkerId("p1"), remaining_prefill_s=0.1)
+    bound = ours.place_decode(
+        request(), hashes, prefill=WorkerId("p1"), remaining_prefill_s=0.1, expected_output_tokens=64
+    )
     assert isinstance(bound, Decision)
     assert bound.prefill == "p1"
-    again = ours.place(request(), hashes, reserved_decode=WorkerId("d2"), refused=frozenset({WorkerId("p2")}))
+    again = ours.place(
+        request(),
+        hashes,
+        reserved_decode=WorkerId("d2"),
+        refused=frozenset({WorkerId("p2")}),
+        expected_output_tokens=64,
+    )
     assert isinstance(again, Decision)
     assert (again.prefill, again.decode) == ("p1", "d2")
     world.table.drop(WorkerId("p1"))
-    gone = ours.place_decode(request(), hashes, prefill=WorkerId("p1"), remaining_prefill_s=0.1)
+    gone = ours.place_decode(
+        request(), hashes, prefill=WorkerId("p1"), remaining_prefill_s=0.1, expected_output_tokens=64
+    )
     assert isinstance(gone, NoCandidate), "never another prefill worker than the one that computes"
     assert len(ours.explanations) == 2
 
@@ -93,7 +105,7 @@ def test_a_late_decode_worker_and_another_prefill_worker() -> None:
 def test_a_request_of_one_token_is_not_decoded() -> None:
     world = World("p1", "d1", **REMOTE)
     ours = placer(world, PrefixIndex(2**20, world.table.slots))
-    decision = ours.place(request(max_tokens=1), PromptHashes.known({}))
+    decision = ours.place(request(max_tokens=1), PromptHashes.known({}), expected_output_tokens=1)
     assert isinstance(decision, Decision)
     assert (decision.prefill, decision.decode) == ("p1", None)
 
