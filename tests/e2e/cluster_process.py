@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import yaml
@@ -68,6 +68,16 @@ class ClusterProcess:
 
     def kill(self, name: str) -> None:
         os.kill(self.pids[name], signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def nobody_restarted(self) -> Iterator[None]:
+        """Hold the launcher: who dies meanwhile stays dead, however long a busy machine takes over it."""
+        launcher = self.record.pid
+        os.kill(launcher, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(launcher, signal.SIGCONT)
 
     @property
     def record(self) -> RunRecord:

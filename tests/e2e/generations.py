@@ -11,6 +11,7 @@ from tests.e2e.cluster_process import ROOT, TINY, ClusterProcess
 
 NEW_TOKENS = 24
 PROMISE_S = 2.0  # a client learns of a death within this time
+_STREAM_DEADLINE_S = 200.0  # longer than any test waits: a stream ends because of what was done to it
 TEXT = (ROOT / "LICENSE").read_text()
 
 
@@ -67,7 +68,7 @@ class Stream:
     async def _read(self, client: Client, prompt: Sequence[int], max_tokens: int) -> Generation:
         tokens: list[Token] = []
         texts: list[str] = []
-        pieces = client.generate(prompt, temperature=0.0, max_tokens=max_tokens, deadline_s=60.0)
+        pieces = client.generate(prompt, temperature=0.0, max_tokens=max_tokens, deadline_s=_STREAM_DEADLINE_S)
         async for piece in pieces:
             tokens += piece.tokens
             texts.append(piece.text)
@@ -119,12 +120,6 @@ class Load:
     async def failed_within(self, count: int, seconds: float) -> list[ServingError]:
         async with asyncio.timeout(seconds):
             return [await self.failures.get() for _ in range(count)]
-
-    async def leave_one(self) -> None:
-        """Disconnect the oldest."""
-        task = self.tasks.pop(0)
-        task.cancel()
-        await asyncio.wait([task])
 
     async def leave(self) -> None:
         """Disconnect whatever still streams."""

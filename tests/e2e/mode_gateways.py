@@ -14,6 +14,7 @@ from tandem_client import Client
 from tests.e2e.cluster_process import TINY, ClusterProcess
 
 _NEVER_S = 1e3
+_CERTAIN = {"weight": 1e12}  # nothing is learned: a busy machine is taken for an idle one
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "early": {"routing": {"modes": ["remote_prefill"], "late_binding": False}},
     "late": {
@@ -24,8 +25,9 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
         "routing": {"modes": ["remote_prefill"], "late_patience_s": _NEVER_S},
         "workers": {"hold_timeout_s": 0.1},
     },
-    "local": {"routing": {"modes": ["local_prefill", "colocated"], "colocation_handicap_ratio": 1e3}},
+    "local": {"routing": {"modes": ["local_prefill", "colocated"], "priors": _CERTAIN | {"prefill_per_token_s": 0.1}}},
     "colocated": {"routing": {"modes": ["colocated"]}},
+    "sticky": {"routing": {"affinity_credit_s": 1e3}},
 }
 
 

@@ -5,9 +5,7 @@ whole, with every block back.
 """
 
 import asyncio
-import contextlib
 import json
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -17,8 +15,14 @@ import pytest_asyncio
 
 from cluster.demo.report import placement_problems
 from core.errors import RejectedError, RejectReason
+from core.ids import WorkerId
+from core.membership import Role
+from router.prompt_hashes import PromptHashes
+from router.routing.config import RoutingConfig
+from router.routing.held import held_prefixes
+from router.service import Gateway
 from tandem_client import Client, Generation, Service, ServingError
-from tests.e2e.cluster_process import ClusterProcess, running_cluster, tandem, tiny_config
+from tests.e2e.cluster_process import PATIENCE_S, ClusterProcess, running_cluster, tandem, tiny_config
 from tests.e2e.generations import (
     PROMISE_S,
     Load,
@@ -30,12 +34,14 @@ from tests.e2e.generations import (
     make_prompts,
     until_begun,
 )
+from tests.e2e.held_places import full_decode_pool
 from tests.e2e.mode_gateways import mode_gateway
 from tests.redis_process import RedisProcess
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow, pytest.mark.timeout(240)]
 
 _MAX_REQUESTS = 4  # of a decode worker
+_NO_TIMEOUT_S = 300.0  # more than a test has
 _TENANTS = {
     "counted": {"requests_per_minute": 2},
     "single": {"max_concurrent_requests": 1},
@@ -55,6 +61,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory, redis: RedisProcess)
     await asyncio.to_thread(int)  # its thread lives as long as the loop, so no single test leaks it
     router = {"port": 0, "tenants": _TENANTS}
     config = tiny_config("modes", router=router, redis={"url": redis.url})
+    config["prefill"] = cast(dict[str, object], config["prefill"]) | {"bind_timeout_s": _NO_TIMEOUT_S}
     config["decode"] = cast(dict[str, object], config["decode"]) | {"max_requests": _MAX_REQUESTS}
     async with running_cluster(tmp_path_factory.mktemp("run"), config) as cluster:
         yield cluster
@@ -77,23 +84,13 @@ def modes_of(results: Sequence[Generation]) -> set[str]:
     return {result.summary.placement.mode for result in results}
 
 
-@contextlib.asynccontextmanager
-async def full_decode_pool(cluster: ClusterProcess, redis: RedisProcess) -> AsyncIterator[Load]:
-    """Streams that are all that the decode workers take, until they are left."""
-    async with mode_gateway(cluster, redis.url, "early") as early:
-        load = Load(early.client)
-        try:
-            await load.start([[17 + n, *range(100, 110)] for n in range(2 * _MAX_REQUESTS)])
-            yield load
-        finally:
-            await load.leave()
-
-
 @pytest.mark.parametrize("way", ["early", "local", "colocated"])
 async def test_a_mode_gives_the_tokens_of_transformers(
     cluster: ClusterProcess, redis: RedisProcess, way: str, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     async with mode_gateway(cluster, redis.url, way) as forced:
+        if way == "local":
+            await prefixes_at_decode(cluster, redis, forced.gateway, prompts)
         alone = [await greedy(forced.client, prompt) for prompt in prompts]
         again = [await greedy(forced.client, prompt) for prompt in prompts]
         at_once = await asyncio.gather(*(greedy(forced.client, prompt) for prompt in prompts))
@@ -115,48 +112,86 @@ async def test_a_mode_gives_the_tokens_of_transformers(
     await cluster.until_status(is_idle)
 
 
+async def prefixes_at_decode(
+    cluster: ClusterProcess, redis: RedisProcess, gateway: Gateway, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Have decode workers hold the prompts, and wait until `gateway` knows: what caches hold it learns in its time."""
+    async with mode_gateway(cluster, redis.url, "early") as early:
+        await asyncio.gather(*(greedy(early.client, prompt) for prompt in prompts))
+    fleet = gateway.fleet
+    slots = [fleet.table.find(record.worker_id) for record in fleet.records.values() if record.role is Role.DECODE]
+
+    def is_known(prompt: Sequence[int]) -> bool:
+        held = held_prefixes(fleet.index, fleet.table, PromptHashes(prompt)).device
+        block_size = next(iter(fleet.hash_keys())).block_size
+        return bool(max(held[slot] for slot in slots) >= len(prompt) // block_size * block_size)
+
+    async with asyncio.timeout(PATIENCE_S):
+        while not all(is_known(prompt) for prompt in prompts):  # noqa: ASYNC110 - an index tells nobody
+            await asyncio.sleep(0.01)
+
+
 async def test_a_prompt_is_bound_late_when_the_decode_pool_is_full(
     cluster: ClusterProcess, redis: RedisProcess, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     async with mode_gateway(cluster, redis.url, "late") as late:
-        async with full_decode_pool(cluster, redis) as load:
+        async with full_decode_pool(late.gateway.fleet, _MAX_REQUESTS) as places:
             streams = [Stream(late.client, prompt) for prompt in prompts]
             await until_begun(streams)
-            is_any_done = any(stream.task.done() for stream in streams)
-            # A context is not endless: on a slow machine a stream that fills the pool ends, and others take its place.
-            was_full = not any(task.done() for task in load.tasks)
-            assert not (was_full and is_any_done), "nobody has room to decode them"
+            places.check()
+            assert not any(stream.task.done() for stream in streams), "nobody has room to decode them"
         results = [await stream.task for stream in streams]
     assert [ids_of(result) for result in results] == expected
     modes_of(results)
-    bindings = Counter(result.summary.placement.binding for result in results)
-    assert set(bindings) == {"late"} if was_full else bindings["late"]
+    assert {result.summary.placement.binding for result in results} == {"late"}
     await cluster.until_status(is_idle)
 
 
 async def test_a_prompt_that_nobody_takes_over_stays_where_it_is(
     cluster: ClusterProcess, redis: RedisProcess, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    async with mode_gateway(cluster, redis.url, "kept") as kept, full_decode_pool(cluster, redis) as load:
+    async with (
+        mode_gateway(cluster, redis.url, "kept") as kept,
+        full_decode_pool(kept.gateway.fleet, _MAX_REQUESTS) as places,
+    ):
         results = await asyncio.gather(*(greedy(kept.client, prompt) for prompt in prompts[:3]))
-        assert load.failures.empty(), load.failures.get_nowait()
-        assert not any(task.done() for task in load.tasks), "the decode pool was not full all the time"
+        places.check()
     assert [ids_of(result) for result in results] == expected[:3]
     assert modes_of(results) == {"colocated"}
     assert {result.summary.placement.mode_reason for result in results} == {"no_decode_pool"}
     await cluster.until_status(is_idle)
 
 
-async def test_a_session_stays_with_its_workers(cluster: ClusterProcess, prompts: list[list[int]]) -> None:
-    async with Client(cluster.address) as client:
+async def test_a_session_stays_with_its_workers(cluster: ClusterProcess, redis: RedisProcess) -> None:
+    """It is worth some seconds, no more: it decides when they outweigh what the workers differ in."""
+    async with mode_gateway(cluster, redis.url, "sticky") as sticky:
         for session in ("one", "two", "three"):
             places = []
             for turn in range(4):  # too short for a block of a prefix cache: only the session draws them together
-                result = await client.generate_text(
+                result = await sticky.client.generate_text(
                     [500 + turn, 501], temperature=0.0, max_tokens=4, service=Service(session_id=session)
                 )
                 places.append((result.summary.placement.prefill_worker, result.summary.placement.decode_worker))
             assert len(set(places)) == 1, places
+
+
+async def test_who_leaves_the_workers_of_a_session_pays_for_it(cluster: ClusterProcess) -> None:
+    price_s = RoutingConfig().affinity_credit_s
+    last = ("", "")  # nobody served it yet
+    async with Client(cluster.address) as client:
+        for turn in range(4):
+            result = await client.generate_text(
+                [500 + turn, 501], temperature=0.0, max_tokens=4, service=Service(session_id="priced")
+            )
+            decisions = await client.explain(result.summary.request_id)
+            assert decisions
+            for decision in decisions:
+                assert decision.winner == decision.candidates[0]
+                for candidate in decision.candidates:
+                    chosen = (candidate.prefill_worker, candidate.decode_worker)
+                    num_left = sum(old != new for old, new in zip(last, chosen, strict=True) if old and new)
+                    assert candidate.terms_s["affinity_s"] == pytest.approx(num_left * price_s), (last, candidate)
+            last = (result.summary.placement.prefill_worker, result.summary.placement.decode_worker)
 
 
 async def test_commands_tell_why(cluster: ClusterProcess) -> None:
@@ -210,13 +245,14 @@ async def test_a_tenant_is_told_that_its_quota_is_used_up(cluster: ClusterProces
 async def test_who_cannot_wait_goes_first(cluster: ClusterProcess, redis: RedisProcess) -> None:
     asked = [("batch", 0), ("batch", 9), ("interactive", 0), ("interactive", 9)]
     order: list[tuple[str, int]] = []
-    async with mode_gateway(cluster, redis.url, "early") as early, full_decode_pool(cluster, redis) as fillers:
+    async with (
+        mode_gateway(cluster, redis.url, "early") as early,
+        full_decode_pool(early.gateway.fleet, _MAX_REQUESTS) as places,
+    ):
 
         async def one(service_class: str, priority: int) -> None:
             service = Service(service_class, priority)
-            pieces = early.client.generate(
-                [700, 701], temperature=0.0, max_tokens=200, ignore_eos=True, service=service
-            )
+            pieces = early.client.generate([700, 701], temperature=0.0, max_tokens=24, ignore_eos=True, service=service)
             async for piece in pieces:
                 if piece.tokens and piece.tokens[0].index == 0:
                     order.append((service_class, priority))
@@ -224,53 +260,82 @@ async def test_who_cannot_wait_goes_first(cluster: ClusterProcess, redis: RedisP
         waiting = []
         for service_class, priority in asked:
             waiting.append(asyncio.create_task(one(service_class, priority)))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while early.gateway.dispatcher.num_queued < len(waiting):  # noqa: ASYNC110 - a queue tells nobody
                     await asyncio.sleep(0.01)
-        await fillers.leave_one()
-        async with asyncio.timeout(30):
+        places.check()
+        assert order == [], "there is no room yet"
+        await places.free_one()
+        async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(*waiting)
     assert order[0][0] == "interactive", order  # the next ones ask at the same time, and who is accepted is chance
     assert sorted(order) == sorted(asked)
     await cluster.until_status(is_idle)
 
 
-async def test_whole_pools_die_and_come_back(
+async def test_a_whole_decode_pool_dies_and_comes_back(
     cluster: ClusterProcess, redis: RedisProcess, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    """Of every stream either all tokens come, or the client is told; and one pool alone serves meanwhile."""
-    async with (
-        Client(cluster.address, max_retries=0) as client,
-        mode_gateway(cluster, redis.url, "late") as late,
-        mode_gateway(cluster, redis.url, "early") as early,
-    ):
-        async with full_decode_pool(cluster, redis) as load:
-            held = [Stream(late.client, prompt) for prompt in prompts[:6]]
-            await until_begun(held)
-            before = dict(cluster.epochs)
+    """Who was decoding there is told; prefill workers serve meanwhile, also with one of them gone."""
+    before = dict(cluster.epochs)
+    async with Client(cluster.address, max_retries=0) as client, mode_gateway(cluster, redis.url, "early") as early:
+        load = Load(early.client)
+        await load.start([[17 + n, *range(100, 110)] for n in range(2 * _MAX_REQUESTS)])
+        with cluster.nobody_restarted():
             await lose_pool(cluster, "decode")
             for error in await load.failed_within(2 * _MAX_REQUESTS, PROMISE_S):
                 assert error.grpc_code == "UNAVAILABLE", error
-            alone = await asyncio.gather(*(greedy(client, prompt) for prompt in prompts))
-            assert [ids_of(result) for result in alone] == expected
-            assert modes_of(alone) == {"colocated"}
-            assert {result.summary.placement.mode_reason for result in alone} == {"no_decode_pool"}
-            assert not all(stream.task.done() for stream in held), "their KV waits for a decode worker"
+            await serve_without_decode_pool(client, prompts, expected)
             victim = await lose_one_of_two(cluster, client, prompts)
-            await restarted(cluster, "decode-0", "decode-1", victim, since=before)
+        await restarted(cluster, "decode-0", "decode-1", victim, since=before)
+        await serve_with_both_pools(cluster, client, prompts, expected)
+
+
+async def test_prompts_whose_kv_waits_outlive_the_decode_pool(
+    cluster: ClusterProcess, redis: RedisProcess, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """They go on at the new decode workers. Only those fail whose own prefill worker dies."""
+    before = dict(cluster.epochs)
+    async with Client(cluster.address, max_retries=0) as client, mode_gateway(cluster, redis.url, "late") as late:
+        fleet, dispatcher = late.gateway.fleet, late.gateway.dispatcher
+        async with full_decode_pool(fleet, _MAX_REQUESTS) as places:
+            held = [Stream(late.client, prompt) for prompt in prompts]
+            await until_begun(held)
+            places.check()
+            with cluster.nobody_restarted():
+                await lose_pool(cluster, "decode")
+                async with asyncio.timeout(PROMISE_S):
+                    while fleet.count_live()[Role.DECODE]:
+                        await fleet.changed.next().wait()
+                await serve_without_decode_pool(client, prompts, expected)
+                assert not any(stream.task.done() for stream in held), "their KV waits for a decode worker"
+                num_held = {name: dispatcher.num_on_worker(WorkerId(name)) for name in ("prefill-0", "prefill-1")}
+                assert sum(num_held.values()) == len(held)
+                victim = await lose_one_of_two(cluster, client, prompts)
+        await restarted(cluster, "decode-0", "decode-1", victim, since=before)
         outcomes = await asyncio.gather(*(stream.task for stream in held), return_exceptions=True)
-        for outcome, tokens in zip(outcomes, expected, strict=False):
+        for outcome, tokens in zip(outcomes, expected, strict=True):
             if isinstance(outcome, Generation):
                 assert ids_of(outcome) == tokens
                 assert outcome.summary.placement.binding == "late"
             else:
                 assert isinstance(outcome, ServingError), outcome
                 assert outcome.grpc_code == "UNAVAILABLE", outcome
+        assert sum(not isinstance(outcome, Generation) for outcome in outcomes) == num_held[victim]
+        await serve_with_both_pools(cluster, client, prompts, expected)
+
+
+async def test_a_whole_prefill_pool_dies_and_comes_back(
+    cluster: ClusterProcess, redis: RedisProcess, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """Decode workers serve alone meanwhile, and those who decode there notice nothing."""
+    before = dict(cluster.epochs)
+    async with Client(cluster.address, max_retries=0) as client, mode_gateway(cluster, redis.url, "early") as early:
         on_decode = Load(early.client)
         await on_decode.start(prompts[:4])
-        before = dict(cluster.epochs)
-        await lose_pool(cluster, "prefill")
-        alone = await asyncio.gather(*(greedy(client, prompt) for prompt in prompts))
+        with cluster.nobody_restarted():
+            await lose_pool(cluster, "prefill")
+            alone = await asyncio.gather(*(greedy(client, prompt) for prompt in prompts))
         assert [ids_of(result) for result in alone] == expected
         for result in alone:
             placement = result.summary.placement
@@ -282,11 +347,27 @@ async def test_whole_pools_die_and_come_back(
         assert on_decode.failures.empty(), "prefill workers are nothing to them any more"
         await on_decode.leave()
         await restarted(cluster, "prefill-0", "prefill-1", since=before)
-        await cluster.until_status(is_idle)
-        after = await asyncio.gather(*(greedy(client, prompt) for prompt in prompts))
-    assert [ids_of(result) for result in after] == expected
-    modes_of(after)
-    assert not {result.summary.placement.mode_reason for result in after} & {"no_prefill_pool", "no_decode_pool"}
+        await serve_with_both_pools(cluster, client, prompts, expected)
+
+
+async def serve_without_decode_pool(
+    client: Client, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]
+) -> None:
+    results = await asyncio.gather(*(greedy(client, prompt) for prompt in prompts))
+    assert [ids_of(result) for result in results] == expected
+    assert modes_of(results) == {"colocated"}
+    assert {result.summary.placement.mode_reason for result in results} == {"no_decode_pool"}
+
+
+async def serve_with_both_pools(
+    cluster: ClusterProcess, client: Client, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]
+) -> None:
+    """Everybody is back, and in the end every block."""
+    await cluster.until_status(is_idle)
+    results = await asyncio.gather(*(greedy(client, prompt) for prompt in prompts))
+    assert [ids_of(result) for result in results] == expected
+    modes_of(results)
+    assert not {result.summary.placement.mode_reason for result in results} & {"no_prefill_pool", "no_decode_pool"}
     await cluster.until_status(is_idle)
 
 

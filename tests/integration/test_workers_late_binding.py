@@ -112,7 +112,9 @@ async def test_a_first_token_that_is_the_last_needs_no_binding(pair: Pair) -> No
     await pair.submit_prefill(request("stops", 10, greedy(6, stop_token_ids=(stop_token,))), bind_later=True)
     await pair.to_prefill.until_finished("stops")
     await pair.keep("stops")  # late
+    await pair.to_prefill.answer("computed", "stops")
     await pair.until_idle()
+    await pair.until_prefill_heard()  # nothing that was said before is still on its way
     assert pair.to_prefill.kinds("stops") == ["accepted", "outputs", "computed"]
 
 
