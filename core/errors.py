@@ -40,6 +40,41 @@ class PromptTooLong(InvalidRequest):
     grpc_code = "OUT_OF_RANGE"
 
 
+class AccessReason(StrEnum):
+    """Why a caller is not let in, or may not do what it asks."""
+
+    MISSING_CREDENTIAL = "missing_credential"
+    MALFORMED_CREDENTIAL = "malformed_credential"
+    INVALID_CREDENTIAL = "invalid_credential"  # not known here, or its signature or its claims do not hold
+    KEY_EXPIRED = "key_expired"
+    KEY_REVOKED = "key_revoked"
+    TOKEN_EXPIRED = "token_expired"
+    MISSING_ROLE = "missing_role"
+    OTHER_TENANT = "other_tenant"
+
+
+class Unauthenticated(ServingError):
+    """Nobody knows who is calling. The message never repeats what was presented."""
+
+    grpc_code = "UNAUTHENTICATED"
+    http_status = 401
+
+    def __init__(self, reason: AccessReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class PermissionDenied(ServingError):
+    """The caller is known, and may not do this."""
+
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
+
+    def __init__(self, reason: AccessReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 class ModelNotFound(ServingError):
     """The request names a model that this cluster does not serve."""
 

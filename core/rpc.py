@@ -46,13 +46,16 @@ _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
-def create_server(*, max_receive_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+def create_server(
+    *, max_receive_bytes: int = MAX_MESSAGE_BYTES, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+) -> grpc.aio.Server:
     """Return a server without services or ports. A larger message is refused as RESOURCE_EXHAUSTED before it is read;
     a server that strangers reach wants less than what our own processes send each other."""
     options = [option for option in _SERVER_OPTIONS if option[0] != _RECEIVE_LIMIT]
     options.append((_RECEIVE_LIMIT, max_receive_bytes))
     # A pool of our own, because the default one is never shut down and its threads outlive the server.
-    return grpc.aio.server(migration_thread_pool=ThreadPoolExecutor(max_workers=1), options=options)
+    pool = ThreadPoolExecutor(max_workers=1)
+    return grpc.aio.server(migration_thread_pool=pool, interceptors=interceptors, options=options)
 
 
 def bind(server: grpc.aio.Server, host: str, port: int) -> int:

@@ -7,6 +7,7 @@ from pydantic import Field
 from core.config import ConfigModel
 from core.kv_quality import KvQuality
 from core.service_class import ServiceClass
+from router.access.config import AccessConfig
 from router.admission.config import AdmissionConfig
 from router.forwarding.config import ForwardingConfig
 from router.quotas.config import QuotasConfig
@@ -74,6 +75,7 @@ class RouterConfig(ConfigModel):
     max_queued_tokens: int = Field(4_000_000, ge=1)
     max_queued_bytes: int = Field(256 * 2**20, ge=1, description="that requests of the queue occupy, as estimated")
     max_active_requests: int = Field(16_384, ge=1)
+    max_choices: int = Field(128, ge=1, description="answers that one call may ask for, over all its prompts")
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request whose client set none")
     no_workers_timeout_s: float = Field(5.0, ge=0, description="how long requests wait for the first worker of a role")
     retry_min_s: float = Field(0.02, gt=0, description="first wait after every worker refused; doubles, with jitter")
@@ -97,6 +99,7 @@ class RouterConfig(ConfigModel):
     )
     tenants: dict[str, TenantConfig] = Field(default_factory=dict, description="by name, what holds for a tenant")
     default_tenant: TenantConfig = Field(TenantConfig(), description="what holds for tenants that are not named")
+    access: AccessConfig = AccessConfig()
     admission: AdmissionConfig = AdmissionConfig()
     routing: RoutingConfig = RoutingConfig()
     mirror: MirrorConfig = MirrorConfig()
