@@ -1,31 +1,24 @@
 """What the gateway's surfaces call, whatever they speak: generate, abort, tokenize, explain, facts of the model.
 
-Knows no wire format: a surface makes a `GenerateCall`, reads the `RequestStream`, and says both in its own words."""
+Knows no wire format: a surface makes `GenerateCall`s, reads the `Answer`, and says both in its own words."""
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from core.clock import Clock
-from core.errors import Aborted, DuplicateRequest, ServingError
+from core.errors import Aborted
 from core.ids import GatewayId, RequestId
 from core.membership import Role, WorkerRecord, WorkerState
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.explain.ring import ExplainedDecision
 from router.fleet import Fleet
-from router.intake import GenerateCall, Intake, Prepared, Prompt
+from router.generation.answer import Answer
+from router.generation.desk import AnswerDesk
+from router.generation.provenance import Provenance
+from router.intake import GenerateCall, Intake, Prompt
 from router.metrics import GatewayMetrics
 from router.quotas.service import Quotas
-from router.stream import RequestStream
 from router.tokenizer import GatewayTokenizer, ModelFacts
-
-
-@dataclass(slots=True, eq=False)
-class _Preparation:
-    """A request whose prompt is being tokenised."""
-
-    aborted: Aborted | None = None
 
 
 class Front:
@@ -56,58 +49,32 @@ class Front:
         self.facts = facts
         self.fleet = fleet
         self.dispatcher = dispatcher
-        self._intake = intake
-        self._quotas = quotas
-        self._metrics = metrics
         self.clock = clock
-        self._preparing: dict[str, _Preparation] = {}
+        self._intake = intake
+        self._desk = AnswerDesk(
+            config,
+            tokenizer=tokenizer,
+            intake=intake,
+            dispatcher=dispatcher,
+            quotas=quotas,
+            metrics=metrics,
+            clock=clock,
+            provenance=lambda: Provenance.of(self.any_record()),
+        )
 
-    async def generate(self, call: GenerateCall, timeout_s: float | None) -> tuple[Prepared, RequestStream]:
-        """Check a request and take it in. Whoever stops reading the stream must `abandon` it.
+    async def answer(self, calls: Sequence[GenerateCall], timeout_s: float | None) -> Answer:
+        """Check a call and take it in; several differ in their prompts only. Choices are numbered prompt by prompt:
+        answer j to prompt i is choice i * n + j. Whoever stops reading the answer must `abandon` it.
 
         Raises:
             ServingError: refused; nothing was kept.
         """
-        arrived_at = self.clock.now()
-        try:
-            service_class = call.service.service_class or self.config.tenant(call.tenant).service_class
-            self.dispatcher.check_admissible(call.request_id, call.tenant, service_class)
-            with self._preparation(call.request_id) as preparation:
-                prepared = await self._intake.prepare(call)
-                request, service = prepared.request, prepared.service
-                expected_tokens = self.dispatcher.expected_output_tokens(request, service)
-                charge = await self._quotas.charge(request.tenant, request.num_prompt_tokens + expected_tokens)
-                if preparation.aborted is not None:
-                    self._quotas.refund(charge)
-                    raise preparation.aborted
-        except ServingError as error:
-            self._metrics.rejected(error)
-            raise
-        try:
-            stream = self.dispatcher.submit(
-                request,
-                prepared.hashes,
-                arrived_at=arrived_at,
-                timeout_s=self.config.request_timeout_s if timeout_s is None else timeout_s,
-                service=service,
-                on_concluded=lambda num_tokens: self._quotas.settle(charge, num_tokens),
-            )
-        except ServingError:
-            self._quotas.refund(charge)
-            raise
-        return prepared, stream
+        return await self._desk.answer(calls, timeout_s)
 
-    def abort(self, request_id: RequestId, reason: str) -> bool:
-        """End a request on every worker, or before it gets to any. Returns whether it was in flight."""
-        preparation = self._preparing.get(request_id)
-        if preparation is not None:
-            preparation.aborted = Aborted(reason)
-            return True
-        return self.dispatcher.abort(request_id, Aborted(reason))
-
-    def abandon(self, stream: RequestStream, reason: str) -> None:
-        """End the one request whose stream nobody reads any more. Does nothing once that is over."""
-        self.dispatcher.abandon(stream, Aborted(reason))
+    def abort(self, request_id: str, reason: str, *, tenant: str) -> bool:
+        """End a tenant's call with all its choices on every worker, or before it gets to any. Returns whether there
+        was one."""
+        return self._desk.abort(request_id, Aborted(reason), tenant=tenant)
 
     def explain(self, request_id: RequestId, last: int) -> list[ExplainedDecision]:
         """Return the last decisions about a request, or about any when it is empty; newest first."""
@@ -122,6 +89,15 @@ class Front:
         """
         self.check_model(model)
         return await self._intake.tokenize(prompt)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out.
+
+        Raises:
+            ModelNotFound, InvalidRequest
+        """
+        self.check_model(model)
+        return await self._intake.detokenize(tuple(token_ids))
 
     def check_model(self, name: str) -> None:
         """Raises: ModelNotFound, unless `name` is empty or the model served."""
@@ -139,19 +115,6 @@ class Front:
     def is_serving(self) -> bool:
         """A request could be served now."""
         return self.dispatcher.can_serve()
-
-    @contextlib.contextmanager
-    def _preparation(self, request_id: str) -> Iterator[_Preparation]:
-        """Make a request that is not in the dispatcher yet known to `abort`. Without an id nobody can name it."""
-        preparation = _Preparation()
-        if request_id in self._preparing:
-            raise DuplicateRequest(f"request {request_id} is in flight")
-        if request_id:
-            self._preparing[request_id] = preparation
-        try:
-            yield preparation
-        finally:
-            self._preparing.pop(request_id, None)
 
 
 def longest_request(config: RouterConfig, facts: ModelFacts, fleet: Fleet) -> int:

@@ -49,6 +49,8 @@ class GenerateCall:
     Attributes:
         request_id: empty: one is made.
         sampling: its `max_tokens` and `seed` count only when the flags say that the client gave them.
+        n: answers to the prompt; answer i is sampled with the seed + i.
+        resume_window_s: above 0, the answer outlives its connection for so long, to be read on.
     """
 
     model: str
@@ -60,6 +62,8 @@ class GenerateCall:
     tenant: str = ""
     kv: KvWish = NO_WISH
     service: ServiceWish = NO_SERVICE_WISH
+    n: int = 1
+    resume_window_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,24 @@ class Intake:
         with self._place():
             return await self._tokenize(prompt)
 
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str:
+        """Return the text of ids, special tokens left out. No ids are no text.
+
+        Raises:
+            InvalidRequest: one is not in the vocabulary, or they are more than the largest prompt has bytes.
+            RejectedError: QUEUE_FULL, too many are being prepared.
+        """
+        if not token_ids:
+            return ""
+        if len(token_ids) > self._config.max_prompt_bytes:
+            bound = self._config.max_prompt_bytes
+            raise InvalidRequest("ids", f"has {len(token_ids)} tokens, at most {bound} are allowed")
+        with self._place():
+            self._check_ids("ids", token_ids)
+            if len(token_ids) * 4 <= self._config.inline_prompt_bytes:
+                return self._tokenizer.decode(token_ids)
+            return await self._in_thread(lambda: self._tokenizer.decode(token_ids))
+
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
         """Count as one who is being prepared."""
@@ -178,7 +200,10 @@ class Intake:
     async def _tokenize(self, prompt: Prompt | None) -> list[int]:
         match prompt:
             case TokenPrompt(token_ids):
-                return self._checked_ids(token_ids)
+                if not token_ids:
+                    raise InvalidRequest("token_ids", "must not be empty")
+                self._check_ids("token_ids", token_ids)
+                return list(token_ids)
             case TextPrompt(text):
                 if not text:
                     raise InvalidRequest("text", "must not be empty")
@@ -205,13 +230,10 @@ class Intake:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _checked_ids(self, token_ids: tuple[int, ...]) -> list[int]:
-        if not token_ids:
-            raise InvalidRequest("token_ids", "must not be empty")
+    def _check_ids(self, name: str, token_ids: tuple[int, ...]) -> None:
         highest = max(token_ids)
         if highest >= self._facts.vocab_size:
-            raise InvalidRequest("token_ids", f"{highest} is outside the vocabulary of {self._facts.vocab_size}")
-        return list(token_ids)
+            raise InvalidRequest(name, f"{highest} is outside the vocabulary of {self._facts.vocab_size}")
 
     def _check_turns(self, turns: tuple[ChatTurn, ...]) -> None:
         if not turns:

@@ -14,6 +14,7 @@ from core.errors import Aborted, ConfigError
 from core.ids import Epoch, WorkerId, new_gateway_id
 from core.store import Store
 from core.telemetry import MetricsServer
+from router.access.gatekeeper import Gatekeeper
 from router.cluster_link import ClusterLink
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -24,7 +25,7 @@ from router.metrics import GatewayMetrics
 from router.quotas.service import Quotas
 from router.replicas.gateway_state import GatewayState
 from router.replicas.service import Replicas
-from router.rpc import GatewayServer
+from router.rpc.server import GatewayServer
 from router.tokenizer import GatewayTokenizer, read_model_facts
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Gateway:
         self._rng = rng or random.SystemRandom()
         self._gateway_id = new_gateway_id()
         self._metrics = GatewayMetrics()
+        self._gatekeeper = Gatekeeper(config.access)
         self._link = ClusterLink(config, cluster, self._gateway_id, store, clock, self._rng)
         self._fleet = self._link.fleet
         self._dispatcher = Dispatcher(config, self._fleet, clock, self._rng, self._metrics)
@@ -93,6 +95,11 @@ class Gateway:
         return self._front
 
     @property
+    def gatekeeper(self) -> Gatekeeper:
+        """Whom every surface asks who is calling."""
+        return self._gatekeeper
+
+    @property
     def fleet(self) -> Fleet:
         return self._fleet
 
@@ -117,7 +124,7 @@ class Gateway:
         config = self._config
         facts = await asyncio.to_thread(read_model_facts, config.model_path)
         tokenizer = await asyncio.to_thread(GatewayTokenizer.load, config.model_path)
-        server = GatewayServer(max_request_bytes=config.max_request_bytes)
+        server = GatewayServer(self._gatekeeper, max_request_bytes=config.max_request_bytes)
         try:
             port = server.bind(config.host, config.port)
             if config.metrics_port is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from core.errors import ServingError
 from core.ids import RequestId, WorkerId
-from core.request import Finish, TokenOutput
+from core.request import Finish, PromptToken, TokenOutput
 from router.messages import KvLanded
 from router.routing.modes import Binding, Mode, ModeReason
 from router.timeline import TimingSplit
@@ -41,21 +41,39 @@ class Completion:
 
 
 class RequestStream:
-    """From the dispatcher to the client's call.
+    """From the dispatcher to whoever reads the request. The reader shares one event among all streams that it reads,
+    so that a batch of tokens for many of them wakes it once.
 
     Concurrency: one event loop, one writer, one reader.
+
+    Attributes:
+        prompt_tokens: the scored prompt, when that was asked for; there with the first token.
     """
 
     def __init__(self, request_id: RequestId, max_unread_tokens: int) -> None:
         self.request_id = request_id
+        self.prompt_tokens: tuple[PromptToken, ...] = ()
         self._max_unread_tokens = max_unread_tokens
         self._tokens: list[TokenOutput] = []
         self._completion: Completion | None = None
         self._error: ServingError | None = None
         self._changed = asyncio.Event()
 
-    def push(self, tokens: tuple[TokenOutput, ...]) -> bool:
+    @property
+    def has_news(self) -> bool:
+        """`take` has something to return, or an error to raise."""
+        return bool(self._tokens) or self._completion is not None or self._error is not None
+
+    def wake(self, changed: asyncio.Event) -> None:
+        """Set this event whenever there is news; at once if there is some already."""
+        self._changed = changed
+        if self.has_news:
+            changed.set()
+
+    def push(self, tokens: tuple[TokenOutput, ...], prompt_tokens: tuple[PromptToken, ...] = ()) -> bool:
         """Add tokens. Returns False when more are unread now than may be; the caller then fails the stream."""
+        if prompt_tokens:
+            self.prompt_tokens = prompt_tokens
         self._tokens.extend(tokens)
         self._changed.set()
         return len(self._tokens) <= self._max_unread_tokens
@@ -71,15 +89,12 @@ class RequestStream:
             self._tokens.clear()
         self._changed.set()
 
-    async def take(self) -> tuple[list[TokenOutput], Completion | None]:
-        """Wait for news; return all unread tokens, and the completion once there is one (then call no more).
+    def take(self) -> tuple[list[TokenOutput], Completion | None]:
+        """Return all unread tokens, and the completion once there is one (then call no more).
 
         Raises:
             ServingError: how the request failed, after everything before it was taken.
         """
-        while not self._tokens and self._completion is None and self._error is None:
-            self._changed.clear()
-            await self._changed.wait()
         tokens, self._tokens = self._tokens, []
         if self._error is not None and not tokens:
             raise self._error

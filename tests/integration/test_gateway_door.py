@@ -11,8 +11,9 @@ import pytest
 
 from core.errors import SlowReader
 from protos import inference_pb2 as pb
+from router.access.principal import ANYONE, set_current_principal
 from router.intake import GenerateCall, Intake, Prepared
-from router.rpc import InferenceServicer
+from router.rpc.inference import InferenceServicer
 from tests.fakes.cluster import FakeCluster, fake_cluster, text_request
 from tests.fakes.reading import fails
 from tests.fakes.script import PATIENCE_S
@@ -45,6 +46,7 @@ class StuckContext:
 
 
 def begin(cluster: FakeCluster, context: StuckContext, request: pb.GenerateRequest) -> asyncio.Task[None]:
+    set_current_principal(ANYONE)
     servicer = InferenceServicer(cluster.gateway.front)
     return asyncio.create_task(servicer.Generate(request, cast("Any", context)))
 

@@ -21,7 +21,7 @@ CASES = {
         "transformers",
         "numba",
     },
-    ("router.service", "router.rpc"): {"ray", "redis"},
+    ("router.service", "router.rpc.server"): {"ray", "redis"},
     ("tandem_client",): {"ray", "redis", "torch", "transformers"},
 }
 

@@ -99,30 +99,33 @@ def completion() -> Completion:
     )
 
 
-async def test_a_stream_gives_all_that_is_unread_in_one_piece() -> None:
-    stream = RequestStream(RequestId("r"), 3)
-    reader = asyncio.create_task(stream.take())
-    await asyncio.sleep(0)
+def test_a_stream_gives_all_that_is_unread_in_one_piece() -> None:
+    stream, changed = RequestStream(RequestId("r"), 3), asyncio.Event()
     assert stream.push(tokens(0))
+    stream.wake(changed)
+    assert changed.is_set(), "there was news before"
     assert stream.push(tokens(1, 2))
-    assert await reader == (list(tokens(0, 1, 2)), None)
+    assert stream.take() == (list(tokens(0, 1, 2)), None)
+    assert not stream.has_news
+    changed.clear()
     assert stream.push(tokens(3))
     stream.finish(completion())
-    assert await stream.take() == (list(tokens(3)), completion())
+    assert changed.is_set()
+    assert stream.take() == (list(tokens(3)), completion())
 
 
-async def test_an_error_comes_after_what_is_unread_unless_that_is_dropped() -> None:
+def test_an_error_comes_after_what_is_unread_unless_that_is_dropped() -> None:
     stream = RequestStream(RequestId("r"), 1)
     assert not stream.push(tokens(0, 1)), "more is unread than may be"
     stream.fail(Aborted("enough"))
-    assert (await stream.take())[0] == list(tokens(0, 1))
+    assert stream.take()[0] == list(tokens(0, 1))
     with pytest.raises(Aborted, match="enough"):
-        await stream.take()
+        stream.take()
     stream = RequestStream(RequestId("r"), 1)
     stream.push(tokens(0, 1))
     stream.fail(Aborted("slow"), drop_unread=True)
     with pytest.raises(Aborted, match="slow"):
-        await stream.take()
+        stream.take()
 
 
 async def test_a_broadcast_wakes_all_who_took_it_before() -> None:

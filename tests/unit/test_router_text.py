@@ -27,11 +27,11 @@ from core.request import Finish, FinishReason, GenerateRequest, SamplingParams, 
 from protos import inference_pb2, worker_pb2
 from protos.codec import load_to_wire
 from router import messages as m
-from router.calls import read_generate
 from router.config import RouterConfig
-from router.generation_text import GenerationText
+from router.generation.text import GenerationText
 from router.intake import ChatPrompt, GenerateCall, Intake, Prompt, TextPrompt, TokenPrompt
 from router.prompt_hashes import HashKey
+from router.rpc.calls import read_generate
 from router.tokenizer import ChatTurn, GatewayTokenizer, read_model_facts
 from router.worker_codec import read_decode_report, read_failure, read_prefill_report
 from tests.fakes.checkpoint import ASSISTANT, END, MAX_MODEL_LEN, USER, VOCAB_SIZE, write_checkpoint
@@ -183,12 +183,12 @@ def test_token_ids_are_counted_before_they_are_read() -> None:
 
     request = mock.Mock(WhichOneof=lambda _: "token_ids", token_ids=mock.Mock(ids=Ids()))
     with pytest.raises(PromptTooLong, match="10000000 tokens"):
-        read_generate(request, max_model_len=100)
+        read_generate(request, max_model_len=100, tenant="")
 
 
 def test_the_wire_keeps_apart_what_was_given_and_what_was_not() -> None:
     request = inference_pb2.GenerateRequest(text="x", sampling=inference_pb2.SamplingParams(seed=0))
-    read = read_generate(request, max_model_len=100)
+    read = read_generate(request, max_model_len=100, tenant="")
     assert (read.has_seed, read.has_max_tokens, read.prompt) == (True, False, TextPrompt("x"))
     assert read.sampling.temperature == 1.0
 

@@ -5,10 +5,10 @@ from core.errors import InvalidRequest
 from core.service_class import ServiceClass, Slo
 from protos import inference_pb2 as pb
 from protos.codec import sampling_from_wire
+from router.chat.messages import ChatMessage
 from router.intake import ChatPrompt, GenerateCall, Prompt, TextPrompt, TokenPrompt, check_prompt_fits
 from router.kv_terms import KvWish
 from router.service_terms import ServiceWish
-from router.tokenizer import ChatTurn
 
 SESSION_METADATA = "x-session-id"
 _CLASSES = {
@@ -25,8 +25,14 @@ _LEVELS = {
 }
 
 
-def read_generate(request: pb.GenerateRequest, max_model_len: int, session_id: str = "") -> GenerateCall:
-    """Return what the client asked for; `session_id` is what the call's metadata say, if the request does not.
+def read_generate(
+    request: pb.GenerateRequest, max_model_len: int, *, tenant: str, session_id: str = ""
+) -> GenerateCall:
+    """Return what the client asked for.
+
+    Args:
+        tenant: on whose account, as access control says.
+        session_id: what the call's metadata say, if the request does not.
 
     Raises:
         PromptTooLong: more token ids than the context holds; they are not even looked at.
@@ -40,12 +46,14 @@ def read_generate(request: pb.GenerateRequest, max_model_len: int, session_id: s
         sampling=sampling_from_wire(sampling),
         has_max_tokens=sampling.HasField("max_tokens"),
         has_seed=sampling.HasField("seed"),
-        tenant=terms.tenant,
+        tenant=tenant,
         kv=KvWish(
             _read_quality(terms.kv_quality),
             terms.handoff_budget_s if terms.HasField("handoff_budget_s") else None,
         ),
         service=_read_service(terms, session_id),
+        n=request.n or 1,
+        resume_window_s=terms.resume_window_s if terms.HasField("resume_window_s") else None,
     )
 
 
@@ -102,4 +110,4 @@ def _read_prompt(request: pb.GenerateRequest, max_model_len: int) -> Prompt | No
 
 
 def _read_chat(chat: pb.ChatMessages) -> ChatPrompt:
-    return ChatPrompt(tuple(ChatTurn(message.role, message.content) for message in chat.messages))
+    return ChatPrompt(tuple(ChatMessage(message.role, message.content) for message in chat.messages))

@@ -1,0 +1,1 @@
+"""The gateway's public gRPC surface: Inference, Admin, grpc.health.v1 and reflection."""

@@ -1,0 +1,98 @@
+"""tandem.v1.Inference."""
+
+from typing import TYPE_CHECKING
+
+from core.errors import InvalidRequest
+from core.rpc import reply_errors
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from router.access.principal import current_principal
+from router.front import Front
+from router.rpc.calls import SESSION_METADATA, read_generate, read_tokenize
+from router.rpc.replies import GenerateEvents
+from router.rpc.status import model_info
+from router.rpc.writing import write
+
+if TYPE_CHECKING:
+    from protos.inference_pb2_grpc import _ServicerContext
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """What clients call."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    # A coroutine that writes, not a generator: a cancelled call then runs its `finally` at once.
+    async def Generate(  # type: ignore[override]  # noqa: N802
+        self, request: pb.GenerateRequest, context: "_ServicerContext"
+    ) -> None:
+        front = self._front
+        patience_s = front.config.write_timeout_s
+        async with reply_errors(context, patience_s=patience_s):
+            tenant = current_principal().tenant_for(request.terms.tenant)
+            call = read_generate(request, front.max_model_len(), tenant=tenant, session_id=_session_id(context))
+            answer = await front.answer([call], context.time_remaining())
+            try:
+                events = GenerateEvents(answer, front.tokenizer)
+                pieces = await answer.take()
+                await write(context, events.started(), patience_s)
+                while True:
+                    for event in events.of(pieces):
+                        await write(context, event, patience_s)
+                    if answer.is_over:
+                        return
+                    pieces = await answer.take()
+            finally:
+                # Cancelled by the client, its deadline or a broken connection: all workers are told to free it.
+                answer.abandon("the client went away")
+
+    async def Chat(  # type: ignore[override]  # noqa: N802
+        self, request: pb.ChatRequest, context: "_ServicerContext"
+    ) -> None:
+        async with reply_errors(context):
+            raise InvalidRequest("messages", "Chat is not served by this gateway")
+
+    async def Resume(  # type: ignore[override]  # noqa: N802
+        self, request: pb.ResumeRequest, context: "_ServicerContext"
+    ) -> None:
+        async with reply_errors(context):
+            raise InvalidRequest("request_id", "this gateway serves no resumable requests")
+
+    async def Abort(  # noqa: N802
+        self, request: pb.AbortRequest, context: "_ServicerContext"
+    ) -> pb.AbortResponse:
+        async with reply_errors(context):
+            if not request.request_id:
+                raise InvalidRequest("request_id", "must not be empty")
+            tenant = current_principal().tenant_for(request.tenant)
+            found = self._front.abort(request.request_id, "aborted by an Abort call", tenant=tenant)
+            return pb.AbortResponse(found=found)
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: pb.GetModelInfoRequest, context: "_ServicerContext"
+    ) -> pb.GetModelInfoResponse:
+        async with reply_errors(context):
+            self._front.check_model(request.model)
+            return model_info(self._front)
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: "_ServicerContext"
+    ) -> pb.TokenizeResponse:
+        async with reply_errors(context):
+            ids = await self._front.tokenize(request.model, read_tokenize(request))
+            texts = [self._front.tokenizer.token_text(one) for one in ids] if request.with_tokens else []
+            return pb.TokenizeResponse(ids=ids, tokens=texts, max_model_len=self._front.max_model_len())
+
+    async def Detokenize(  # noqa: N802
+        self, request: pb.DetokenizeRequest, context: "_ServicerContext"
+    ) -> pb.DetokenizeResponse:
+        async with reply_errors(context):
+            return pb.DetokenizeResponse(text=await self._front.detokenize(request.model, request.ids))
+
+
+def _session_id(context: "_ServicerContext") -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == SESSION_METADATA and isinstance(value, str):
+            return value
+    return ""
