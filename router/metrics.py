@@ -26,7 +26,7 @@ class GatewayMetrics:
             "tandem_gateway_requests", "Requests by how they ended.", ["outcome", "reason"], registry=registry
         )
         self._rejected = Counter(
-            "tandem_gateway_rejected", "Requests refused at the door.", ["reason"], registry=registry
+            "tandem_gateway_rejected", "Requests refused before they entered.", ["reason"], registry=registry
         )
         self.active = Gauge("tandem_gateway_active_requests", "Requests in the gateway now.", registry=registry)
         self.queued = Gauge(
@@ -50,7 +50,9 @@ class GatewayMetrics:
         self._tpot = self._latency("tandem_gateway_time_per_output_token_seconds", "Mean gap between tokens.")
         self._total = self._latency("tandem_gateway_request_duration_seconds", "Arrival to last token.")
         self._queue = self._latency("tandem_gateway_queue_seconds", "TTFT part: arrival to dispatch.")
-        self._route = self._latency("tandem_router_route_seconds", "TTFT part: dispatch until both workers accepted.")
+        self._route = self._latency(
+            "tandem_router_route_seconds", "TTFT part: dispatch until who is needed now accepted."
+        )
         self._prefill = self._latency("tandem_gateway_prefill_seconds", "TTFT part: accepted to first token.")
         self._transfer = self._latency("tandem_gateway_transfer_seconds", "Exposed part of the KV hand-off.")
         self._first_decode = self._latency("tandem_gateway_first_decode_seconds", "KV landed to next token.")

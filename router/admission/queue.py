@@ -1,11 +1,11 @@
 """The gateway's waiting room: who may stay in it, in what order the cluster is asked, and how fast it empties.
 
-A ticket counts from `enter` until both workers accepted (or the request ended), so the bounds hold for everything that
-the cluster has not taken yet. Life of a ticket:
+A ticket counts from `enter` until the workers that the request needs now accepted it (or it ended), so the bounds hold
+for everything that the cluster has not taken yet. Life of a ticket:
 1. `enter`: WAITING. When there is no room, those who can wait longer are shed for it, or it is refused.
 2. `take`: RELEASED, in the order of `router.admission.bands`, as many as `router.admission.gate` lets through. The
    tenant is charged by the expected length.
-3. Both workers accepted: `leave`. Refused by everybody: `put_back`, WAITING again at the head of its band. The same
+3. They accepted: `leave`. Refused by everybody: `put_back`, WAITING again at the head of its band. The same
    happens to one that had left and lost its workers, full or not.
 4. The request is over, however and whenever: `end`; the charge is corrected.
 

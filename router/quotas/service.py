@@ -1,8 +1,8 @@
 """Counts what tenants use, together with the other gateways, at the shared store; alone while that is gone.
 
 Life of a charge:
-1. `charge`, at the door: a slot of those at once, then one request and the tokens expected (prompt and a predicted
-   output) from the buckets. All or nothing, within `deadline_s`. Tenants without quotas cost nothing.
+1. `charge`, before the queue: a slot of those at once, then one request and the tokens expected (prompt and a
+   predicted output) from the buckets. All or nothing, within `deadline_s`. Tenants without quotas cost nothing.
 2. The slot's lease is renewed while the request lives: a killed gateway's slots come back when theirs end.
 3. `settle`, at the end, whatever the end: the slot goes back, and the tokens are corrected to those really used (a debt
    is possible); or `refund`, when the gateway itself refused the request after all.

@@ -11,7 +11,7 @@ import numpy as np
 
 from router.routing.columns import LINK, LINK_CLASS, LINK_CLASSES
 from router.routing.config import LinkPriors
-from router.routing.search import LINK_PROBES, LINK_STRIDE
+from router.routing.search import LINK_MIX, LINK_PROBES, LINK_STRIDE
 from router.routing.table import WorkerTable
 from router.routing.topology import floor_class, link_class
 
@@ -105,7 +105,7 @@ class LinkModel:
 
     def _place(self, prefill: int, decode: int, near: np.void, now: float) -> int:
         key = prefill * LINK_STRIDE + decode + 1
-        first = (key * 0x9E3779B1) % len(self.pairs)
+        first = (key * LINK_MIX) % len(self.pairs)
         places = [(first + probe) % len(self.pairs) for probe in range(LINK_PROBES)]
         for at in places:
             if self.pairs[at]["key"] == key:

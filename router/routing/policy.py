@@ -1,7 +1,8 @@
 """The routing policy: one cost in seconds over (prefill worker, decode worker, mode). Reads the table, changes nothing.
 
-1. Price: every worker that can be asked gets its side of the cost (`router.routing.prices`).
-2. Search: the cheapest placements over all pairs and modes (`router.routing.search`).
+1. Filter: who can be asked (`router.routing.prices`, as the next step).
+2. Score: each of them gets its price, which is its side of the cost; then the cheapest placements over all pairs and
+   modes are searched (`router.routing.search`).
 3. Pick: the cheapest, or a softmax draw at temperature > 0. Ties are broken by the generator, never by order.
 4. Bind: the decode worker of a remote prefill is asked first, so that KV is sent while the prompt computes; when none
    has room now but will, the prefill begins at once and the decode worker is chosen meanwhile (`Binding.LATE`).
@@ -61,6 +62,9 @@ class Found(NamedTuple):
     has_longest_prefix: bool
     max_queued_tokens: int
     max_requests_held: int
+
+
+assert Found._fields == FOUND.names
 
 
 class RoutingPolicy(Protocol):

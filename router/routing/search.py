@@ -20,6 +20,7 @@ from router.routing.columns import CANDIDATE, ModeCode, RoleCode
 TIE_S = 1e-9
 LINK_STRIDE = 1 << 20  # more slots than a cluster has: the key of a pair does not depend on the size of the table
 LINK_PROBES = 8
+LINK_MIX = 0x9E3779B1  # spreads the keys of pairs over the table
 
 # As numpy scalars: plain ones are literals to the compiler, and make a copy of every function that they are passed to.
 _PREFILL: Any = np.int64(RoleCode.PREFILL)
@@ -94,7 +95,7 @@ def link_at(links: Any, prefill: int, decode: int) -> Any:
     """Return where the pair's own link is in the open-addressed table, or -1."""
     key = prefill * LINK_STRIDE + decode + 1
     size = links.shape[0]
-    at = (key * 0x9E3779B1) % size
+    at = (key * LINK_MIX) % size
     for _ in range(LINK_PROBES):
         if links[at].key == key:
             return at

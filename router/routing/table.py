@@ -199,9 +199,6 @@ class WorkerTable:
             peer_credit=self.credit(slot, "peer"),
         )
 
-    def worker_rows(self) -> list[WorkerRow]:
-        return [row for worker_id in self._records if (row := self.row(worker_id)) is not None]
-
     def check(self) -> None:
         """Assert that every row belongs to a known worker and that no count is negative."""
         for slot in np.flatnonzero(self.rows["role"]):
