@@ -70,6 +70,12 @@ class RequestStream:
         if self.has_news:
             changed.set()
 
+    async def wait(self) -> None:
+        """Return once there is news."""
+        while not self.has_news:
+            self._changed.clear()
+            await self._changed.wait()
+
     def push(self, tokens: tuple[TokenOutput, ...], prompt_tokens: tuple[PromptToken, ...] = ()) -> bool:
         """Add tokens. Returns False when more are unread now than may be; the caller then fails the stream."""
         if prompt_tokens:

@@ -194,7 +194,8 @@ class _Cluster:
                 service=service_terms(wish, request.tenant, config),
             )
             while completion is None:
-                tokens, completion = await stream.take()
+                await stream.wait()
+                tokens, completion = stream.take()
                 if tokens and first_at is None:
                     first_at = loop.now()
                 num_tokens += len(tokens)

@@ -30,7 +30,8 @@ def token(index: int) -> tuple[TokenOutput, ...]:
 async def read(stream: RequestStream) -> Completion:
     async with asyncio.timeout(10.0):
         while True:
-            _, completion = await stream.take()
+            await stream.wait()
+            _, completion = stream.take()
             if completion is not None:
                 return completion
 
