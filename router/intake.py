@@ -14,11 +14,12 @@ from typing import TypeVar
 from core.errors import InvalidRequest, ModelNotFound, PromptTooLong, RejectedError, RejectReason
 from core.ids import new_request_id, parse_request_id, parse_tenant
 from core.request import MAX_SEED, GenerateRequest, SamplingParams
+from router.chat.messages import ChatMessage, Tool, chat_size, check_messages
 from router.config import RouterConfig
 from router.kv_terms import NO_WISH, KvWish, kv_terms
 from router.prompt_hashes import HashKey, PromptHashes
 from router.service_terms import NO_SERVICE_WISH, ServiceTerms, ServiceWish, service_terms
-from router.tokenizer import ChatTurn, GatewayTokenizer, ModelFacts
+from router.tokenizer import GatewayTokenizer, ModelFacts
 
 _TOKENIZER_THREADS = 2
 T = TypeVar("T")
@@ -36,7 +37,11 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    turns: tuple[ChatTurn, ...]
+    """What the chat template gets; `template_arguments`: a JSON object as text, or empty."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...] = ()
+    template_arguments: str = ""
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -207,19 +212,15 @@ class Intake:
             case TextPrompt(text):
                 if not text:
                     raise InvalidRequest("text", "must not be empty")
-                return await self._encode("text", text, lambda: self._tokenizer.encode(text))
-            case ChatPrompt(turns):
-                self._check_turns(turns)
-                whole = "".join(turn.content for turn in turns)
-                return await self._encode("chat", whole, lambda: self._tokenizer.encode_chat(turns))
+                return await self._encode("text", _size(text), lambda: self._tokenizer.encode(text))
+            case ChatPrompt(messages, tools, arguments):
+                check_messages(messages, "chat.messages")
+                size = chat_size(messages, tools, arguments)
+                return await self._encode("chat", size, lambda: self._tokenizer.encode_chat(messages, tools, arguments))
             case None:
                 raise InvalidRequest("prompt", "is missing: set text, token_ids or chat")
 
-    async def _encode(self, name: str, text: str, encode: Callable[[], list[int]]) -> list[int]:
-        try:
-            num_bytes = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(name, f"is no valid Unicode text: {error.reason}") from error
+    async def _encode(self, name: str, num_bytes: int, encode: Callable[[], list[int]]) -> list[int]:
         if num_bytes > self._config.max_prompt_bytes:
             raise InvalidRequest(name, f"has {num_bytes} bytes, at most {self._config.max_prompt_bytes} are allowed")
         ids = encode() if num_bytes <= self._config.inline_prompt_bytes else await self._in_thread(encode)
@@ -235,13 +236,6 @@ class Intake:
         if highest >= self._facts.vocab_size:
             raise InvalidRequest(name, f"{highest} is outside the vocabulary of {self._facts.vocab_size}")
 
-    def _check_turns(self, turns: tuple[ChatTurn, ...]) -> None:
-        if not turns:
-            raise InvalidRequest("chat.messages", "must not be empty")
-        for position, turn in enumerate(turns):
-            if not turn.role:
-                raise InvalidRequest(f"chat.messages[{position}].role", "must not be empty")
-
     def _fit(self, num_prompt_tokens: int, sampling: SamplingParams, longest: int, is_asked: bool) -> int:
         check_prompt_fits(num_prompt_tokens, longest)
         room = longest - num_prompt_tokens
@@ -250,3 +244,10 @@ class Intake:
             problem = f"{num_prompt_tokens} prompt tokens leave room for {room} in a context of {longest}"
             raise PromptTooLong(f"sampling.{name}", problem)
         return sampling.max_tokens if is_asked else min(room, sampling.max_tokens)
+
+
+def _size(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("text", f"is no valid Unicode text: {error.reason}") from error

@@ -1,26 +1,22 @@
-"""Text to token ids and back, by the checkpoint's own tokenizer. The gateway's only importer of transformers.
-
-Encoding goes through the fast tokenizer's core directly: transformers' wrapper changes its truncation state on every
-call, which breaks when two threads encode at once."""
+"""Text to token ids and back, by the checkpoint's own tokenizer.json; chats through the checkpoint's template."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from core.errors import ConfigError, InvalidRequest
+from router.chat.json_text import read_object
+from router.chat.messages import MAX_DEPTH, ChatMessage, Tool
+from router.chat.style import ChatStyle
+from router.chat.template import ChatTemplate, read_template
+from router.chat.template_values import asks_for_none, template_messages, template_tools
 
-
-class ChatTurn(NamedTuple):
-    """One message of a conversation."""
-
-    role: str
-    content: str
+_MAX_PROMPT_CHARACTERS = 4 * 2**20
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,53 +34,72 @@ class GatewayTokenizer:
     Concurrency: all methods may be called from several threads.
     """
 
-    def __init__(self, core: Tokenizer, wrapper: Any) -> None:
+    def __init__(self, core: Tokenizer, template: ChatTemplate | None, style: ChatStyle, *, with_none: bool) -> None:
         self._core = core
-        self._wrapper = wrapper
+        self._template = template
+        self.chat_style = style
+        self._with_none = with_none
         self._texts: dict[int, str] = {}
 
     @classmethod
-    def load(cls, path: Path) -> "GatewayTokenizer":
+    def load(
+        cls,
+        path: Path,
+        *,
+        chat_template: Path | None = None,
+        max_prompt_characters: int = _MAX_PROMPT_CHARACTERS,
+    ) -> "GatewayTokenizer":
         """Read the tokenizer files of a checkpoint folder. Takes up to seconds.
 
+        Args:
+            chat_template: a file that replaces the checkpoint's own template.
+            max_prompt_characters: of a rendered chat.
+
         Raises:
-            ConfigError: no such folder, or no tokenizer in it that has a fast implementation.
+            ConfigError: no such folder, no tokenizer.json in it, or something in it is broken.
         """
         if not path.is_dir():
             raise ConfigError(f"model path {path}: no such folder")
-        try:
-            wrapper = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"model path {path}: cannot load the tokenizer: {_first_line(error)}") from error
-        core = getattr(wrapper, "backend_tokenizer", None)
-        if core is None:
-            raise ConfigError(f"model path {path}: the tokenizer has no fast implementation")
-        core.no_truncation()
-        core.no_padding()
-        return cls(core, wrapper)
+        core = _load_core(path / "tokenizer.json")
+        config = _read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+        source = read_template(path, config, chat_template)
+        if source is None:
+            return cls(core, None, ChatStyle(has_template=False), with_none=False)
+        template = ChatTemplate(source, _special_tokens(path, config), max_characters=max_prompt_characters)
+        return cls(core, template, ChatStyle(has_template=True), with_none=asks_for_none(source.text(has_tools=True)))
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._wrapper.chat_template)
+        return self._template is not None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a plain prompt, with the markers that the tokenizer puts around one."""
         return list(self._core.encode(text).ids)
 
-    def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), template_arguments: str = ""
+    ) -> list[int]:
         """Render the chat template, up to where the model begins to answer, and encode it.
 
+        Args:
+            template_arguments: a JSON object of further variables, as text; empty: none.
+
         Raises:
-            InvalidRequest: there is no template, or it refuses these messages.
+            InvalidRequest: there is no template, it refuses these messages, or the prompt becomes too long.
         """
-        if not self.has_chat_template:
-            raise InvalidRequest("chat", "this model has no chat template; send text or token_ids")
-        messages = [turn._asdict() for turn in turns]
-        try:
-            text = self._wrapper.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise InvalidRequest("chat", f"the chat template refuses it: {_first_line(error)}") from error
+        text = self.render_chat(messages, tools, template_arguments)
         return list(self._core.encode(text, add_special_tokens=False).ids)
+
+    def render_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), template_arguments: str = ""
+    ) -> str:
+        """Return the text that `encode_chat` encodes."""
+        if self._template is None:
+            raise InvalidRequest("chat", "this model has no chat template; send text or token_ids")
+        arguments = read_object("chat_template_arguments", template_arguments or "{}", MAX_DEPTH)
+        return self._template.render(
+            template_messages(messages, with_none=self._with_none), template_tools(tools), arguments
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
@@ -114,6 +129,30 @@ def read_model_facts(path: Path) -> ModelFacts:
     eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return ModelFacts(sizes["vocab_size"], sizes["max_position_embeddings"], tuple(int(one) for one in eos_ids))
+
+
+def _load_core(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise ConfigError(f"model path {path.parent}: cannot load the tokenizer: there is no tokenizer.json")
+    try:
+        core = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        raise ConfigError(f"{path}: cannot load the tokenizer: {_first_line(error)}") from error
+    core.no_truncation()
+    core.no_padding()
+    return core
+
+
+def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of the tokens that have names, for the template."""
+    named = _read_json(path / "special_tokens_map.json") if (path / "special_tokens_map.json").exists() else {}
+    tokens = {}
+    for name in _NAMED_TOKENS:
+        token = config.get(name) or named.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[name] = token
+    return tokens
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -27,12 +27,13 @@ from core.request import Finish, FinishReason, GenerateRequest, SamplingParams, 
 from protos import inference_pb2, worker_pb2
 from protos.codec import load_to_wire
 from router import messages as m
+from router.chat.messages import ChatMessage
 from router.config import RouterConfig
 from router.generation.text import GenerationText
 from router.intake import ChatPrompt, GenerateCall, Intake, Prompt, TextPrompt, TokenPrompt
 from router.prompt_hashes import HashKey
 from router.rpc.calls import read_generate
-from router.tokenizer import ChatTurn, GatewayTokenizer, read_model_facts
+from router.tokenizer import GatewayTokenizer, read_model_facts
 from router.worker_codec import read_decode_report, read_failure, read_prefill_report
 from tests.fakes.checkpoint import ASSISTANT, END, MAX_MODEL_LEN, USER, VOCAB_SIZE, write_checkpoint
 
@@ -58,10 +59,10 @@ def test_text_goes_to_ids_and_back(tokenizer: GatewayTokenizer) -> None:
 
 
 def test_chats_are_rendered_by_the_template(tokenizer: GatewayTokenizer) -> None:
-    ids = tokenizer.encode_chat([ChatTurn("user", "a"), ChatTurn("assistant", "b")])
+    ids = tokenizer.encode_chat([ChatMessage("user", "a"), ChatMessage("assistant", "b")])
     assert "".join(tokenizer.token_text(one) for one in ids) == f"{USER}a{ASSISTANT}b{ASSISTANT}"
     with pytest.raises(InvalidRequest, match="unknown role wizard"):
-        tokenizer.encode_chat([ChatTurn("wizard", "a")])
+        tokenizer.encode_chat([ChatMessage("wizard", "a")])
 
 
 def test_facts_come_from_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ async def test_what_does_not_fit_is_out_of_range(intake: Intake, asked: Generate
 
 
 async def test_lone_surrogates_are_no_text(intake: Intake) -> None:
-    for prompt in (TextPrompt("\ud800"), ChatPrompt((ChatTurn("user", "\udfff"),))):
+    for prompt in (TextPrompt("\ud800"), ChatPrompt((ChatMessage("user", "\udfff"),))):
         with pytest.raises(InvalidRequest, match="Unicode"):
             await intake.tokenize(prompt)
 
