@@ -30,6 +30,7 @@ from cluster.supervision.lifecycle import (
 )
 from core.errors import InvalidTransition
 from core.ids import Epoch
+from tests.state_tables import reach
 
 S = LifeState
 BACK_OFF = BackOffConfig(base_s=1.0, factor=2.0, max_s=10.0, jitter_ratio=0.5, stable_s=30.0, crash_loop_failures=3)
@@ -164,17 +165,9 @@ def test_product_of_states_and_events(state: LifeState, make: Callable[[Epoch], 
 
 
 def test_every_state_is_reachable_and_stopped_is_reachable_from_everywhere() -> None:
-    def reach(start: LifeState) -> set[LifeState]:
-        seen, todo = {start}, [start]
-        while todo:
-            news = set(EDGES[todo.pop()].values()) - seen
-            seen |= news
-            todo += news
-        return seen
-
-    assert reach(S.PENDING) == set(LifeState)
-    assert all(S.STOPPED in reach(state) for state in LifeState)
-    assert reach(S.STOPPED) == {S.STOPPED}
+    assert reach(EDGES, S.PENDING) == set(LifeState)
+    assert all(S.STOPPED in reach(EDGES, state) for state in LifeState)
+    assert reach(EDGES, S.STOPPED) == {S.STOPPED}
 
 
 class World(RuleBasedStateMachine):

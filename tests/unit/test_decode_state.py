@@ -20,6 +20,7 @@ from decode_workers.messages import (
     TransferCancelled,
 )
 from decode_workers.state import EDGES, LIVING, DecodeRequest, DecodeState
+from tests.state_tables import reach
 from workers.messages import (
     AbortInEngine,
     AbortRequested,
@@ -223,14 +224,8 @@ def test_every_event_in_every_state_has_an_edge_or_changes_nothing(state: Decode
 
 
 def test_every_state_leads_to_closed_and_is_reached() -> None:
-    reached = {DecodeState.RESERVING, DecodeState.QUEUEING}
-    while more := {after for state in reached for after in EDGES[state].values()} - reached:
-        reached |= more
-    assert reached == set(DecodeState)
-    closing = {DecodeState.CLOSED}
-    while more := {state for state in DecodeState if set(EDGES[state].values()) & closing} - closing:
-        closing |= more
-    assert closing == set(DecodeState)
+    assert reach(EDGES, DecodeState.RESERVING, DecodeState.QUEUEING) == set(DecodeState)
+    assert all(DecodeState.CLOSED in reach(EDGES, state) for state in DecodeState)
 
 
 @given(st.sampled_from([EXPECTED, None]), st.lists(st.sampled_from(EVENTS), max_size=12))

@@ -11,6 +11,7 @@ from engine.policy import admission_headroom, choose_victims, share_budget
 from engine.sampler import SamplingState
 from engine.sequence import EDGES, SequenceEvent, SequenceState, TokenSequence
 from engine.stops import StopChecker, TextStops
+from tests.state_tables import reach
 
 
 @pytest.mark.parametrize(
@@ -91,12 +92,8 @@ def test_every_state_and_event_is_an_edge_or_refused(state: SequenceState, event
 
 
 def test_every_state_is_reached_and_ends() -> None:
-    for start in (SequenceState.WAITING, SequenceState.RESERVED):
-        reached = {start}
-        while more := {after for state in reached for after in EDGES[state].values()} - reached:
-            reached |= more
-        assert SequenceState.ENDED in reached
-    assert reached | {SequenceState.WAITING} == set(SequenceState)
+    assert reach(EDGES, SequenceState.RESERVED) | {SequenceState.WAITING} == set(SequenceState)
+    assert SequenceState.ENDED in reach(EDGES, SequenceState.WAITING)
     assert all(SequenceEvent.ENDED in EDGES[state] for state in SequenceState if state is not SequenceState.ENDED)
 
 

@@ -14,6 +14,7 @@ from kv_transfer.sender import events as sending
 from kv_transfer.sender.session import EDGES as SENDER_EDGES
 from kv_transfer.sender.session import SenderSession, SendState
 from kv_transfer.session import NackReason
+from tests.state_tables import reach
 
 T, R = TransferId("t/0"), RequestId("t")
 EXPECTED = receiving.Expected(R, 4, 20, bytes_per_token=96, lease_s=30.0)
@@ -146,14 +147,7 @@ def _product(machine: Any, state: Any, event: Any, edges: Mapping[Any, Mapping[t
 def test_every_state_is_reached_and_every_living_state_can_end(edges: Mapping[Any, Mapping[type, Any]]) -> None:
     first = next(iter(edges))
     starts = {first, ReceiveState.OFFERED} if isinstance(first, ReceiveState) else {first}
-    reached, frontier = set(starts), list(starts)
-    while frontier:
-        for after in edges[frontier.pop()].values():
-            if after not in reached:
-                reached.add(after)
-                frontier.append(after)
-    assert reached == set(edges)
-    assert reached == set(type(first).__members__.values())
+    assert reach(edges, *starts) == set(edges) == set(type(first).__members__.values())
     assert all(any(after.is_terminal for after in row.values()) for row in edges.values())
 
 

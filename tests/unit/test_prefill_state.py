@@ -22,6 +22,7 @@ from prefill_workers.messages import (
     TransferAcked,
 )
 from prefill_workers.state import EDGES, PrefillRequest, PrefillState
+from tests.state_tables import reach
 from workers.messages import (
     AbortInEngine,
     AbortRequested,
@@ -253,15 +254,10 @@ def test_every_event_in_every_state_has_an_edge_or_changes_nothing(state: Prefil
 
 
 def test_every_state_leads_to_closed_and_is_reached() -> None:
-    reached = {machine(hand_off).state for hand_off in STARTS.values()}
-    assert reached == {PrefillState.COMPUTING, PrefillState.UNBOUND, PrefillState.GENERATING}
-    while more := {after for state in reached for after in EDGES[state].values()} - reached:
-        reached |= more
-    assert reached == set(PrefillState)
-    closing = {PrefillState.CLOSED}
-    while more := {state for state in PrefillState if set(EDGES[state].values()) & closing} - closing:
-        closing |= more
-    assert closing == set(PrefillState)
+    starts = {machine(hand_off).state for hand_off in STARTS.values()}
+    assert starts == {PrefillState.COMPUTING, PrefillState.UNBOUND, PrefillState.GENERATING}
+    assert reach(EDGES, *starts) == set(PrefillState)
+    assert all(PrefillState.CLOSED in reach(EDGES, state) for state in PrefillState)
 
 
 @given(st.sampled_from(list(STARTS)), st.lists(st.sampled_from(EVENTS), max_size=12))

@@ -7,6 +7,7 @@ from core.ids import WorkerId
 from router import messages as m
 from router.lifecycle import ALL_EVENTS, ASKING, EDGES, TERMINAL, RequestState
 from tests.fakes.request_life import ALONE, D1, END, LANDED, P1, SAMPLES, TO, S, at, facts, freed, tokens, walk
+from tests.state_tables import reach
 
 OF_PREFILL = (m.PrefillAccepted, m.PrefillRejected, m.PrefillProduced, m.PrefillFinished, m.PrefillLost)
 
@@ -46,13 +47,7 @@ def test_samples_and_table_are_complete() -> None:
 
 
 def test_every_state_is_reachable_and_every_living_state_can_end() -> None:
-    seen, frontier = {S.RECEIVED}, [S.RECEIVED]
-    while frontier:
-        for following in EDGES[frontier.pop()].values():
-            if following not in seen:
-                seen.add(following)
-                frontier.append(following)
-    assert seen == set(S)
+    assert reach(EDGES, S.RECEIVED) == set(S)
     for state in set(S) - TERMINAL:
         assert {S.FAILED, S.ABORTED} <= set(EDGES[state].values())
 
