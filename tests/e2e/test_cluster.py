@@ -24,11 +24,9 @@ from tests.e2e.generations import (
     PROMISE_S,
     Load,
     assert_serves,
-    by_transformers,
     greedy,
     ids_of,
     is_idle,
-    make_prompts,
 )
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow, pytest.mark.timeout(240)]
@@ -39,16 +37,6 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
     config = tiny_config("e2e", router={"port": 0, "routing": {"modes": ["remote_prefill"]}})
     async with running_cluster(tmp_path_factory.mktemp("run"), config) as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    return make_prompts()
-
-
-@pytest.fixture(scope="module")
-def expected(prompts: list[list[int]]) -> list[list[int]]:
-    return by_transformers(prompts)
 
 
 async def test_greedy_equals_transformers_one_by_one_and_cold(

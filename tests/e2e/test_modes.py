@@ -27,11 +27,9 @@ from tests.e2e.generations import (
     PROMISE_S,
     Load,
     Stream,
-    by_transformers,
     greedy,
     ids_of,
     is_idle,
-    make_prompts,
     until_begun,
 )
 from tests.e2e.held_places import full_decode_pool
@@ -65,16 +63,6 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory, redis: RedisProcess)
     config["decode"] = cast(dict[str, object], config["decode"]) | {"max_requests": _MAX_REQUESTS}
     async with running_cluster(tmp_path_factory.mktemp("run"), config) as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    return make_prompts()
-
-
-@pytest.fixture(scope="module")
-def expected(prompts: list[list[int]]) -> list[list[int]]:
-    return by_transformers(prompts)
 
 
 def modes_of(results: Sequence[Generation]) -> set[str]:
