@@ -18,6 +18,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from core import errors
+from core.tls import ClientTls, Pem, PemContent, ServerTls
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _MAX_MESSAGE_TEXT_BYTES = 1000  # of an error, in UTF-8
@@ -58,14 +59,18 @@ def create_server(
     return grpc.aio.server(migration_thread_pool=pool, interceptors=interceptors, options=options)
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Bind without TLS; port 0 takes a free one. Returns the port.
+def bind(server: grpc.aio.Server, host: str, port: int, tls: ServerTls | None = None) -> int:
+    """Bind, without TLS unless `tls` says how; port 0 takes a free one. Returns the port.
 
     Raises:
-        ConfigError: the address is in use or not ours.
+        ConfigError: the address is in use or not ours, or the certificate cannot be used.
     """
+    address = f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        if tls is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, _server_credentials(tls))
     except RuntimeError as error:
         raise errors.ConfigError(f"cannot listen on {host}:{port}: {_bind_problem(error)}") from error
     if bound == 0:
@@ -78,14 +83,93 @@ def _bind_problem(error: RuntimeError) -> str:
     return "the port is in use" if "in use" in text or "Failed to bind" in text else text.splitlines()[0]
 
 
-def connect(address: str) -> grpc.aio.Channel:
+def _server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
+    """gRPC asks for every connection whether there are others now, on a thread of its own."""
+    pem = Pem.of_server(tls)
+    used, content = pem.current()
+
+    def others() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal used
+        version, now = pem.current()
+        if version == used:
+            return None
+        used = version
+        return _shown(now)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _shown(content),
+        others,  # type: ignore[arg-type]  # None means "the same", which the stubs do not know
+        require_client_authentication=tls.client_ca is not None,
+    )
+
+
+def _shown(content: PemContent) -> grpc.ServerCertificateConfiguration:
+    assert content.private_key is not None
+    assert content.certificate is not None
+    return grpc.ssl_server_certificate_configuration([(content.private_key, content.certificate)], content.ca)
+
+
+def connect(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
     """Return a lazy channel to `address`. The caller owns and closes it.
 
     Args:
         address: host:port, or several with numeric hosts, separated by commas: calls go to them in turn, and to the
             others while one cannot be reached. (For a name, DNS does the same.)
+        tls: how to be sure who answers, and what to show; None: no TLS.
+
+    Raises:
+        ConfigError: no such address, or the files of `tls` cannot be used.
     """
-    return grpc.aio.insecure_channel(_target(address), options=_CHANNEL_OPTIONS)
+    target = _target(address)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    content = Pem.of_client(tls).current()[1]
+    credentials = grpc.ssl_channel_credentials(content.ca, content.private_key, content.certificate)
+    options = list(_CHANNEL_OPTIONS)
+    if name := tls.server_name or _common_host(address):
+        options.append(("grpc.ssl_target_name_override", name))
+    return grpc.aio.secure_channel(target, credentials, options=options)
+
+
+class Line:
+    """A channel to one address. What it shows is what the files said when it was made; `renew` keeps it up with them.
+
+    Concurrency: one event loop.
+    """
+
+    def __init__(self, address: str, tls: ClientTls | None = None) -> None:
+        self._address = address
+        self._tls = tls
+        self._pem = Pem.of_client(tls) if tls is not None else None
+        self._version = 0
+        self.channel = connect(address, tls)
+
+    async def renew(self) -> None:
+        """Make the channel anew if its certificates were replaced; whatever runs on the old one ends. For those who
+        are about to connect again anyway."""
+        version = self._pem.current()[0] if self._pem is not None else 0
+        if version == self._version:
+            return
+        old, self.channel = self.channel, connect(self._address, self._tls)
+        self._version = version
+        await old.close()
+
+    async def close(self) -> None:
+        await self.channel.close()
+
+
+def _common_host(address: str) -> str:
+    """Return what the certificates of several addresses are for; empty: of the one address. Pure.
+
+    Raises:
+        ConfigError: several hosts; gRPC checks one name.
+    """
+    if "," not in address:
+        return ""
+    hosts = {one.strip().rpartition(":")[0].strip("[]") for one in address.split(",")}
+    if len(hosts) != 1:
+        raise errors.ConfigError(f"{address}: with TLS, several hosts need one server name for all")
+    return hosts.pop()
 
 
 def _target(address: str) -> str:
