@@ -11,9 +11,9 @@ import numpy as np
 
 from router.routing.columns import LINK, LINK_CLASS, LINK_CLASSES
 from router.routing.config import LinkPriors
-from router.routing.search import LINK_MIX, LINK_PROBES, LINK_STRIDE
 from router.routing.table import WorkerTable
 from router.routing.topology import floor_class, link_class
+from router.routing.transfer import LINK_MIX, LINK_PROBES, LINK_STRIDE
 
 _WEIGHT = 0.2  # of the newest observation
 _LEAST_BYTES = 4096  # of a transfer that tells about bandwidth

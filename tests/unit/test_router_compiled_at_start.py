@@ -8,12 +8,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import random
 from numba.core.dispatcher import Dispatcher
-import router.index.rewrites, router.index.table, router.routing.fit, router.routing.prices, router.routing.search
+import router.index.rewrites, router.index.table
+import router.routing.fit, router.routing.prices, router.routing.search, router.routing.transfer
 from core.kv_events import Tier
 from router.index.prefix_index import MIN_BYTES, PrefixIndex
 from tests.routing_world import World, WorkerId, load_report
 
-MODULES = (router.index.rewrites, router.index.table, router.routing.fit, router.routing.prices, router.routing.search)
+MODULES = (
+    router.index.rewrites, router.index.table,
+    router.routing.fit, router.routing.prices, router.routing.search, router.routing.transfer,
+)
 
 def loaded():
     found = {}
