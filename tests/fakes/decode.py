@@ -6,32 +6,16 @@ from typing import cast
 import grpc
 
 from core.membership import Role
-from core.store import Store
 from core.streams import Outbox
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
-from tests.fakes.script import FakeNetwork
-from tests.fakes.worker import LAYOUT, FakeWorker
+from tests.fakes.worker import FakeWorker
 
 
 class FakeDecodeWorker(FakeWorker[pb.DecodeReport]):
     """Streams one token at a time, from wherever the prefill worker stopped."""
 
     role = Role.DECODE
-
-    def __init__(
-        self,
-        name: str,
-        network: FakeNetwork,
-        store: Store,
-        cluster: str,
-        *,
-        epoch: int = 1,
-        layout: str = LAYOUT,
-        max_model_len: int = 512,
-    ) -> None:
-        super().__init__(name, network, store, cluster, epoch=epoch, layout=layout, max_model_len=max_model_len)
-        self._spent: set[str] = set()  # a real receiver remembers transfers that ended, too
 
     def _add_to(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_DecodeWorkerServicer_to_server(_Servicer(self), server)
@@ -42,12 +26,12 @@ class FakeDecodeWorker(FakeWorker[pb.DecodeReport]):
         if submit.generate:
             await self._generate(request, outbox)
             return
-        if submit.transfer_id in self._spent:
+        if submit.transfer_id in self.spent:
             self.drop(request_id)
             reused = pb.WorkFailed(request_id=request_id, grpc_code="UNAVAILABLE", reason="not_expected")
             outbox.put(pb.DecodeReport(failed=reused))
             return
-        self._spent.add(submit.transfer_id)
+        self.spent.add(submit.transfer_id)
         held = self._cached_tokens(request)
         await self.network.landing(submit.transfer_id).wait()
         failure = await self._fail(request_id)

@@ -55,6 +55,7 @@ class FakeWorker(Generic[Report]):
         self.aborts: list[tuple[str, str]] = []
         self.gateways: list[str] = []
         self.binds: list[pb.PrefillBind] = []
+        self.spent: set[str] = set()  # transfers that it expected: a real receiver remembers those that ended, too
         self.held: set[str] = set()  # request ids that occupy this worker
         self.queued: dict[str, int] = {}  # prompt tokens of those that it computes and has not yet
         self.steps_allowed = asyncio.Semaphore(1_000_000)
