@@ -232,9 +232,9 @@ class Intake:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _check_ids(self, name: str, token_ids: tuple[int, ...]) -> None:
-        highest = max(token_ids)
-        if highest >= self._facts.vocab_size:
-            raise InvalidRequest(name, f"{highest} is outside the vocabulary of {self._facts.vocab_size}")
+        for extreme in (min(token_ids), max(token_ids)):
+            if not 0 <= extreme < self._facts.vocab_size:
+                raise InvalidRequest(name, f"{extreme} is outside the vocabulary of {self._facts.vocab_size}")
 
     def _fit(self, num_prompt_tokens: int, sampling: SamplingParams, longest: int, is_asked: bool) -> int:
         check_prompt_fits(num_prompt_tokens, longest)

@@ -156,6 +156,14 @@ async def test_what_does_not_fit_is_out_of_range(intake: Intake, asked: Generate
     assert error.value.field == field
 
 
+@pytest.mark.parametrize("odd", [-1, VOCAB_SIZE], ids=["below", "above"])
+async def test_token_ids_are_of_the_vocabulary(intake: Intake, odd: int) -> None:
+    """Not every surface has a wire without signs."""
+    with pytest.raises(InvalidRequest, match=f"{odd} is outside") as error:
+        await intake.tokenize(TokenPrompt((1, odd, 1)))
+    assert error.value.field == "token_ids"
+
+
 async def test_lone_surrogates_are_no_text(intake: Intake) -> None:
     for prompt in (TextPrompt("\ud800"), ChatPrompt((ChatMessage("user", "\udfff"),))):
         with pytest.raises(InvalidRequest, match="Unicode"):
