@@ -2,23 +2,30 @@
 
 Knows no wire format: a surface makes `GenerateCall`s, reads the `Answer`, and says both in its own words."""
 
+import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 
 from core.clock import Clock
 from core.errors import Aborted
 from core.ids import GatewayId, RequestId
 from core.membership import Role, WorkerRecord, WorkerState
+from router.chat.messages import ChatCall
+from router.chat.plan import plan_chat
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.explain.ring import ExplainedDecision
 from router.fleet import Fleet
 from router.generation.answer import Answer
+from router.generation.chat_answer import ChatAnswer
 from router.generation.desk import AnswerDesk
 from router.generation.provenance import Provenance
 from router.intake import GenerateCall, Intake, Prompt
 from router.metrics import GatewayMetrics
 from router.quotas.service import Quotas
 from router.tokenizer import GatewayTokenizer, ModelFacts
+
+_CALL_ID_BYTES = 12
 
 
 class Front:
@@ -70,6 +77,21 @@ class Front:
             ServingError: refused; nothing was kept.
         """
         return await self._desk.answer(calls, timeout_s)
+
+    async def chat(self, call: GenerateCall, chat: ChatCall, timeout_s: float | None) -> ChatAnswer:
+        """Take in what answers a conversation, as `answer` does.
+
+        Args:
+            call: its prompt is made of the chat; its constraint is the chat's.
+
+        Raises:
+            ServingError: refused; nothing was kept.
+        """
+        plan = plan_chat(chat, self.tokenizer.chat_style)
+        sampling = replace(call.sampling, constraint=plan.constraint)
+        call = replace(call, prompt=plan.prompt, sampling=sampling, spoken_tokens=plan.spoken_tokens or {})
+        answer = await self.answer([call], timeout_s)
+        return ChatAnswer(answer, plan, lambda: secrets.token_hex(_CALL_ID_BYTES))
 
     def abort(self, request_id: str, reason: str, *, tenant: str) -> bool:
         """End a tenant's call with all its choices on every worker, or before it gets to any. Returns whether there

@@ -6,9 +6,9 @@ Everything that is wrong with a request is found here, before it takes a place a
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from core.errors import InvalidRequest, ModelNotFound, PromptTooLong, RejectedError, RejectReason
@@ -56,6 +56,7 @@ class GenerateCall:
         sampling: its `max_tokens` and `seed` count only when the flags say that the client gave them.
         n: answers to the prompt; answer i is sampled with the seed + i.
         resume_window_s: above 0, the answer outlives its connection for so long, to be read on.
+        spoken_tokens: special tokens that are part of the answer's text, by id. Workers need not know.
     """
 
     model: str
@@ -69,6 +70,7 @@ class GenerateCall:
     service: ServiceWish = NO_SERVICE_WISH
     n: int = 1
     resume_window_s: float | None = None
+    spoken_tokens: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class AnswerDesk:
             self._metrics.rejected(error)
             raise
         timeout_s = self._config.request_timeout_s if timeout_s is None else timeout_s
-        return self._submit(prepared, first.n, charge, arrived_at=arrived_at, timeout_s=timeout_s)
+        return self._submit(prepared, first, charge, arrived_at=arrived_at, timeout_s=timeout_s)
 
     def abort(self, request_id: str, error: Aborted, *, tenant: str) -> bool:
         """End a call of this tenant on every worker, or before it gets to any. Returns whether there was one."""
@@ -133,8 +133,15 @@ class AnswerDesk:
         return await self._quotas.charge(prepared[0].request.tenant, n * num_tokens)
 
     def _submit(
-        self, prepared: Sequence[Prepared], n: int, charge: QuotaCharge | None, *, arrived_at: float, timeout_s: float
+        self,
+        prepared: Sequence[Prepared],
+        call: GenerateCall,
+        charge: QuotaCharge | None,
+        *,
+        arrived_at: float,
+        timeout_s: float,
     ) -> Answer:
+        n = call.n
         base_id = prepared[0].request.request_id
         bill = _Bill(len(prepared) * n, lambda num_tokens: self._quotas.settle(charge, num_tokens))
         answer = Answer(
@@ -160,7 +167,7 @@ class AnswerDesk:
                     service=prompt.service,
                     on_concluded=bill.add,
                 )
-                text = GenerationText(self._tokenizer.decode, request)
+                text = GenerationText(self._tokenizer.decode, request, call.spoken_tokens)
                 answer.add(stream, text, scores_prompt=request.sampling.prompt_logprobs is not None)
         except ServingError as error:
             bill.tear_up()
