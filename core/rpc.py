@@ -132,7 +132,7 @@ def connect(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
 
 
 class Line:
-    """A channel to one address. What it shows is what the files said when it was made; `renew` keeps it up with them.
+    """A channel to one address that keeps up with the certificates it shows, whenever it is asked to.
 
     Concurrency: one event loop.
     """
@@ -140,22 +140,36 @@ class Line:
     def __init__(self, address: str, tls: ClientTls | None = None) -> None:
         self._address = address
         self._tls = tls
-        self._pem = Pem.of_client(tls) if tls is not None else None
+        self._pem: Pem | None = None
         self._version = 0
-        self.channel = connect(address, tls)
+        self._channel: grpc.aio.Channel | None = None
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """What the last `renew` left."""
+        assert self._channel is not None, "renew first"
+        return self._channel
 
     async def renew(self) -> None:
-        """Make the channel anew if its certificates were replaced; whatever runs on the old one ends. For those who
-        are about to connect again anyway."""
+        """Make the channel if there is none, or if its certificates were replaced; whatever runs on the old one ends.
+        For those who are about to connect (again).
+
+        Raises:
+            ConfigError: the files cannot be used.
+        """
+        if self._tls is not None and self._pem is None:
+            self._pem = Pem.of_client(self._tls)
         version = self._pem.current()[0] if self._pem is not None else 0
-        if version == self._version:
-            return
-        old, self.channel = self.channel, connect(self._address, self._tls)
-        self._version = version
-        await old.close()
+        old = self._channel
+        if old is None or version != self._version:
+            self._channel = connect(self._address, self._tls)
+            self._version = version
+            if old is not None:
+                await old.close()
 
     async def close(self) -> None:
-        await self.channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
 
 def _common_host(address: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from core.rpc import connect, from_rpc_error, reply_errors
+from core.tls import ClientTls, PeerTls
 from kv_transfer.ports import Peer
 from protos import kv_transfer_pb2 as pb
 from protos import kv_transfer_pb2_grpc as pb_grpc
@@ -20,25 +21,34 @@ _FAREWELL_S = 1.0  # how long a closing stream waits for what was said last to l
 
 
 class GrpcDialer:
-    """Control streams over gRPC channels, one channel per stream."""
+    """Control streams over gRPC channels, one channel per stream.
+
+    Args:
+        tls: how to be sure of peers, and what to show them; None: no TLS.
+    """
+
+    def __init__(self, tls: PeerTls | None = None) -> None:
+        self._tls = tls.client if tls is not None else None
 
     def dial(self, peer: Peer) -> "GrpcControlStream":
-        return GrpcControlStream(peer)
+        return GrpcControlStream(peer, self._tls)
 
 
 class GrpcControlStream:
     """The sender's end of one Control call."""
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, tls: ClientTls | None = None) -> None:
         self._peer = peer
         self._outbox: asyncio.Queue[pb.SenderMessage | None] = asyncio.Queue()
-        self._channel = connect(peer.address)
+        self._tls = tls
+        self._channel: grpc.aio.Channel | None = None
         self._call: grpc.aio.StreamStreamCall[pb.SenderMessage, pb.ReceiverMessage] | None = None
 
     def send(self, message: pb.SenderMessage) -> None:
         self._outbox.put_nowait(message)
 
     async def messages(self) -> AsyncIterator[pb.ReceiverMessage]:
+        self._channel = connect(self._peer.address, self._tls)
         stub: pb_grpc.KvTransferAsyncStub = pb_grpc.KvTransferStub(self._channel)
         self._call = call = stub.Control(self._requests())
         try:
@@ -56,7 +66,8 @@ class GrpcControlStream:
         if self._call is not None:
             await asyncio.wait([asyncio.ensure_future(self._call.code())], timeout=_FAREWELL_S)
             self._call.cancel()
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
 
 class KvTransferService(pb_grpc.KvTransferServicer):

@@ -24,6 +24,7 @@ from kv_transfer.controller.keeper import MemoryKeeper
 from kv_transfer.controller.opening import open_chooser
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import Peer
+from kv_transfer.rpc import GrpcDialer
 from kv_transfer.sender.sender import KvSender
 from prefill_workers import messages as m
 from prefill_workers import policy
@@ -83,6 +84,7 @@ class PrefillDesk:
             metrics=KvTransferMetrics(around.metrics.registry),
             chooser=self._chooser,
             tokens=engine,
+            dialer=GrpcDialer(config.tls),
         )
         self.requests = RequestDesk[PrefillRequest, m.OwnEvent, m.OwnEffect](
             around, self._perform, self.transfers.abort, lambda: self.load

@@ -27,7 +27,7 @@ class ClusterLink:
     def __init__(
         self, config: RouterConfig, cluster: str, gateway_id: GatewayId, store: Store, clock: Clock, rng: random.Random
     ) -> None:
-        self._pool = WorkerPool(gateway_id, config.workers, clock, rng)
+        self._pool = WorkerPool(gateway_id, config.workers, clock, rng, config.worker_tls)
         self.fleet = Fleet(config.routing, self._pool, clock)
         self._pool.listen(self.fleet)
         self._mirror = StoreMirror(

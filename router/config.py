@@ -7,6 +7,7 @@ from pydantic import Field
 from core.config import ConfigModel
 from core.kv_quality import KvQuality
 from core.service_class import ServiceClass
+from core.tls import PeerTls, ServerTls
 from router.access.config import AccessConfig
 from router.admission.config import AdmissionConfig
 from router.forwarding.config import ForwardingConfig
@@ -61,6 +62,8 @@ class RouterConfig(ConfigModel):
 
     host: str = "127.0.0.1"
     port: int = Field(50051, ge=0, le=65535, description="0 takes a free port")
+    tls: ServerTls | None = Field(None, description="of the doors that clients come to; absent: none")
+    worker_tls: PeerTls | None = Field(None, description="towards workers, who ask for it; absent: none")
     model_path: Path = Field(description="checkpoint folder: tokenizer, chat template, config.json")
     served_model_name: str = Field("", description="name that clients use; empty: the folder's name")
     max_model_len: int | None = Field(None, ge=1, description="lowers what config.json says")

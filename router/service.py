@@ -126,7 +126,7 @@ class Gateway:
         tokenizer = await asyncio.to_thread(GatewayTokenizer.load, config.model_path)
         server = GatewayServer(self._gatekeeper, max_request_bytes=config.max_request_bytes)
         try:
-            port = server.bind(config.host, config.port)
+            port = server.bind(config.host, config.port, config.tls)
             if config.metrics_port is not None:
                 self._metrics_server = MetricsServer(self._metrics.registry, config.metrics_host, config.metrics_port)
                 _log.info("metrics are served at %s:%d", config.metrics_host, self._metrics_server.port)

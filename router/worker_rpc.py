@@ -11,8 +11,9 @@ from google.protobuf.message import Message
 from core.errors import ProtocolError, WorkerLost
 from core.ids import Epoch, GatewayId
 from core.membership import LoadReport, Role, WorkerRecord
-from core.rpc import connect, from_rpc_error
+from core.rpc import Line, from_rpc_error
 from core.streams import Outbox
+from core.tls import ClientTls
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
 from protos.codec import chain_from_wire, request_to_wire
@@ -35,11 +36,13 @@ class _Channel(ABC, Generic[Command, Report]):
     Concurrency: one event loop; at most one `serve` at a time.
     """
 
-    def __init__(self, record: WorkerRecord, gateway_id: GatewayId, config: WorkerStreamConfig) -> None:
+    def __init__(
+        self, record: WorkerRecord, gateway_id: GatewayId, config: WorkerStreamConfig, tls: ClientTls | None = None
+    ) -> None:
         self._record = record
         self._gateway_id = gateway_id
         self._config = config
-        self._channel = connect(record.address)
+        self._line = Line(record.address, tls)
         self._outbox: Outbox[Command] | None = None
 
     async def serve(self, on_welcome: Callable[[], None], on_report: OnReport) -> None:
@@ -50,6 +53,7 @@ class _Channel(ABC, Generic[Command, Report]):
             ProtocolError: the worker broke the contract; the stream was cut.
         """
         worker_id = self._record.worker_id
+        await self._line.renew()
         outbox = self._outbox = Outbox(self._config.max_unread_commands)
         outbox.put(self._command(hello=pb.Hello(gateway_id=self._gateway_id, worker_epoch=self._record.epoch)))
         call = self._connect(aiter(outbox))
@@ -88,7 +92,7 @@ class _Channel(ABC, Generic[Command, Report]):
         return CacheSnapshot(Epoch(reply.epoch), reply.sequence, chains)
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._line.close()
 
     def _send(self, command: Command) -> None:
         if self._outbox is not None:
@@ -159,7 +163,7 @@ class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
         Raises:
             ServingError: no answer, or no proper one.
         """
-        stub = pb_grpc.PrefillWorkerStub(self._channel)
+        stub = pb_grpc.PrefillWorkerStub(self._line.channel)
         request = pb.ListKvDecisionsRequest(last=last)
         try:
             return await stub.ListKvDecisions(request, timeout=self._config.connect_timeout_s)
@@ -169,10 +173,10 @@ class PrefillChannel(_Channel[pb.PrefillCommand, pb.PrefillReport]):
     def _connect(
         self, commands: AsyncIterator[pb.PrefillCommand]
     ) -> "grpc.aio.StreamStreamCall[pb.PrefillCommand, pb.PrefillReport]":
-        return pb_grpc.PrefillWorkerStub(self._channel).Connect(commands)
+        return pb_grpc.PrefillWorkerStub(self._line.channel).Connect(commands)
 
     async def _list_cached(self, timeout_s: float) -> pb.ListCachedBlocksResponse:
-        stub = pb_grpc.PrefillWorkerStub(self._channel)
+        stub = pb_grpc.PrefillWorkerStub(self._line.channel)
         return await stub.ListCachedBlocks(pb.ListCachedBlocksRequest(), timeout=timeout_s)
 
     def _welcome(self, report: pb.PrefillReport) -> pb.Welcome | None:
@@ -203,10 +207,10 @@ class DecodeChannel(_Channel[pb.DecodeCommand, pb.DecodeReport]):
     def _connect(
         self, commands: AsyncIterator[pb.DecodeCommand]
     ) -> "grpc.aio.StreamStreamCall[pb.DecodeCommand, pb.DecodeReport]":
-        return pb_grpc.DecodeWorkerStub(self._channel).Connect(commands)
+        return pb_grpc.DecodeWorkerStub(self._line.channel).Connect(commands)
 
     async def _list_cached(self, timeout_s: float) -> pb.ListCachedBlocksResponse:
-        stub = pb_grpc.DecodeWorkerStub(self._channel)
+        stub = pb_grpc.DecodeWorkerStub(self._line.channel)
         return await stub.ListCachedBlocks(pb.ListCachedBlocksRequest(), timeout=timeout_s)
 
     def _welcome(self, report: pb.DecodeReport) -> pb.Welcome | None:
@@ -229,7 +233,9 @@ def _work_to_wire(order: PrefillOrder | DecodeOrder) -> pb.WorkRequest:
     return wire
 
 
-def open_channel(record: WorkerRecord, gateway_id: GatewayId, config: WorkerStreamConfig) -> WorkerChannel:
+def open_channel(
+    record: WorkerRecord, gateway_id: GatewayId, config: WorkerStreamConfig, tls: ClientTls | None
+) -> WorkerChannel:
     """Return a lazy connection to the incarnation that `record` tells of. The caller closes it."""
     kind = PrefillChannel if record.role is Role.PREFILL else DecodeChannel
-    return kind(record, gateway_id, config)
+    return kind(record, gateway_id, config, tls)

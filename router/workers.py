@@ -17,6 +17,7 @@ from core.clock import Clock
 from core.errors import ServingError, WorkerLost
 from core.ids import Epoch, GatewayId, TransferId, WorkerId
 from core.membership import LoadReport, WorkerRecord, WorkerState
+from core.tls import PeerTls
 from router.config import WorkerStreamConfig
 from router.forwarding.worker_port import DecodeOrder, PrefillOrder, WorkerListener
 from router.messages import WorkEvents
@@ -51,11 +52,13 @@ class WorkerPool:
         config: WorkerStreamConfig,
         clock: Clock,
         rng: random.Random,
+        tls: PeerTls | None = None,
     ) -> None:
         self._gateway_id = gateway_id
         self._config = config
         self._clock = clock
         self._rng = rng
+        self._tls = tls.client if tls is not None else None
         self._listener: WorkerListener | None = None
         self._links: dict[WorkerId, WorkerLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -137,7 +140,7 @@ class WorkerPool:
         return link.channel if link is not None and link.is_up else None
 
     def _open(self, record: WorkerRecord) -> None:
-        link = WorkerLink(record, open_channel(record, self._gateway_id, self._config))
+        link = WorkerLink(record, open_channel(record, self._gateway_id, self._config, self._tls))
         self._links[record.worker_id] = link
         link.task = asyncio.create_task(self._keep(link), name=f"link to {record.worker_id}/{record.epoch}")
         self._closing.add(link.task)

@@ -4,6 +4,7 @@ from pydantic import Field
 
 from core.config import ConfigModel
 from core.registration import RegistrationConfig
+from core.tls import PeerTls
 from engine.config import EngineConfig, ModelConfig
 from kv_transfer.config import KvTransferConfig
 
@@ -27,6 +28,9 @@ class WorkerConfig(ConfigModel):
     port: int = Field(0, ge=0, le=65535, description="of the gRPC server; 0 takes a free one")
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="of /metrics; 0 takes a free one; absent: not served"
+    )
+    tls: PeerTls | None = Field(
+        None, description="between this worker, its gateways and its peers; absent: none, everybody can talk to it"
     )
     max_requests: int = Field(256, ge=1, description="requests accepted and not done with; more are refused")
     hello_timeout_s: float = Field(10.0, gt=0, description="a gateway's stream that says nothing for so long is ended")

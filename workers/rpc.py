@@ -15,6 +15,7 @@ from core.ids import RequestId
 from core.kv_events import BlocksStored
 from core.membership import LoadReport, WorkerIdentity
 from core.streams import Outbox, serve_stream
+from core.tls import PeerTls
 from protos import codec, worker_pb2
 from workers import messages as m
 
@@ -46,14 +47,17 @@ class Gateways(Protocol):
 class WorkerServer:
     """The worker's gRPC server. Services are added to `grpc` before `start`."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, tls: PeerTls | None = None) -> None:
         """Bind.
 
+        Args:
+            tls: only processes of the cluster may call; None: everybody may.
+
         Raises:
-            ConfigError: the address is in use or not ours.
+            ConfigError: the address is in use or not ours, or the certificate cannot be used.
         """
         self.grpc = rpc.create_server()
-        self.address = f"{host}:{rpc.bind(self.grpc, host, port)}"
+        self.address = f"{host}:{rpc.bind(self.grpc, host, port, tls.server if tls is not None else None)}"
 
     async def start(self) -> None:
         await self.grpc.start()

@@ -214,7 +214,7 @@ class Worker:
         def post_failure(failure: Failure) -> None:  # on the engine's thread
             loop.call_soon_threadsafe(self._on_engine_failure, desk, failure)
 
-        server = WorkerServer(config.host, config.port)
+        server = WorkerServer(config.host, config.port, config.tls)
         name = f"engine {self.identity.worker_id}"
         engine_loop = EngineLoop(engine, post_step, post_failure, clock=self._clock, name=name)
         around = Surroundings(

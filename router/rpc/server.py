@@ -4,6 +4,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from core.rpc import bind, create_server
+from core.tls import ServerTls
 from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
 from router.access.gatekeeper import Gatekeeper
@@ -28,9 +29,9 @@ class GatewayServer:
         self._health = health.aio.HealthServicer()
         self._is_serving: bool | None = None
 
-    def bind(self, host: str, port: int) -> int:
+    def bind(self, host: str, port: int, tls: ServerTls | None = None) -> int:
         """Take the port (0: a free one) and return it. Raises: ConfigError."""
-        return bind(self._server, host, port)
+        return bind(self._server, host, port, tls)
 
     async def start(self, front: Front, link: ClusterLink) -> None:
         """Register everything and serve."""

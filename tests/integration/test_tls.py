@@ -129,6 +129,7 @@ async def test_a_line_shows_its_new_certificate_once_renewed(authority: Authorit
     config = shown(authority.issue("gateway"), client_ca=authority.ca)
     async with grpc_server(config) as address:
         line = rpc.Line(address, client(authority, mine))
+        await line.renew()
         assert not await ask(line.channel)
         unchanged = line.channel
         await line.renew()
