@@ -37,6 +37,19 @@ class ChatAnswer:
         self._new_id = new_id
         self._assemblers: dict[int, ChatAssembler] = {}
 
+    @property
+    def is_over(self) -> bool:
+        """As `Answer.is_over`."""
+        return self.answer.is_over
+
+    def abandon(self, reason: str) -> None:
+        """As `Answer.abandon`."""
+        self.answer.abandon(reason)
+
+    @property
+    def is_over(self) -> bool:
+        return self.answer.is_over
+
     async def take(self) -> list[ChatPiece]:
         """As `Answer.take`."""
         return [
