@@ -880,7 +880,7 @@ class Started(_message.Message):
     prompt_tokens: _builtins.int
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptToken]:
-        """of every prompt token, when asked for"""
+        """Of every prompt token, when asked for. Long prompts make a large message: clients raise the limit of what they read."""
 
     @_builtins.property
     def provenance(self) -> Global___Provenance: ...
@@ -1423,12 +1423,20 @@ class TokenizeRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     WITH_TOKENS_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_ARGUMENTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
     with_tokens: _builtins.bool
     """also return each token's text"""
+    chat_template_arguments: _builtins.str
+    """of a chat, as in ChatRequest"""
     @_builtins.property
     def chat(self) -> Global___ChatMessages: ...
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
+        """of a chat, as the model is shown them"""
+
     def __init__(
         self,
         *,
@@ -1436,10 +1444,12 @@ class TokenizeRequest(_message.Message):
         text: _builtins.str = ...,
         chat: Global___ChatMessages | None = ...,
         with_tokens: _builtins.bool = ...,
+        tools: _abc.Iterable[Global___Tool] | None = ...,
+        chat_template_arguments: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "model", b"model", "text", b"text", "with_tokens", b"with_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "chat_template_arguments", b"chat_template_arguments", "input", b"input", "model", b"model", "text", b"text", "tools", b"tools", "with_tokens", b"with_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015

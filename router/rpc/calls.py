@@ -1,11 +1,13 @@
 """Clients' wire requests to what the intake takes. Pure; what is cheap to check only before the
 conversion is checked here, ranges are checked there."""
 
+from collections.abc import Iterable
+
 from core.errors import InvalidRequest
 from core.service_class import ServiceClass, Slo
 from protos import inference_pb2 as pb
 from protos.codec import sampling_from_wire
-from router.chat.messages import ChatMessage
+from router.chat.messages import ChatCall, ChatMessage, Tool, ToolCall, ToolChoice, ToolChoiceMode
 from router.intake import ChatPrompt, GenerateCall, Prompt, TextPrompt, TokenPrompt, check_prompt_fits
 from router.kv_terms import KvWish
 from router.service_terms import ServiceWish
@@ -16,6 +18,12 @@ _CLASSES = {
     pb.SERVICE_CLASS_INTERACTIVE: ServiceClass.INTERACTIVE,
     pb.SERVICE_CLASS_DEADLINE: ServiceClass.DEADLINE,
     pb.SERVICE_CLASS_BATCH: ServiceClass.BATCH,
+}
+_TOOL_CHOICES = {
+    pb.TOOL_CHOICE_MODE_UNSPECIFIED: None,
+    pb.TOOL_CHOICE_MODE_AUTO: ToolChoiceMode.AUTO,
+    pb.TOOL_CHOICE_MODE_NONE: ToolChoiceMode.NONE,
+    pb.TOOL_CHOICE_MODE_REQUIRED: ToolChoiceMode.REQUIRED,
 }
 _LEVELS = {
     pb.KV_QUALITY_LEVEL_UNSPECIFIED: None,
@@ -38,11 +46,35 @@ def read_generate(
         PromptTooLong: more token ids than the context holds; they are not even looked at.
         InvalidRequest: a level of quality or a service class that there is not.
     """
+    return _read_call(request, _read_prompt(request, max_model_len), tenant, session_id)
+
+
+def read_chat(request: pb.ChatRequest, *, tenant: str, session_id: str = "") -> tuple[GenerateCall, ChatCall]:
+    """Return what the client asked for, and the conversation that makes the prompt of it. As `read_generate`.
+
+    Raises:
+        InvalidRequest: something that there is not is named.
+    """
+    call = _read_call(request, None, tenant, session_id)
+    chat = ChatCall(
+        messages=_read_messages(request.messages),
+        tools=_read_tools(request.tools),
+        tool_choice=_read_choice(request.tool_choice),
+        parallel_tool_calls=request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True,
+        template_arguments=request.chat_template_arguments,
+        constraint=call.sampling.constraint,
+    )
+    return call, chat
+
+
+def _read_call(
+    request: pb.GenerateRequest | pb.ChatRequest, prompt: Prompt | None, tenant: str, session_id: str
+) -> GenerateCall:
     sampling, terms = request.sampling, request.terms
     return GenerateCall(
         model=request.model,
         request_id=request.request_id,
-        prompt=_read_prompt(request, max_model_len),
+        prompt=prompt,
         sampling=sampling_from_wire(sampling),
         has_max_tokens=sampling.HasField("max_tokens"),
         has_seed=sampling.HasField("seed"),
@@ -63,7 +95,8 @@ def read_tokenize(request: pb.TokenizeRequest) -> Prompt:
         case "text":
             return TextPrompt(request.text)
         case "chat":
-            return _read_chat(request.chat)
+            messages, tools = _read_messages(request.chat.messages), _read_tools(request.tools)
+            return ChatPrompt(messages, tools, request.chat_template_arguments)
         case _:
             raise InvalidRequest("input", "is missing: set text or chat")
 
@@ -104,10 +137,37 @@ def _read_prompt(request: pb.GenerateRequest, max_model_len: int) -> Prompt | No
             check_prompt_fits(len(request.token_ids.ids), max_model_len)
             return TokenPrompt(tuple(request.token_ids.ids))
         case "chat":
-            return _read_chat(request.chat)
+            return ChatPrompt(_read_messages(request.chat.messages))
         case _:
             return None
 
 
-def _read_chat(chat: pb.ChatMessages) -> ChatPrompt:
-    return ChatPrompt(tuple(ChatMessage(message.role, message.content) for message in chat.messages))
+def _read_messages(messages: Iterable[pb.ChatMessage]) -> tuple[ChatMessage, ...]:
+    """On the wire an absent text is an empty one."""
+    return tuple(
+        ChatMessage(
+            role=one.role,
+            content=one.content or (None if one.tool_calls else ""),
+            name=one.name or None,
+            tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in one.tool_calls),
+            tool_call_id=one.tool_call_id or None,
+        )
+        for one in messages
+    )
+
+
+def _read_tools(tools: Iterable[pb.Tool]) -> tuple[Tool, ...]:
+    return tuple(Tool(one.name, one.description, one.parameters, one.strict) for one in tools)
+
+
+def _read_choice(choice: pb.ToolChoice) -> ToolChoice | None:
+    match choice.WhichOneof("choice"):
+        case "name":
+            return ToolChoice(ToolChoiceMode.NAMED, choice.name)
+        case "mode" if choice.mode not in _TOOL_CHOICES:
+            raise InvalidRequest("tool_choice.mode", f"is the unknown mode {choice.mode}")
+        case "mode":
+            mode = _TOOL_CHOICES[choice.mode]
+            return None if mode is None else ToolChoice(mode)
+        case _:
+            return None

@@ -8,10 +8,10 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from router.access.principal import current_principal
 from router.front import Front
-from router.rpc.calls import SESSION_METADATA, read_generate, read_tokenize
-from router.rpc.replies import GenerateEvents
+from router.rpc.calls import SESSION_METADATA, read_chat, read_generate, read_tokenize
+from router.rpc.replies import ChatEvents, GenerateEvents
 from router.rpc.status import model_info
-from router.rpc.writing import write
+from router.rpc.writing import stream
 
 if TYPE_CHECKING:
     from protos.inference_pb2_grpc import _ServicerContext
@@ -33,25 +33,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             tenant = current_principal().tenant_for(request.terms.tenant)
             call = read_generate(request, front.max_model_len(), tenant=tenant, session_id=_session_id(context))
             answer = await front.answer([call], context.time_remaining())
-            try:
-                events = GenerateEvents(answer, front.tokenizer)
-                pieces = await answer.take()
-                await write(context, events.started(), patience_s)
-                while True:
-                    for event in events.of(pieces):
-                        await write(context, event, patience_s)
-                    if answer.is_over:
-                        return
-                    pieces = await answer.take()
-            finally:
-                # Cancelled by the client, its deadline or a broken connection: all workers are told to free it.
-                answer.abandon("the client went away")
+            await stream(context, answer, GenerateEvents(answer, front.tokenizer), patience_s)
 
     async def Chat(  # type: ignore[override]  # noqa: N802
         self, request: pb.ChatRequest, context: "_ServicerContext"
     ) -> None:
-        async with reply_errors(context):
-            raise InvalidRequest("messages", "Chat is not served by this gateway")
+        front = self._front
+        patience_s = front.config.write_timeout_s
+        async with reply_errors(context, patience_s=patience_s):
+            tenant = current_principal().tenant_for(request.terms.tenant)
+            call, chat = read_chat(request, tenant=tenant, session_id=_session_id(context))
+            answer = await front.chat(call, chat, context.time_remaining())
+            await stream(context, answer, ChatEvents(answer, front.tokenizer), patience_s)
 
     async def Resume(  # type: ignore[override]  # noqa: N802
         self, request: pb.ResumeRequest, context: "_ServicerContext"

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from core.request import PromptToken, SamplingParams, TokenLogprob, TokenOutput
 from protos import inference_pb2 as pb
 from protos.codec import finish_reason_to_wire
+from router.chat.events import ChatDelta, ContentDelta, ToolCallDelta
 from router.generation.answer import Answer, ChoicePiece
+from router.generation.chat_answer import ChatAnswer, ChatPiece
 from router.stream import Completion
 from router.tokenizer import GatewayTokenizer
 
@@ -38,6 +40,48 @@ class GenerateEvents:
         event.event_index = self._next_index
         self._next_index += 1
         return event
+
+
+class ChatEvents:
+    """The events of one Chat call, numbered over all its choices."""
+
+    def __init__(self, chat: ChatAnswer, tokenizer: GatewayTokenizer) -> None:
+        self._answer = chat.answer
+        self._words = TokenWords(tokenizer, chat.answer.requests[0].sampling)
+        self._next_index = 0
+
+    def started(self) -> pb.ChatResponse:
+        """As `GenerateEvents.started`."""
+        return self._numbered(pb.ChatResponse(started=started(self._answer, self._words)))
+
+    def of(self, pieces: Sequence[ChatPiece]) -> list[pb.ChatResponse]:
+        """Return what tells of these pieces."""
+        events = []
+        for piece in pieces:
+            if piece.tokens or piece.deltas:
+                delta = pb.ChatDelta(choice=piece.choice, tokens=self._words.tokens(piece.tokens))
+                for part in piece.deltas:
+                    _add_delta(delta, part)
+                events.append(self._numbered(pb.ChatResponse(delta=delta)))
+            if piece.completion is not None:
+                end = finished(piece.completion, piece.choice)
+                if piece.finish_reason == "tool_calls":
+                    end.reason = pb.FINISH_REASON_TOOL_CALLS
+                events.append(self._numbered(pb.ChatResponse(finished=end)))
+        return events
+
+    def _numbered(self, event: pb.ChatResponse) -> pb.ChatResponse:
+        event.event_index = self._next_index
+        self._next_index += 1
+        return event
+
+
+def _add_delta(message: pb.ChatDelta, delta: ChatDelta) -> None:
+    match delta:
+        case ContentDelta(text):
+            message.content += text
+        case ToolCallDelta(index, call_id, name, arguments):
+            message.tool_calls.add(index=index, id=call_id, name=name, arguments=arguments)
 
 
 class TokenWords:
