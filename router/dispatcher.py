@@ -176,6 +176,10 @@ class Dispatcher:
         if active is not None and active.stream is stream:
             self._feed(active, m.AbortRequested(error))
 
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
     def begin_drain(self) -> None:
         """Refuse what comes from now on."""
         self._is_draining = True

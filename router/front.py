@@ -134,6 +134,11 @@ class Front:
         ready = (record for record in self.fleet.records.values() if record.state is WorkerState.READY)
         return min(ready, key=lambda record: (record.role is not Role.PREFILL, record.worker_id), default=None)
 
+    @property
+    def is_draining(self) -> bool:
+        """The gateway is stopping: what runs may finish, nothing new comes in."""
+        return self.dispatcher.is_draining
+
     def is_serving(self) -> bool:
         """A request could be served now."""
         return self.dispatcher.can_serve()
