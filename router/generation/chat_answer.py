@@ -46,10 +46,6 @@ class ChatAnswer:
         """As `Answer.abandon`."""
         self.answer.abandon(reason)
 
-    @property
-    def is_over(self) -> bool:
-        return self.answer.is_over
-
     async def take(self) -> list[ChatPiece]:
         """As `Answer.take`."""
         return [
