@@ -292,7 +292,7 @@ async def test_prompts_whose_kv_waits_outlive_the_decode_pool(
             places.check()
             with cluster.nobody_restarted():
                 await lose_pool(cluster, "decode")
-                async with asyncio.timeout(PROMISE_S):
+                async with asyncio.timeout(PATIENCE_S):
                     while fleet.count_live()[Role.DECODE]:
                         await fleet.changed.next().wait()
                 await serve_without_decode_pool(client, prompts, expected)
