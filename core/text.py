@@ -5,15 +5,31 @@ characters; and when stop strings are asked for, text that could be the beginnin
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 Decode = Callable[[Sequence[int]], str]
+PROMPT_TAIL_TOKENS = 8  # enough for a tokenizer to know what the first new token follows
 _REPLACEMENT = "�"
 _MAX_HELD_IDS = 16  # without text of their own; a character has at most 4 bytes, so many more are not one character
 _MAX_OPEN_IDS = 3  # at the end may be the beginning of a character
 
 
+class Detokenizer(Protocol):
+    """The text of a growing list of ids."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Add ids, return the text that became certain (perhaps empty)."""
+
+    def flush(self) -> str:
+        """Return what is left, broken characters included. Call once, at the end."""
+
+
+NewDetokenizer = Callable[[Sequence[int]], Detokenizer]  # for the ids that follow a prompt which ends with these
+
+
 class IncrementalDetokenizer:
-    """Decodes a growing list of ids without decoding it from the start each time.
+    """Decodes a growing list of ids without decoding it from the start each time. For tokenizers of which nothing is
+    known but how they decode; `core.byte_text` has faster ways for the usual ones.
 
     Two offsets into the ids: text up to `_read` was emitted; decoding starts at `_prefix`, a few ids earlier, because
     tokenizers may add or drop a leading space depending on the id before. Source: the scheme of Hugging Face's

@@ -23,11 +23,11 @@ from core.kv_events import BlocksStored, KvEvent
 from core.layout import KvLayout
 from core.membership import LoadReport
 from core.request import GenerateRequest, RequestOutput, TokenOutput
-from core.text import Decode
+from core.text import NewDetokenizer
 from engine.blocks import BlockManager, Owner
 from engine.config import EngineConfig, ModelConfig
 from engine.contract import PrefillObserver, Reservation, Runner, StepFailed
-from engine.detokenize import load_decode
+from engine.detokenize import load_detokenizer
 from engine.execution import Executor
 from engine.handoff import HandoffTable, NoSuchHandoff
 from engine.intake import Intake
@@ -46,10 +46,10 @@ __all__ = ["Engine", "PrefillObserver", "Reservation", "StepFailed"]
 class Engine:
     """See the module. Attributes: `layout`, `model_info`, `last_step`."""
 
-    def __init__(self, runner: Runner, config: EngineConfig, decode: Decode | None = None) -> None:
+    def __init__(self, runner: Runner, config: EngineConfig, new_detokenizer: NewDetokenizer | None = None) -> None:
         """
         Args:
-            decode: text of token ids; without it stop strings are refused.
+            new_detokenizer: makes text of token ids; without it stop strings are refused.
         """
         pool = runner.pool
         self.model_info = runner.info
@@ -66,7 +66,9 @@ class Engine:
         self._handoffs = HandoffTable(pool)
         self._quarantine = Quarantine(self._ledger, self._handoffs)
         self._executor = Executor(runner, layer_group_size=config.layer_group_size, score_window=config.score_window)
-        self._intake = Intake(runner.info, block_size=self._block_size, num_blocks=pool.num_blocks, decode=decode)
+        self._intake = Intake(
+            runner.info, block_size=self._block_size, num_blocks=pool.num_blocks, new_detokenizer=new_detokenizer
+        )
         self._live: dict[RequestId, TokenSequence] = {}
         self._observers: dict[RequestId, PrefillObserver] = {}
         self._ready_outputs: list[RequestOutput] = []
@@ -85,7 +87,7 @@ class Engine:
             ConfigError: the path, the checkpoint, the device or its memory cannot work.
         """
         runner = ModelRunner.load(model, config, progress)
-        return cls(runner, config, load_decode(model.path))
+        return cls(runner, config, load_detokenizer(model.path))
 
     # One engine for all
 

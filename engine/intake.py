@@ -3,7 +3,7 @@
 from core.blocks import hash_namespace, num_blocks
 from core.errors import InvalidRequest, PromptTooLong
 from core.request import GenerateRequest
-from core.text import Decode
+from core.text import NewDetokenizer
 from engine.checkpoint import ModelInfo
 from engine.sampler import SamplingState
 from engine.sequence import SequenceState, TokenSequence
@@ -13,11 +13,13 @@ from engine.stops import StopChecker, TextStops
 class Intake:
     """Judges requests against one model and one pool."""
 
-    def __init__(self, info: ModelInfo, *, block_size: int, num_blocks: int, decode: Decode | None) -> None:
+    def __init__(
+        self, info: ModelInfo, *, block_size: int, num_blocks: int, new_detokenizer: NewDetokenizer | None
+    ) -> None:
         self._info = info
         self._block_size = block_size
         self._num_blocks = num_blocks
-        self._decode = decode
+        self._new_detokenizer = new_detokenizer
 
     def sequence(
         self, request: GenerateRequest, *, arrival: int, state: SequenceState, is_prefill: bool = False
@@ -34,7 +36,7 @@ class Intake:
         info, params = self._info, request.sampling
         _check_prompt(request.prompt_token_ids, info.vocab_size)
         params.check(info.vocab_size)
-        if params.stop and self._decode is None:
+        if params.stop and self._new_detokenizer is None:
             raise InvalidRequest("sampling.stop", "this model has no tokenizer, so text cannot be searched")
         prompt = request.num_prompt_tokens
         if prompt >= info.max_model_len:
@@ -51,7 +53,9 @@ class Intake:
                 f"the whole pool holds {self._num_blocks * self._block_size}",
             )
         sampling = SamplingState(params, request.prompt_token_ids, info.eos_token_ids)
-        text = TextStops(self._decode, request.prompt_token_ids) if params.stop and self._decode else None
+        text = None
+        if params.stop and self._new_detokenizer is not None:
+            text = TextStops(self._new_detokenizer, request.prompt_token_ids)
         return TokenSequence(
             request,
             arrival=arrival,

@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.request import Finish, FinishReason, SamplingParams
-from core.text import Decode, IncrementalDetokenizer, StopScanner
-
-_PROMPT_TAIL_TOKENS = 8  # enough for a tokenizer to know what the first new token follows
+from core.text import PROMPT_TAIL_TOKENS, NewDetokenizer, StopScanner
 
 
 @dataclass(frozen=True, slots=True)
 class TextStops:
-    """Stop strings need text, so the tokenizer's decoder and the end of the prompt come with them."""
+    """Stop strings need text, so the tokenizer's detokenizer and the end of the prompt come with them."""
 
-    decode: Decode
+    new_detokenizer: NewDetokenizer
     prompt_token_ids: Sequence[int]
 
 
@@ -42,9 +40,7 @@ class StopChecker:
         self._left = max_new_tokens
         self._end_token_ids = frozenset(end_token_ids)
         self._scanner = StopScanner(params.stop)
-        self._detokenizer = (
-            IncrementalDetokenizer(text.decode, text.prompt_token_ids[-_PROMPT_TAIL_TOKENS:]) if text else None
-        )
+        self._detokenizer = text.new_detokenizer(text.prompt_token_ids[-PROMPT_TAIL_TOKENS:]) if text else None
 
     def push(self, token_id: int) -> Finish | None:
         """Take the next token; return the end if it is one."""

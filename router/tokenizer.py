@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from core.errors import ConfigError, InvalidRequest
+from core.text import Detokenizer
+from core.vocabulary import Vocabulary
 from router.chat.json_text import read_object
 from router.chat.messages import MAX_DEPTH, ChatMessage, Tool
 from router.chat.style import ChatStyle
@@ -34,12 +34,13 @@ class GatewayTokenizer:
     Concurrency: all methods may be called from several threads.
     """
 
-    def __init__(self, core: Tokenizer, template: ChatTemplate | None, style: ChatStyle, *, with_none: bool) -> None:
-        self._core = core
+    def __init__(
+        self, vocabulary: Vocabulary, template: ChatTemplate | None, style: ChatStyle, *, with_none: bool
+    ) -> None:
+        self._vocabulary = vocabulary
         self._template = template
         self.chat_style = style
         self._with_none = with_none
-        self._texts: dict[int, str] = {}
 
     @classmethod
     def load(
@@ -60,13 +61,14 @@ class GatewayTokenizer:
         """
         if not path.is_dir():
             raise ConfigError(f"model path {path}: no such folder")
-        core = _load_core(path / "tokenizer.json")
+        vocabulary = Vocabulary.load(path / "tokenizer.json")
         config = _read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
         source = read_template(path, config, chat_template)
         if source is None:
-            return cls(core, None, ChatStyle(has_template=False), with_none=False)
+            return cls(vocabulary, None, ChatStyle(has_template=False), with_none=False)
         template = ChatTemplate(source, _special_tokens(path, config), max_characters=max_prompt_characters)
-        return cls(core, template, ChatStyle(has_template=True), with_none=asks_for_none(source.text(has_tools=True)))
+        with_none = asks_for_none(source.text(has_tools=True))
+        return cls(vocabulary, template, ChatStyle(has_template=True), with_none=with_none)
 
     @property
     def has_chat_template(self) -> bool:
@@ -74,7 +76,7 @@ class GatewayTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a plain prompt, with the markers that the tokenizer puts around one."""
-        return list(self._core.encode(text).ids)
+        return self._vocabulary.encode(text, with_markers=True)
 
     def encode_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), template_arguments: str = ""
@@ -88,7 +90,7 @@ class GatewayTokenizer:
             InvalidRequest: there is no template, it refuses these messages, or the prompt becomes too long.
         """
         text = self.render_chat(messages, tools, template_arguments)
-        return list(self._core.encode(text, add_special_tokens=False).ids)
+        return self._vocabulary.encode(text, with_markers=False)
 
     def render_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), template_arguments: str = ""
@@ -103,14 +105,23 @@ class GatewayTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
-        return str(self._core.decode(list(token_ids), skip_special_tokens=True))
+        return self._vocabulary.decode(token_ids)
+
+    def detokenizer(self, prompt_tail: Sequence[int] = ()) -> Detokenizer:
+        """Return one for the ids that follow a prompt which ends with these."""
+        return self._vocabulary.detokenizer(prompt_tail)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what one token is in UTF-8, special tokens spelled out; not always whole characters."""
+        return self._vocabulary.token_bytes(token_id)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether texts leave this token out."""
+        return self._vocabulary.is_special(token_id)
 
     def token_text(self, token_id: int) -> str:
-        """Return one token as text, special tokens spelled out, U+FFFD for broken characters. Remembered."""
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = str(self._core.decode([token_id], skip_special_tokens=False))
-        return text
+        """Return one token as text, special tokens spelled out, U+FFFD for broken characters."""
+        return self._vocabulary.token_text(token_id)
 
 
 def read_model_facts(path: Path) -> ModelFacts:
@@ -129,18 +140,6 @@ def read_model_facts(path: Path) -> ModelFacts:
     eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return ModelFacts(sizes["vocab_size"], sizes["max_position_embeddings"], tuple(int(one) for one in eos_ids))
-
-
-def _load_core(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise ConfigError(f"model path {path.parent}: cannot load the tokenizer: there is no tokenizer.json")
-    try:
-        core = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower one
-        raise ConfigError(f"{path}: cannot load the tokenizer: {_first_line(error)}") from error
-    core.no_truncation()
-    core.no_padding()
-    return core
 
 
 def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -165,7 +164,3 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: is not a JSON object")
     return data
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,11 +6,13 @@ shows up as a wrong token. `history_logits` is the reference, without any pool.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from core.request import GenerateRequest, RequestOutput, SamplingParams
+from core.text import IncrementalDetokenizer
 from engine.checkpoint import ModelInfo
 from engine.config import EngineConfig
 from engine.counter_random import mix64
@@ -126,7 +128,7 @@ def fake_engine(
         prefix_cache_bytes=None if max_cached_blocks is None else max_cached_blocks * bytes_per_block,
         layer_group_size=2,
     )
-    return Engine(runner, config, decode)
+    return Engine(runner, config, partial(IncrementalDetokenizer, decode) if decode is not None else None)
 
 
 def greedy(max_tokens: int = 8, **changes: object) -> SamplingParams:

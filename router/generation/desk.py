@@ -167,7 +167,7 @@ class AnswerDesk:
                     service=prompt.service,
                     on_concluded=bill.add,
                 )
-                text = GenerationText(self._tokenizer.decode, request, call.spoken_tokens)
+                text = GenerationText(self._tokenizer.detokenizer, request, call.spoken_tokens)
                 answer.add(stream, text, scores_prompt=request.sampling.prompt_logprobs is not None)
         except ServingError as error:
             bill.tear_up()

@@ -54,7 +54,8 @@ class GenerationText:
     def _show(self, text: str) -> str:
         """Put the special tokens into `text`, the next that is certain."""
         start, self._num_shown = self._num_shown, self._num_shown + len(text)
-        parts, at = [], 0
+        parts: list[str] = []
+        at = 0
         while self._waiting and self._waiting[0][0] <= self._num_shown:
             place, spoken = self._waiting.pop(0)
             parts += (text[at : place - start], spoken)

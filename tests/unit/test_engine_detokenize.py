@@ -8,15 +8,15 @@ from core.errors import ConfigError
 from core.ids import RequestId
 from core.request import Finish, FinishReason, GenerateRequest, SamplingParams
 from engine.config import EngineConfig, ModelConfig
-from engine.detokenize import load_decode
+from engine.detokenize import load_detokenizer
 from engine.engine import Engine
 from tests.fake_model import run_to_end, token_ids
 from tests.model_matrix import TINY_PATH
 
 
 def test_a_stop_string_ends_real_text() -> None:
-    decode = load_decode(TINY_PATH)
-    assert decode is not None
+    new_detokenizer = load_detokenizer(TINY_PATH)
+    assert new_detokenizer is not None
     stages: list[float] = []
     engine = Engine.load(
         ModelConfig(path=TINY_PATH),
@@ -30,7 +30,7 @@ def test_a_stop_string_ends_real_text() -> None:
         params = SamplingParams(temperature=0.0, max_tokens=40, stop=stop, ignore_eos=True)
         engine.add(GenerateRequest(RequestId(name), (5, 6, 7, 8), params))
         outputs = run_to_end(engine)[name]
-        return decode(token_ids(outputs)), outputs[-1].finish
+        return new_detokenizer(()).push(token_ids(outputs)), outputs[-1].finish
 
     text, finish = generate("all", ())
     assert finish == Finish(FinishReason.LENGTH)
@@ -43,10 +43,10 @@ def test_a_stop_string_ends_real_text() -> None:
 
 
 def test_no_tokenizer_is_no_decoder(tmp_path: Path) -> None:
-    assert load_decode(tmp_path) is None
+    assert load_detokenizer(tmp_path) is None
 
 
 def test_a_broken_tokenizer_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot load the tokenizer"):
-        load_decode(tmp_path)
+        load_detokenizer(tmp_path)

@@ -1,5 +1,7 @@
 """The scheduler's decisions, and the life of a sequence."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from core.errors import InvalidTransition
 from core.ids import RequestId
 from core.request import Finish, FinishReason, GenerateRequest, SamplingParams
+from core.text import IncrementalDetokenizer
 from engine.policy import admission_headroom, choose_victims, share_budget
 from engine.sampler import SamplingState
 from engine.sequence import EDGES, SequenceEvent, SequenceState, TokenSequence
@@ -117,7 +120,7 @@ def test_stops(text: str, params: SamplingParams, end: int | None, finish: Finis
         params,
         max_new_tokens=params.max_tokens,
         end_token_ids=params.stop_token_ids,
-        text=TextStops(letters, [ord("x")]) if params.stop else None,
+        text=TextStops(partial(IncrementalDetokenizer, letters), [ord("x")]) if params.stop else None,
     )
     for at, letter in enumerate(text, start=1):
         found = stops.push(ord(letter))

@@ -204,7 +204,7 @@ def test_the_wire_keeps_apart_what_was_given_and_what_was_not() -> None:
 
 def generation(tokenizer: GatewayTokenizer, *stops: str) -> GenerationText:
     request = GenerateRequest(RequestId("r"), tuple(tokenizer.encode("p")), SamplingParams(stop=stops))
-    return GenerationText(tokenizer.decode, request)
+    return GenerationText(tokenizer.detokenizer, request)
 
 
 def tokens(*ids: int) -> list[TokenOutput]:
