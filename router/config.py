@@ -11,6 +11,7 @@ from core.tls import PeerTls, ServerTls
 from router.access.config import AccessConfig
 from router.admission.config import AdmissionConfig
 from router.forwarding.config import ForwardingConfig
+from router.http.config import DEFAULT_PORT, HttpConfig
 from router.quotas.config import QuotasConfig
 from router.replicas.config import SharingConfig
 from router.routing.config import RoutingConfig
@@ -103,6 +104,7 @@ class RouterConfig(ConfigModel):
     tenants: dict[str, TenantConfig] = Field(default_factory=dict, description="by name, what holds for a tenant")
     default_tenant: TenantConfig = Field(TenantConfig(), description="what holds for tenants that are not named")
     access: AccessConfig = AccessConfig()
+    http: HttpConfig = HttpConfig()
     admission: AdmissionConfig = AdmissionConfig()
     routing: RoutingConfig = RoutingConfig()
     mirror: MirrorConfig = MirrorConfig()
@@ -114,6 +116,15 @@ class RouterConfig(ConfigModel):
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model_path.resolve().name
+
+    @property
+    def http_host(self) -> str:
+        return self.http.host or self.host
+
+    @property
+    def http_port(self) -> int:
+        """0: a free one, as for everybody who lets the gateway choose its port."""
+        return (DEFAULT_PORT if self.port else 0) if self.http.port is None else self.http.port
 
     def tenant(self, name: str) -> TenantConfig:
         """Return what holds for the tenant of this name."""

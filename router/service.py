@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 
 from core.clock import Clock
 from core.errors import Aborted, ConfigError
@@ -20,6 +21,9 @@ from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.front import Front, longest_request
+from router.http.app import create_app
+from router.http.door import Door
+from router.http.server import HttpServer
 from router.intake import Intake
 from router.metrics import GatewayMetrics
 from router.quotas.service import Quotas
@@ -74,6 +78,7 @@ class Gateway:
         self._intake: Intake | None = None
         self._front: Front | None = None
         self._server: GatewayServer | None = None
+        self._http: HttpServer | None = None
         self._metrics_server: MetricsServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._is_stopping = False
@@ -87,6 +92,11 @@ class Gateway:
     def metrics_port(self) -> int:
         """Where metrics are served; 0: nowhere."""
         return self._metrics_server.port if self._metrics_server is not None else 0
+
+    @property
+    def http_address(self) -> str:
+        """host:port of the HTTP surface; empty: there is none. Only once started."""
+        return "" if self._http is None else f"{self._config.http_host}:{self._http.port}"
 
     @property
     def front(self) -> Front:
@@ -127,11 +137,21 @@ class Gateway:
         server = GatewayServer(self._gatekeeper, max_request_bytes=config.max_request_bytes)
         try:
             port = server.bind(config.host, config.port, config.tls)
+            if config.http.enabled:
+                self._http = HttpServer(
+                    config.http,
+                    host=config.http_host,
+                    port=config.http_port,
+                    tls=config.tls,
+                    write_timeout_s=config.write_timeout_s,
+                )
             if config.metrics_port is not None:
                 self._metrics_server = MetricsServer(self._metrics.registry, config.metrics_host, config.metrics_port)
                 _log.info("metrics are served at %s:%d", config.metrics_host, self._metrics_server.port)
         except ConfigError:
             await server.stop()
+            if self._http is not None:
+                await self._http.stop()
             raise
         self._intake = Intake(
             config,
@@ -157,6 +177,10 @@ class Gateway:
         self._server = server
         self._front = front
         await server.start(front, self._link)
+        if self._http is not None:
+            door = Door(front, self._gatekeeper, config.http, time.time)
+            await self._http.start(create_app(door, self._metrics.registry))
+            _log.info("HTTP is served at %s", self.http_address)
         self._tasks = [
             asyncio.create_task(self._link.run(self._dispatcher), name="cluster link"),
             asyncio.create_task(self._replicas.run(), name="replicas"),
@@ -192,6 +216,8 @@ class Gateway:
         self._dispatcher.close(Aborted("the gateway is stopping"))
         if self._server is not None:
             await self._server.stop()
+        if self._http is not None:
+            await self._http.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,113 @@
+"""`/v1/chat/completions`: a body to a call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from core.constraint import Constraint
+from core.errors import InvalidRequest
+from core.request import SamplingParams
+from router.chat.messages import ChatCall
+from router.http.fields import Integer, dump_json, read_fields
+from router.http.message_fields import MessageFields, ToolFields, read_message, read_tool, read_tool_choice
+from router.http.sampling_fields import UNSERVED, SamplingFields, check_alternatives
+
+UNSERVED_CHAT: Mapping[str, Sequence[object]] = {
+    **UNSERVED,
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "moderation": (),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "store": (False,),
+    "suffix": ("",),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "documents": ([],),
+    "chat_template": ("",),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "thinking": (),
+    "thinking_token_budget": (),
+}
+_EFFORT = "reasoning_effort"
+
+
+class ChatRequest(SamplingFields):
+    """A conversation whose next message is wanted."""
+
+    messages: list[MessageFields]
+    tools: list[ToolFields] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, or a function by name")
+    parallel_tool_calls: bool | None = None
+    max_completion_tokens: Integer | None = None
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
+    reasoning_effort: str | None = Field(None, description="handed to the chat template as a variable")
+    prompt_cache_key: str | None = Field(None, description="as a session: requests with the same key go together")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOrder:
+    """What a chat body asks for."""
+
+    fields: ChatRequest
+    call: ChatCall
+    sampling: SamplingParams
+    constraint_field: str
+
+    @property
+    def has_max_tokens(self) -> bool:
+        return self.fields.max_tokens is not None or self.fields.max_completion_tokens is not None
+
+    @property
+    def max_tokens_field(self) -> str:
+        return "max_tokens" if self.fields.max_completion_tokens is None else "max_completion_tokens"
+
+
+def read_chat(body: Mapping[str, Any]) -> ChatOrder:
+    """Raises: InvalidRequest, naming the field."""
+    fields = read_fields(ChatRequest, body, UNSERVED_CHAT)
+    fields.check_delivery()
+    constraint, constraint_field = fields.constraint()
+    call = ChatCall(
+        messages=tuple(read_message(f"messages[{index}]", one) for index, one in enumerate(fields.messages)),
+        tools=tuple(read_tool(f"tools[{index}]", one) for index, one in enumerate(fields.tools or ())),
+        tool_choice=read_tool_choice(fields.tool_choice),
+        parallel_tool_calls=fields.parallel_tool_calls is not False,
+        template_arguments=_template_arguments(fields),
+        constraint=constraint,
+    )
+    return ChatOrder(fields, call, _sampling(fields, constraint), constraint_field)
+
+
+def _sampling(fields: ChatRequest, constraint: Constraint | None) -> SamplingParams:
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise InvalidRequest("top_logprobs", "is only allowed when logprobs is true")
+    check_alternatives("top_logprobs", fields.top_logprobs)
+    check_alternatives("prompt_logprobs", fields.prompt_logprobs)
+    both = {fields.max_tokens, fields.max_completion_tokens} - {None}
+    if len(both) > 1:
+        raise InvalidRequest("max_tokens", "contradicts max_completion_tokens, which replaces it")
+    return fields.sampling(
+        max_tokens=both.pop() if both else None,
+        logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
+        prompt_logprobs=fields.prompt_logprobs,
+        constraint=constraint,
+    )
+
+
+def _template_arguments(fields: ChatRequest) -> str:
+    arguments = dict(fields.chat_template_kwargs or {})
+    if fields.reasoning_effort is not None:
+        arguments.setdefault(_EFFORT, fields.reasoning_effort)
+    return dump_json("chat_template_kwargs", arguments) if arguments else ""

@@ -1,0 +1,116 @@
+"""`/v1/completions`: a body to prompts and parameters."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from core.errors import InvalidRequest
+from core.request import SamplingParams
+from router.http.fields import Integer, read_fields
+from router.http.sampling_fields import UNSERVED, SamplingFields, check_alternatives
+from router.intake import TextPrompt, TokenPrompt
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's own
+UNSERVED_COMPLETION: Mapping[str, Sequence[object]] = {
+    **UNSERVED,
+    "suffix": ("",),
+    "add_special_tokens": (True,),
+    "store": (False,),
+}
+
+
+def _read_prompts(value: Any) -> list[TextPrompt | TokenPrompt]:
+    """Return the prompts. Lists of numbers are long, so they are looked at by hand, and only once."""
+    match value:
+        case str():
+            return [TextPrompt(value)]
+        case []:
+            raise ValueError("must not be empty")
+        case [int(), *_]:
+            return [_token_prompt(value)]
+        case [str(), *_] if all(type(one) is str for one in value):
+            return [TextPrompt(one) for one in value]
+        case [list(), *_] if all(type(one) is list for one in value):
+            return [_token_prompt(one) for one in value]
+        case _:
+            raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
+
+
+def _token_prompt(ids: list[Any]) -> TokenPrompt:
+    if not all(type(one) is int and one >= 0 for one in ids):
+        raise ValueError("token ids must be integers, none of them negative")
+    if not ids:
+        raise ValueError("a list of token ids must not be empty")
+    return TokenPrompt(tuple(ids))
+
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
+Prompts = Annotated[
+    Any,
+    BeforeValidator(_read_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _TEXT,
+                {"type": "array", "items": _TEXT, "minItems": 1},
+                _IDS,
+                {"type": "array", "items": _IDS, "minItems": 1},
+            ]
+        }
+    ),
+]
+
+
+class CompletionRequest(SamplingFields):
+    """One or several prompts that are to be continued."""
+
+    prompt: Prompts
+    max_tokens: Integer | None = Field(DEFAULT_MAX_TOKENS, description="0: only what echo tells of the prompt")
+    echo: bool | None = Field(None, description="the prompt comes first in the text, and in logprobs")
+    logprobs: Integer | None = Field(None, description="of every token, and so many alternatives")
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOrder:
+    """What a completion body asks for.
+
+    Attributes:
+        is_prompt_only: nothing of what is generated is told: a token must be, for the prompt to be computed.
+    """
+
+    fields: CompletionRequest
+    prompts: tuple[TextPrompt | TokenPrompt, ...]
+    sampling: SamplingParams
+    constraint_field: str
+    is_prompt_only: bool
+
+
+def read_completion(body: Mapping[str, Any], max_choices: int) -> CompletionOrder:
+    """Raises: InvalidRequest, naming the field."""
+    fields = read_fields(CompletionRequest, body, UNSERVED_COMPLETION)
+    fields.check_delivery()
+    if len(fields.prompt) > max_choices:
+        raise InvalidRequest("prompt", f"has {len(fields.prompt)} prompts, at most {max_choices} are allowed")
+    check_alternatives("logprobs", fields.logprobs)
+    check_alternatives("prompt_logprobs", fields.prompt_logprobs)
+    constraint, constraint_field = fields.constraint()
+    max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
+    if "max_tokens" not in body and (fields.min_tokens or 0) > max_tokens:
+        max_tokens = fields.min_tokens or 0
+    is_prompt_only = max_tokens == 0
+    sampling = fields.sampling(
+        max_tokens=1 if is_prompt_only else max_tokens,
+        logprobs=fields.logprobs,
+        prompt_logprobs=_scores(fields),
+        constraint=constraint,
+    )
+    return CompletionOrder(fields, tuple(fields.prompt), sampling, constraint_field, is_prompt_only)
+
+
+def _scores(fields: CompletionRequest) -> int | None:
+    """An echoed prompt is scored as the answer is."""
+    asked = [fields.prompt_logprobs, fields.logprobs if fields.echo else None]
+    return max((one for one in asked if one is not None), default=None)
