@@ -23,15 +23,21 @@ class ConfigError(ServingError):
 
 
 class InvalidRequest(ServingError):
-    """The request can never succeed as it is. `field` is the dotted path of the offending field."""
+    """The request can never succeed as it is.
+
+    Attributes:
+        field: dotted path of the offending field, of the first when there are several.
+        violations: each field and what is wrong with it.
+    """
 
     grpc_code = "INVALID_ARGUMENT"
     http_status = 400
 
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
+    def __init__(self, field: str, problem: str, *, others: tuple[tuple[str, str], ...] = ()) -> None:
         self.field = field
         self.problem = problem
+        self.violations = ((field, problem), *others)
+        super().__init__("; ".join(f"{name}: {what}" for name, what in self.violations))
 
 
 class PromptTooLong(InvalidRequest):
@@ -73,6 +79,14 @@ class PermissionDenied(ServingError):
     def __init__(self, reason: AccessReason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+class AccessUnavailable(ServingError):
+    """Whether the caller may come in cannot be told now: the keys of the token's issuer are not known."""
+
+    grpc_code = "UNAVAILABLE"
+    http_status = 503
+    retryable = True
 
 
 class ModelNotFound(ServingError):

@@ -1,14 +1,14 @@
 """A request for tokens and what comes back, as every layer below the gateway sees it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from core.constraint import Constraint
-from core.errors import InvalidRequest
 from core.ids import RequestId
 from core.kv_quality import EXACT
+from core.violations import Violations
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -69,49 +69,61 @@ class SamplingParams:
         """Check every range. Pure.
 
         Raises:
-            InvalidRequest: naming the field as ``sampling.<name>``.
+            InvalidRequest: naming every offending field as ``sampling.<name>``.
         """
+        found = Violations()
         if self.temperature != 0.0:
-            _within("temperature", self.temperature, MIN_TEMPERATURE, 100.0, instead="0 (greedy) or ")
-        _within("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _within("top_k", self.top_k, 0, math.inf)
-        _within("max_tokens", self.max_tokens, 1, math.inf)
-        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _within("seed", self.seed, 0, MAX_SEED - 1)
+            _within(found, "temperature", self.temperature, MIN_TEMPERATURE, 100.0, instead="0 (greedy) or ")
+        _within(found, "top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _within(found, "min_p", self.min_p, 0.0, 1.0)
+        _within(found, "presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within(found, "frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within(found, "repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _within(found, "top_k", self.top_k, 0, math.inf)
+        _within(found, "max_tokens", self.max_tokens, 1, math.inf)
+        _within(found, "min_tokens", self.min_tokens, 0, max(1, self.max_tokens))
+        _within(found, "seed", self.seed, 0, MAX_SEED - 1)
         if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            _within(found, "logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
-            _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+            _within(found, "prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest("sampling.stop", f"at most {MAX_STOP_STRINGS} stop strings")
-        if any(not text for text in self.stop):
-            raise InvalidRequest("sampling.stop", "a stop string must not be empty")
-        if any(len(text) > MAX_STOP_CHARACTERS for text in self.stop):
-            raise InvalidRequest("sampling.stop", f"a stop string has at most {MAX_STOP_CHARACTERS} characters")
+            found.add("sampling.stop", f"at most {MAX_STOP_STRINGS} stop strings")
+        elif any(not text for text in self.stop):
+            found.add("sampling.stop", "a stop string must not be empty")
+        elif any(len(text) > MAX_STOP_CHARACTERS for text in self.stop):
+            found.add("sampling.stop", f"a stop string has at most {MAX_STOP_CHARACTERS} characters")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequest("sampling.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} token ids")
+            found.add("sampling.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} token ids")
+        elif self.stop_token_ids:
+            _within(found, "stop_token_ids", _worst(self.stop_token_ids, vocab_size), 0, vocab_size - 1)
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
-            raise InvalidRequest("sampling.logit_bias", f"at most {MAX_LOGIT_BIASES} entries")
-        for token_id in self.stop_token_ids:
-            _within("stop_token_ids", token_id, 0, vocab_size - 1)
-        for token_id, bias in self.logit_bias.items():
-            _within("logit_bias", token_id, 0, vocab_size - 1)
-            _within("logit_bias", bias, -100.0, 100.0)
+            found.add("sampling.logit_bias", f"at most {MAX_LOGIT_BIASES} entries")
+        elif self.logit_bias:
+            _within(found, "logit_bias", _worst(self.logit_bias, vocab_size), 0, vocab_size - 1)
+            for bias in self.logit_bias.values():
+                if not -100.0 <= bias <= 100.0:
+                    _within(found, "logit_bias", bias, -100.0, 100.0)
+                    break
+        found.check()
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 
 
-def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False, instead: str = "") -> None:
-    """Refuse what is not a finite number between the two; `instead` names what else is allowed."""
+def _worst(token_ids: Iterable[int], vocab_size: int) -> int:
+    """Return an id that is not in the vocabulary, or any. Pure."""
+    return next((one for one in token_ids if not 0 <= one < vocab_size), 0)
+
+
+def _within(
+    found: Violations, name: str, value: float, low: float, high: float, *, low_open: bool = False, instead: str = ""
+) -> None:
+    """Note what is not a finite number between the two; `instead` names what else is allowed."""
     if not math.isfinite(value) or value > high or value < low or (low_open and value == low):
         left, right = "(" if low_open else "[", "]" if math.isfinite(high) else ")"
-        raise InvalidRequest(f"sampling.{name}", f"must be {instead}in {left}{low:g}, {high:g}{right}, got {value!r}")
+        found.add(f"sampling.{name}", f"must be {instead}in {left}{low:g}, {high:g}{right}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from core.tls import ClientTls, Pem, PemContent, ServerTls
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _MAX_MESSAGE_TEXT_BYTES = 1000  # of an error, in UTF-8
+_MAX_VIOLATIONS_BYTES = 2000  # of an error that has several
 _RECEIVE_LIMIT = "grpc.max_receive_message_length"
 _OPTIONS: list[tuple[str, int]] = [
     (_RECEIVE_LIMIT, MAX_MESSAGE_BYTES),
@@ -212,13 +213,23 @@ def status_of(error: errors.ServingError) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(reason=str(reason or type(error).__name__).upper(), domain="tandem")
     status.details.add().Pack(info)
     if isinstance(error, errors.InvalidRequest):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.problem))
-        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        status.details.add().Pack(_bad_request(error))
     if isinstance(error, errors.RejectedError) and error.retry_after_s > 0:
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
+
+
+def _bad_request(error: errors.InvalidRequest) -> error_details_pb2.BadRequest:
+    """As many violations as there is room for, at least one."""
+    details = error_details_pb2.BadRequest()
+    for name, problem in error.violations:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=_cut(name), description=_cut(problem))
+        if details.field_violations and details.ByteSize() + violation.ByteSize() > _MAX_VIOLATIONS_BYTES:
+            break
+        details.field_violations.append(violation)
+    return details
 
 
 def _cut(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from core.errors import InvalidRequest, ModelNotFound, PromptTooLong, RejectedError, RejectReason
 from core.ids import new_request_id, parse_request_id, parse_tenant
 from core.request import MAX_SEED, GenerateRequest, SamplingParams
+from core.violations import Violations
 from router.chat.messages import ChatMessage, Tool, chat_size, check_messages
 from router.config import RouterConfig
 from router.kv_terms import NO_WISH, KvWish, kv_terms
@@ -139,14 +140,19 @@ class Intake:
         self.check_model(call.model)
         request_id = parse_request_id(call.request_id) if call.request_id else new_request_id()
         tenant = parse_tenant(call.tenant)
-        terms = kv_terms(call.kv, tenant, self._config)
-        service = service_terms(call.service, tenant, self._config)
         longest = self._max_model_len()
         # Checked first with any legal length: a bad parameter should not cost a tokenisation.
         sampling = call.sampling
         if not call.has_max_tokens:
             sampling = replace(sampling, max_tokens=max(self._config.default_max_tokens, sampling.min_tokens, 1))
-        sampling.check(self._facts.vocab_size)
+        found = Violations()
+        with found.collecting():
+            terms = kv_terms(call.kv, tenant, self._config)
+        with found.collecting():
+            service = service_terms(call.service, tenant, self._config)
+        with found.collecting():
+            sampling.check(self._facts.vocab_size)
+        found.check()
         token_ids = tuple(await self._tokenize(call.prompt))
         max_tokens = self._fit(len(token_ids), sampling, longest, call.has_max_tokens)
         seed = sampling.seed if call.has_seed else self._rng.randrange(MAX_SEED)

@@ -12,6 +12,7 @@ from router.cluster_link import ClusterLink
 from router.front import Front
 from router.rpc.access import AccessInterceptor
 from router.rpc.admin import AdminServicer
+from router.rpc.decoding import DecodingInterceptor
 from router.rpc.inference import InferenceServicer
 
 _INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -24,8 +25,9 @@ class GatewayServer:
     """The gRPC server of one gateway."""
 
     def __init__(self, gatekeeper: Gatekeeper, *, max_request_bytes: int) -> None:
-        access = AccessInterceptor(gatekeeper)
-        self._server = create_server(max_receive_bytes=max_request_bytes, interceptors=[access])
+        # Who calls is asked before what they sent is looked at.
+        interceptors = [AccessInterceptor(gatekeeper), DecodingInterceptor()]
+        self._server = create_server(max_receive_bytes=max_request_bytes, interceptors=interceptors)
         self._health = health.aio.HealthServicer()
         self._is_serving: bool | None = None
 

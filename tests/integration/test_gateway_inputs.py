@@ -93,6 +93,55 @@ async def test_bad_requests_are_refused_by_field_and_keep_nothing(checkpoint: Pa
         assert (await collect(cluster.inference.Generate(text_request()))).text == "abcde"
 
 
+async def test_everything_that_is_wrong_is_told_at_once(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint, num_prefills=0, num_decodes=0, is_waited_for=False) as cluster:
+        request = text_request(kv_quality=pb.KvQuality(floor=2.0), priority=11)
+        request.sampling.top_p = 2.0
+        request.sampling.max_tokens = 0
+        error = await fails(cluster.inference.Generate(request), INVALID)
+    fields = ["kv_quality", "priority", "sampling.top_p", "sampling.max_tokens"]
+    assert [field for field, _ in field_violations(error)] == fields
+    assert all(f"{field}: " in (error.details() or "") for field in fields)
+
+
+UNDECODABLE = {
+    "cut": b"\xff\xff\xff",
+    "length-beyond-the-end": b"\x1a\x7fabc",
+    "no-utf8": b"\x0a\x02\xff\xfe",  # of a text, the first field of all
+}
+
+
+@pytest.mark.parametrize("data", UNDECODABLE.values(), ids=UNDECODABLE.keys())
+async def test_bytes_that_are_no_message_are_the_clients_mistake(checkpoint: Path, data: bytes) -> None:
+    async with fake_cluster(checkpoint, num_prefills=0, num_decodes=0, is_waited_for=False) as cluster:
+        for method in ("Generate", "Chat", "Resume"):
+            stream: Any = cluster.channel.unary_stream(f"/tandem.v1.Inference/{method}")
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                [event async for event in stream(data, timeout=5.0)]
+            assert failure.value.code() is INVALID, method
+            assert [field for field, _ in field_violations(failure.value)] == ["request"]
+        for method in ("Inference/Tokenize", "Admin/ExplainRequest", "Admin/ListKvDecisions"):
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await cast("Any", cluster.channel.unary_unary(f"/tandem.v1.{method}"))(data, timeout=5.0)
+            assert failure.value.code() is INVALID, method
+
+
+async def test_detokenize_is_the_way_back(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint, num_prefills=0, num_decodes=0, is_waited_for=False) as cluster:
+        ids = (await cluster.inference.Tokenize(pb.TokenizeRequest(text="naïve 漢字"))).ids
+        assert (await cluster.inference.Detokenize(pb.DetokenizeRequest(ids=ids))).text == "naïve 漢字"
+        assert (await cluster.inference.Detokenize(pb.DetokenizeRequest())).text == ""
+        many = pb.DetokenizeRequest(ids=list(ids) * 1000)
+        assert (await cluster.inference.Detokenize(many)).text == "naïve 漢字" * 1000, "off the event loop"
+        for request, code in (
+            (pb.DetokenizeRequest(ids=[VOCAB_SIZE]), INVALID),
+            (pb.DetokenizeRequest(ids=[1], model="gpt"), grpc.StatusCode.NOT_FOUND),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await cluster.inference.Detokenize(request)
+            assert failure.value.code() is code
+
+
 async def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
     async with fake_cluster(write_checkpoint(tmp_path, chat=False), num_prefills=0, num_decodes=0) as cluster:
         error = await fails(cluster.inference.Generate(chat(("user", "hi"))), INVALID)

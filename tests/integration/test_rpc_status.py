@@ -10,6 +10,7 @@ from protos import admin_pb2, admin_pb2_grpc
 
 CASES = [
     (errors.InvalidRequest("sampling.top_p", "too big"), grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.InvalidRequest("a", "bad", others=(("b", "worse"),)), grpc.StatusCode.INVALID_ARGUMENT),
     (errors.PromptTooLong("prompt", "5000 tokens"), grpc.StatusCode.OUT_OF_RANGE),
     (errors.ModelNotFound("no model x"), grpc.StatusCode.NOT_FOUND),
     (errors.RejectedError(errors.RejectReason.QUEUE_FULL, "", 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -68,7 +69,7 @@ async def test_status_and_details_arrive(error: errors.ServingError, code: grpc.
         assert caught.value.details() == str(error)
         violations = rpc.field_violations(caught.value)
         if isinstance(error, errors.InvalidRequest):
-            assert violations == [(error.field, error.problem)]
+            assert violations == list(error.violations)
         else:
             assert violations == []
 
@@ -78,6 +79,10 @@ async def test_a_long_message_is_cut_and_the_status_kept(letter: str) -> None:
     for error, code in (
         (errors.ModelNotFound(f"no model {letter * 10_000}"), grpc.StatusCode.NOT_FOUND),
         (errors.InvalidRequest("chat", letter * 10_000), grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            errors.InvalidRequest(letter * 10_000, "x", others=((letter * 10_000, letter * 10_000),) * 50),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
     ):
         async for address in served(error):
             async with rpc.connect(address) as channel:

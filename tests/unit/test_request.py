@@ -50,6 +50,15 @@ def test_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     assert caught.value.field == f"sampling.{field}"
 
 
+def test_all_that_is_wrong_is_told_at_once_and_each_field_once() -> None:
+    bad = SamplingParams(top_p=2, max_tokens=0, stop_token_ids=(100, 200), logit_bias={1: 101.0, 2: 102.0})
+    with pytest.raises(InvalidRequest) as caught:
+        bad.check(vocab_size=100)
+    names = ["top_p", "max_tokens", "stop_token_ids", "logit_bias"]
+    assert [field for field, _ in caught.value.violations] == [f"sampling.{name}" for name in names]
+    assert str(caught.value).startswith("sampling.top_p: must be in (0, 1], got 2; sampling.max_tokens: ")
+
+
 def test_the_edges_are_allowed() -> None:
     SamplingParams(
         temperature=0, top_p=1, min_p=1, min_tokens=16, seed=2**64 - 1, logprobs=20, logit_bias={99: -100}
