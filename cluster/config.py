@@ -8,11 +8,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cluster.settings import complete, section
 from cluster.supervision.backoff import BackOffConfig
 from core.config import ConfigModel, load_config
+from core.tls import ServerTls
 from decode_workers.config import DecodeWorkerConfig
 from engine.config import EngineConfig, ModelConfig
 from kv_transfer.config import KvTransferConfig
 from prefill_workers.config import PrefillWorkerConfig
 from router.config import RouterConfig
+from router.http.config import HttpConfig
 
 _MAX_PORT = 65_535
 
@@ -57,6 +59,8 @@ if TYPE_CHECKING:  # the real classes are made below, of fields that no static c
 
     class RouterSection(GatewayConfig):
         metrics_port: int | None = None
+        http: HttpConfig = HttpConfig()
+        tls: ServerTls | None = None
 
 else:
     _FILLED = {"model", "transfer", "host", "port"}
@@ -141,7 +145,9 @@ class ClusterConfig(ConfigModel):
             except ValidationError as error:
                 raise ValueError(f"{name}: {error.errors()[0]['msg']}") from error
         gateway, replicas = self.gateway(), self.router.replicas
-        for key, first in (("port", gateway.port), ("metrics_port", gateway.metrics_port or 0)):
+        http_port = gateway.http_port if gateway.http.enabled else 0
+        ports = (("port", gateway.port), ("http.port", http_port), ("metrics_port", gateway.metrics_port or 0))
+        for key, first in ports:
             if first + replicas > _MAX_PORT + 1:
                 raise ValueError(f"router.replicas: there are no {replicas} ports from router.{key} on")
         return self

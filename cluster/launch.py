@@ -56,11 +56,20 @@ def build_decode(config: ClusterConfig, identity: WorkerIdentity, store: StoreAd
     return decode_worker(settings, identity, store.open(), MonotonicClock())
 
 
-def build_gateway(config: ClusterConfig, index: int, port: int, store: StoreAddress, seat: Seat) -> Service:
+@dataclass(frozen=True, slots=True)
+class GatewayPorts:
+    """Where one gateway listens, fixed also when the configuration says "any", so that clients find a restarted one."""
+
+    grpc: int
+    http: int
+
+
+def build_gateway(config: ClusterConfig, index: int, ports: GatewayPorts, store: StoreAddress, seat: Seat) -> Service:
     from router.service import Gateway
 
     _log_as(gateway_name(index), config)
-    return Gateway(config.gateway(index, port=port), config.name, store.open(), MonotonicClock())
+    http = config.router.http.model_copy(update={"port": ports.http})
+    return Gateway(config.gateway(index, port=ports.grpc, http=http), config.name, store.open(), MonotonicClock())
 
 
 def gateway_name(index: int) -> WorkerId:
@@ -104,8 +113,7 @@ class Blueprint:
 
     Args:
         cpus: per worker of each pool (`cluster.placement.shares`).
-        gateway_ports: one per gateway, fixed also when the configuration says "any", so that clients find a restarted
-            gateway.
+        gateway_ports: of each gateway.
     """
 
     def __init__(
@@ -114,7 +122,7 @@ class Blueprint:
         backend: RayBackend,
         store: StoreAddress,
         cpus: dict[str, float],
-        gateway_ports: Sequence[int],
+        gateway_ports: Sequence[GatewayPorts],
     ) -> None:
         self._config = config
         self._backend = backend

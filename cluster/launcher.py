@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.config import ClusterConfig
-from cluster.launch import GATEWAY, PACKAGES, Blueprint, StoreAddress
+from cluster.launch import GATEWAY, PACKAGES, Blueprint, GatewayPorts, StoreAddress
 from cluster.placement import demands, shares
 from cluster.preflight import check, packages_folder
 from cluster.progress import Progress
@@ -54,16 +54,21 @@ class Launcher:
 
     Attributes:
         gateway_addresses: host:port of each gateway, fixed before they start.
+        http_addresses: likewise, of their HTTP; none without it.
         mark: of all processes of this launch on this machine.
     """
 
     def __init__(self, config: ClusterConfig, progress: Progress, folder: Path, mark: str) -> None:
         gateway = config.gateway()
         replicas = config.router.replicas
-        ports = range(gateway.port, gateway.port + replicas) if gateway.port else free_ports(replicas)
-        self._gateway_ports = tuple(ports)
-        host = _ANY.get(gateway.host, gateway.host)
+        free = free_ports(2 * replicas)
+        ports = range(gateway.port, gateway.port + replicas) if gateway.port else free[:replicas]
+        first = gateway.http_port
+        http_ports = range(first, first + replicas) if first else free[replicas:]
+        self._gateway_ports = tuple(map(GatewayPorts, ports, http_ports))
+        host, http_host = (_ANY.get(one, one) for one in (gateway.host, gateway.http_host))
         self.gateway_addresses = tuple(f"{host}:{port}" for port in ports)
+        self.http_addresses = tuple(f"{http_host}:{port}" for port in http_ports) if gateway.http.enabled else ()
         self.mark = mark
         self._config = config
         self._progress = progress
@@ -79,6 +84,12 @@ class Launcher:
     def gateway_address(self) -> str:
         """All of them, as clients take it."""
         return ",".join(self.gateway_addresses)
+
+    @property
+    def http_urls(self) -> str:
+        """Base addresses of OpenAI's API, for people; empty: it is not served."""
+        scheme = "http" if self._config.router.tls is None else "https"
+        return ", ".join(f"{scheme}://{address}/v1" for address in self.http_addresses)
 
     async def up(self) -> None:
         """Start everything and return when requests can be served.

@@ -26,8 +26,12 @@ def check(config: ClusterConfig) -> None:
         # GPUs are counted by Ray, which knows every vendor's.
         shares(demands(config), cpus=len(os.sched_getaffinity(0)), gpus=math.inf, where="this machine")
     gateway = config.gateway()
-    for port in range(gateway.port, gateway.port + config.router.replicas) if gateway.port else [0]:
-        _check_port(gateway.host, port)
+    doors = [("router", gateway.host, gateway.port)]
+    if gateway.http.enabled:
+        doors.append(("router.http", gateway.http_host, gateway.http_port))
+    for key, host, first in doors:
+        for port in range(first, first + config.router.replicas) if first else [0]:
+            _check_port(key, host, port)
 
 
 def _check_model(path: Path, *, dummy: bool) -> None:
@@ -43,14 +47,14 @@ def _check_model(path: Path, *, dummy: bool) -> None:
         raise ConfigError(f"model.path: {path} has no *.safetensors weights")
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_port(section: str, host: str, port: int) -> None:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are no listener
             probe.bind(address)
     except OSError as error:
-        key = "router.port" if port and _is_ours(host) else "router.host"
+        key = f"{section}.port" if port and _is_ours(host) else f"{section}.host"
         raise ConfigError(f"{key}: cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 

@@ -19,7 +19,8 @@ from core.errors import ConfigError
 
 
 class RunRecord(BaseModel):
-    """A launcher and what it launched. `mark` is that of `cluster.workspace`; `is_ready` once requests are served."""
+    """A launcher and what it launched. `http`: base addresses of OpenAI's API; `mark` is that of `cluster.workspace`;
+    `is_ready` once requests are served."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -27,14 +28,23 @@ class RunRecord(BaseModel):
     pid: int
     created_s: float
     gateway: str
+    http: str = ""
     mark: str
     config: str = ""
     is_ready: bool = False
 
     @classmethod
-    def of_this_process(cls, cluster: str, gateway: str, mark: str, config: str) -> Self:
+    def of_this_process(cls, cluster: str, gateway: str, http: str, mark: str, config: str) -> Self:
         created_s = psutil.Process().create_time()
-        return cls(cluster=cluster, pid=os.getpid(), created_s=created_s, gateway=gateway, mark=mark, config=config)
+        return cls(
+            cluster=cluster,
+            pid=os.getpid(),
+            created_s=created_s,
+            gateway=gateway,
+            http=http,
+            mark=mark,
+            config=config,
+        )
 
     @property
     def is_alive(self) -> bool:

@@ -33,7 +33,9 @@ async def serve(
     """
     with claim(config.name) as run_file:
         async with launcher_of(config, progress) as launcher:
-            record = RunRecord.of_this_process(config.name, launcher.gateway_address, launcher.mark, source)
+            record = RunRecord.of_this_process(
+                config.name, launcher.gateway_address, launcher.http_urls, launcher.mark, source
+            )
             run_file.write(record)
             stop = asyncio.Event()
             with _signals_set(stop, launcher.mark):

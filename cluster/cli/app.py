@@ -63,6 +63,8 @@ def up(
 
     def on_ready(launcher: Launcher) -> None:
         print(f"cluster {config.name} is ready at {launcher.gateway_address}", flush=True)
+        if launcher.http_urls:
+            print(f"OpenAI's API is at {launcher.http_urls}", flush=True)
         if detached_child:
             detach.become_detached(config.name)
 

@@ -52,15 +52,16 @@ def status(
         tandem status --address 10.0.0.5:50051 --json
     """
     gateway = _gateway(cluster, address)
+    http = "" if address else run_file.find(cluster).http
 
     async def ask(client: Client) -> ClusterStatus:
         return await client.status()
 
     found = _with_client(gateway, ask)
     if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        print(json.dumps(dataclasses.asdict(found) | {"http": http}, indent=2))
     else:
-        page().print(status_table(found, gateway))
+        page().print(status_table(found, gateway, http))
 
 
 def generate(

@@ -12,8 +12,12 @@ _LEFT = ("worker", "role", "state", "epoch", "pid")
 _COUNTS = ("run", "wait", "free", "cached", "blocks")
 
 
-def status_table(status: ClusterStatus, address: str) -> Group:
-    """Show one row per worker, whole on a page of 80 columns, and below them what they say of themselves."""
+def status_table(status: ClusterStatus, address: str, http: str) -> Group:
+    """Show one row per worker, whole on a page of 80 columns, and below them what they say of themselves.
+
+    Args:
+        http: base addresses of OpenAI's API; empty: none is known.
+    """
     title = (
         f"cluster {status.cluster}: {status.model} at {address}, "
         f"{status.active_requests} requests active, {status.queued_requests} queued"
@@ -26,7 +30,8 @@ def status_table(status: ClusterStatus, address: str) -> Group:
         table.add_column(heading, justify="right" if heading in _COUNTS else "left", no_wrap=True, min_width=width)
     for row in rows:
         table.add_row(*row)
-    return Group(table, *(Text(f"{worker.worker_id}: {worker.detail}") for worker in workers if worker.detail))
+    served = [Text(f"OpenAI's API: {http}")] if http else []
+    return Group(table, *served, *(Text(f"{worker.worker_id}: {worker.detail}") for worker in workers if worker.detail))
 
 
 def transfer_line(placement: Placement) -> str:

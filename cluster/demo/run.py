@@ -70,7 +70,8 @@ async def run_demo(console: Console) -> int:
             await launcher.up()
         up = time.monotonic()
         pids = {status.name: status.pid for status in launcher.status()}
-        console.print(f"\n[bold]up in {up - began:.1f} s:[/] {len(pids)} services: {', '.join(pids)}\n")
+        console.print(f"\n[bold]up in {up - began:.1f} s:[/] {len(pids)} services: {', '.join(pids)}")
+        console.print(f"OpenAI's API is at {launcher.http_urls}\n")
         results = await _serve(console, launcher)
         served = time.monotonic()
         await launcher.down()

@@ -34,6 +34,19 @@ def test_a_busy_port() -> None:
             check(parse(router={"port": port}))
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_busy_port_of_http(replicas: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        first = server.getsockname()[1] - replicas + 1
+        with pytest.raises(ConfigError, match=r"^router\.http\.port: cannot listen on"):
+            check(parse(router={"port": 0, "replicas": replicas, "http": {"port": first}}))
+
+
+def test_a_busy_port_of_http_that_is_not_served() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        check(parse(router={"port": 0, "http": {"enabled": False, "port": server.getsockname()[1]}}))
+
+
 def test_longer_than_the_model() -> None:
     with pytest.raises(ConfigError, match=r"^model\.max_model_len: 4096 is more than the model's own 2048$"):
         check(parse(model={"path": TINY, "max_model_len": 4096}))

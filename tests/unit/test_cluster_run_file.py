@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def record(name: str) -> RunRecord:
-    return RunRecord.of_this_process(name, "127.0.0.1:1", "mark", "c.yaml")
+    return RunRecord.of_this_process(name, "127.0.0.1:1", "http://127.0.0.1:2/v1", "mark", "c.yaml")
 
 
 def test_found_while_its_launcher_lives() -> None:

@@ -25,10 +25,10 @@ def test_names_and_numbers_are_whole(width: int, detail: str) -> None:
     workers = (worker("decode-12", detail), worker("prefill-10", detail))
     status = ClusterStatus("tandem", "tandem-tiny", "gateway-0", 0.1, 0, 3, workers)
     console = Console(width=width, file=io.StringIO())
-    console.print(status_table(status, "127.0.0.1:50051"))
+    console.print(status_table(status, "127.0.0.1:50051", "http://127.0.0.1:8000/v1"))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
-    for whole in ("prefill-10", "decode-12", "4194301", "1234567", "10240", "ready", "blocks"):
+    for whole in ("prefill-10", "decode-12", "4194301", "1234567", "10240", "ready", "blocks", "http://127.0.0.1:8000/v1"):
         assert whole in text
     assert max(len(line) for line in text.splitlines()) <= width
     assert detail in " ".join(text.split())
