@@ -71,14 +71,15 @@ class Unauthenticated(ServingError):
 
 
 class PermissionDenied(ServingError):
-    """The caller is known, and may not do this."""
+    """The caller is known, and may not do this. `who`: the caller's name, for the record."""
 
     grpc_code = "PERMISSION_DENIED"
     http_status = 403
 
-    def __init__(self, reason: AccessReason, detail: str) -> None:
+    def __init__(self, reason: AccessReason, detail: str, who: str = "") -> None:
         super().__init__(detail)
         self.reason = reason
+        self.who = who
 
 
 class AccessUnavailable(ServingError):

@@ -49,6 +49,21 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.ExplainRequestResponse.FromString,
                 _registered_method=True)
+        self.CreateApiKey = channel.unary_unary(
+                '/tandem.v1.Admin/CreateApiKey',
+                request_serializer=protos_dot_admin__pb2.CreateApiKeyRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.CreateApiKeyResponse.FromString,
+                _registered_method=True)
+        self.ListApiKeys = channel.unary_unary(
+                '/tandem.v1.Admin/ListApiKeys',
+                request_serializer=protos_dot_admin__pb2.ListApiKeysRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ListApiKeysResponse.FromString,
+                _registered_method=True)
+        self.RevokeApiKey = channel.unary_unary(
+                '/tandem.v1.Admin/RevokeApiKey',
+                request_serializer=protos_dot_admin__pb2.RevokeApiKeyRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.RevokeApiKeyResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -74,6 +89,27 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateApiKey(self, request, context):
+        """API keys that are kept in the shared store. Only where access control is on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListApiKeys(self, request, context):
+        """Every API key that this gateway knows, from whatever source.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeApiKey(self, request, context):
+        """Also of a key from a gateway's configuration or file: it is refused from then on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +127,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ExplainRequest,
                     request_deserializer=protos_dot_admin__pb2.ExplainRequestRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.ExplainRequestResponse.SerializeToString,
+            ),
+            'CreateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateApiKey,
+                    request_deserializer=protos_dot_admin__pb2.CreateApiKeyRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.CreateApiKeyResponse.SerializeToString,
+            ),
+            'ListApiKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListApiKeys,
+                    request_deserializer=protos_dot_admin__pb2.ListApiKeysRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ListApiKeysResponse.SerializeToString,
+            ),
+            'RevokeApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeApiKey,
+                    request_deserializer=protos_dot_admin__pb2.RevokeApiKeyRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.RevokeApiKeyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +225,87 @@ class Admin:
             '/tandem.v1.Admin/ExplainRequest',
             protos_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
             protos_dot_admin__pb2.ExplainRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Admin/CreateApiKey',
+            protos_dot_admin__pb2.CreateApiKeyRequest.SerializeToString,
+            protos_dot_admin__pb2.CreateApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListApiKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Admin/ListApiKeys',
+            protos_dot_admin__pb2.ListApiKeysRequest.SerializeToString,
+            protos_dot_admin__pb2.ListApiKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Admin/RevokeApiKey',
+            protos_dot_admin__pb2.RevokeApiKeyRequest.SerializeToString,
+            protos_dot_admin__pb2.RevokeApiKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from core.errors import Aborted, RejectedError, ServingError, SlowReader
+from core.errors import Aborted, PermissionDenied, RejectedError, ServingError, SlowReader, Unauthenticated
 from core.service_class import ServiceClass
 from core.telemetry import LATENCY_BUCKETS_S
 from router.explain.outcome import Hindsight
@@ -177,4 +177,6 @@ class GatewayMetrics:
 
 
 def _reason_of(error: ServingError) -> str:
-    return str(error.reason) if isinstance(error, RejectedError) else error.grpc_code.lower()
+    if isinstance(error, RejectedError | Unauthenticated | PermissionDenied):
+        return str(error.reason)
+    return error.grpc_code.lower()

@@ -16,6 +16,7 @@ from core.ids import Epoch, WorkerId, new_gateway_id
 from core.store import Store
 from core.telemetry import MetricsServer
 from router.access.gatekeeper import Gatekeeper
+from router.access.service import AccessControl
 from router.cluster_link import ClusterLink
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -52,7 +53,7 @@ class Gateway:
         self._rng = rng or random.SystemRandom()
         self._gateway_id = new_gateway_id()
         self._metrics = GatewayMetrics()
-        self._gatekeeper = Gatekeeper(config.access)
+        self._access = AccessControl(config.access, store, cluster, self._gateway_id, clock, self._metrics)
         self._link = ClusterLink(config, cluster, self._gateway_id, store, clock, self._rng)
         self._fleet = self._link.fleet
         self._dispatcher = Dispatcher(config, self._fleet, clock, self._rng, self._metrics)
@@ -107,7 +108,7 @@ class Gateway:
     @property
     def gatekeeper(self) -> Gatekeeper:
         """Whom every surface asks who is calling."""
-        return self._gatekeeper
+        return self._access.gatekeeper
 
     @property
     def fleet(self) -> Fleet:
@@ -134,7 +135,8 @@ class Gateway:
         config = self._config
         facts = await asyncio.to_thread(read_model_facts, config.model_path)
         tokenizer = await asyncio.to_thread(GatewayTokenizer.load, config.model_path)
-        server = GatewayServer(self._gatekeeper, max_request_bytes=config.max_request_bytes)
+        await self._access.start()
+        server = GatewayServer(self._access, max_request_bytes=config.max_request_bytes)
         try:
             port = server.bind(config.host, config.port, config.tls)
             if config.http.enabled:
@@ -150,6 +152,7 @@ class Gateway:
                 _log.info("metrics are served at %s:%d", config.metrics_host, self._metrics_server.port)
         except ConfigError:
             await server.stop()
+            self._access.close()
             if self._http is not None:
                 await self._http.stop()
             raise
@@ -178,13 +181,14 @@ class Gateway:
         self._front = front
         await server.start(front, self._link)
         if self._http is not None:
-            door = Door(front, self._gatekeeper, config.http, time.time)
+            door = Door(front, self.gatekeeper, config.http, time.time)
             await self._http.start(create_app(door, self._metrics.registry))
             _log.info("HTTP is served at %s", self.http_address)
         self._tasks = [
             asyncio.create_task(self._link.run(self._dispatcher), name="cluster link"),
             asyncio.create_task(self._replicas.run(), name="replicas"),
             asyncio.create_task(self._quotas.run(), name="quotas"),
+            asyncio.create_task(self._access.run(), name="access"),
             asyncio.create_task(self._observe(front, server), name="gateway observer"),
         ]
         address = f"{config.host}:{port}"
@@ -223,6 +227,7 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._replicas.leave()
         await self._quotas.close()
+        self._access.close()
         if self._intake is not None:
             self._intake.close()
         if self._metrics_server is not None:

@@ -23,7 +23,8 @@ def _tenant_name(text: str) -> str:
         raise ValueError(error.problem) from error
 
 
-def _secret_free_url(url: str) -> str:
+def check_web_address(url: str) -> str:
+    """Return a URL that keys may be fetched from. Raises: ValueError."""
     parts = urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
         raise ValueError("must be https:// (http:// only to this machine)")
@@ -34,7 +35,7 @@ def _secret_free_url(url: str) -> str:
 
 TenantName = Annotated[str, AfterValidator(_tenant_name)]
 Roles = Annotated[frozenset[Role], Field(min_length=1)]
-WebAddress = Annotated[str, AfterValidator(_secret_free_url)]
+WebAddress = Annotated[str, AfterValidator(check_web_address)]
 _INFERENCE: frozenset[Role] = frozenset({Role.INFERENCE})
 
 
@@ -105,7 +106,7 @@ class JwtConfig(ConfigModel):
         if self.jwks_file is not None and self.jwks_url is not None:
             raise ValueError("either jwks_file or jwks_url")
         if self.jwks_file is None and self.jwks_url is None:
-            _secret_free_url(self.issuer)
+            check_web_address(self.issuer)
         return self
 
 

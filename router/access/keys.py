@@ -10,14 +10,18 @@ import hmac
 import secrets
 import string
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from core.errors import AccessReason, Unauthenticated
+from pydantic import ValidationError
+
+from core.errors import AccessReason, InvalidRequest, Unauthenticated
 from router.access.config import FINGERPRINT_CHARACTERS, ApiKeyConfig
+from router.access.principal import Role
 
 PREFIX = "tnd-"
 _ALPHABET = string.ascii_letters + string.digits
 _RANDOM_CHARACTERS = 43  # 256 bits
+_MAX_LIFETIME_S = 10 * 365 * 86_400
 
 
 def new_key() -> str:
@@ -28,6 +32,31 @@ def new_key() -> str:
 def hash_of(key: str) -> str:
     """Return what is kept of a key. Pure."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def checked_key(
+    name: str, tenant: str, roles: frozenset[Role], key: str, now: datetime, lifetime_s: float | None
+) -> ApiKeyConfig:
+    """Return what is kept of a key. Pure.
+
+    Raises:
+        InvalidRequest: a bad name, tenant or lifetime.
+    """
+    if lifetime_s is not None and not 0 < lifetime_s <= _MAX_LIFETIME_S:
+        raise InvalidRequest("lifetime_s", f"must be above 0 and at most {_MAX_LIFETIME_S}")
+    kept = {
+        "name": name,
+        "sha256": hash_of(key),
+        "tenant": tenant,
+        "roles": roles or {Role.INFERENCE},
+        "created_at": now,
+        "expires_at": None if lifetime_s is None else now + timedelta(seconds=lifetime_s),
+    }
+    try:
+        return ApiKeyConfig.model_validate(kept)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InvalidRequest(str(first["loc"][0]), first["msg"]) from error
 
 
 class KeyRing:
@@ -46,7 +75,7 @@ class KeyRing:
             return None
         return key
 
-    def keys(self) -> list[ApiKeyConfig]:
+    def all(self) -> list[ApiKeyConfig]:
         return list(self._keys.values())
 
 

@@ -31,7 +31,7 @@ class Principal:
     def require(self, role: Role) -> None:
         """Raises: PermissionDenied, unless the caller has this role."""
         if role not in self.roles:
-            raise PermissionDenied(AccessReason.MISSING_ROLE, f"this needs the role {role}")
+            raise PermissionDenied(AccessReason.MISSING_ROLE, f"this needs the role {role}", self.name)
 
     def tenant_for(self, asked: str) -> str:
         """Return the tenant that a request is on the account of.
@@ -47,7 +47,7 @@ class Principal:
         if not asked or asked == self.tenant:
             return self.tenant
         if Role.ADMIN not in self.roles:
-            raise PermissionDenied(AccessReason.OTHER_TENANT, "only an admin may act for another tenant")
+            raise PermissionDenied(AccessReason.OTHER_TENANT, "only an admin may act for another tenant", self.name)
         return asked
 
 

@@ -7,7 +7,7 @@ from core.rpc import bind, create_server
 from core.tls import ServerTls
 from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
-from router.access.gatekeeper import Gatekeeper
+from router.access.service import AccessControl
 from router.cluster_link import ClusterLink
 from router.front import Front
 from router.rpc.access import AccessInterceptor
@@ -24,10 +24,11 @@ _CLOSE_GRACE_S = 1.0
 class GatewayServer:
     """The gRPC server of one gateway."""
 
-    def __init__(self, gatekeeper: Gatekeeper, *, max_request_bytes: int) -> None:
+    def __init__(self, access: AccessControl, *, max_request_bytes: int) -> None:
         # Who calls is asked before what they sent is looked at.
-        interceptors = [AccessInterceptor(gatekeeper), DecodingInterceptor()]
+        interceptors = [AccessInterceptor(access.gatekeeper, access.audit), DecodingInterceptor()]
         self._server = create_server(max_receive_bytes=max_request_bytes, interceptors=interceptors)
+        self._access = access
         self._health = health.aio.HealthServicer()
         self._is_serving: bool | None = None
 
@@ -38,7 +39,7 @@ class GatewayServer:
     async def start(self, front: Front, link: ClusterLink) -> None:
         """Register everything and serve."""
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(front), self._server)
-        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(front, link), self._server)
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(front, link, self._access.keys), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (_INFERENCE, _ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

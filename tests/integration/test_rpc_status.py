@@ -48,6 +48,27 @@ class Failing(admin_pb2_grpc.AdminServicer):
     ) -> admin_pb2.ExplainRequestResponse:
         raise AssertionError("nobody asks")
 
+    async def CreateApiKey(  # noqa: N802
+        self,
+        request: admin_pb2.CreateApiKeyRequest,
+        context: grpc.aio.ServicerContext[admin_pb2.CreateApiKeyRequest, admin_pb2.CreateApiKeyResponse],
+    ) -> admin_pb2.CreateApiKeyResponse:
+        raise AssertionError("nobody asks")
+
+    async def ListApiKeys(  # noqa: N802
+        self,
+        request: admin_pb2.ListApiKeysRequest,
+        context: grpc.aio.ServicerContext[admin_pb2.ListApiKeysRequest, admin_pb2.ListApiKeysResponse],
+    ) -> admin_pb2.ListApiKeysResponse:
+        raise AssertionError("nobody asks")
+
+    async def RevokeApiKey(  # noqa: N802
+        self,
+        request: admin_pb2.RevokeApiKeyRequest,
+        context: grpc.aio.ServicerContext[admin_pb2.RevokeApiKeyRequest, admin_pb2.RevokeApiKeyResponse],
+    ) -> admin_pb2.RevokeApiKeyResponse:
+        raise AssertionError("nobody asks")
+
 
 async def served(error: errors.ServingError) -> AsyncIterator[str]:
     server = rpc.create_server()

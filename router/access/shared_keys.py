@@ -1,0 +1,94 @@
+"""API keys in the shared store: made, revoked and followed by every gateway of the cluster.
+
+A key of the store per API key, and a counter that grows with every change, so that a gateway which looks once a second
+asks one question and reads everything only after a change. Whoever makes a change counts after it; whoever reads asks
+for the count first: what is missed meanwhile is read at the next look.
+
+A store that lost its data (an embedded one that was started again) learns the keys from the gateways, who remember;
+revoked ones too, so that none comes back to life.
+"""
+
+import logging
+from collections.abc import Callable
+from datetime import datetime
+
+from pydantic import ValidationError
+
+from core.errors import InvalidRequest, StoreUnavailable
+from core.store import Store
+from router.access.config import ApiKeyConfig
+from router.access.keys import KeyRing
+
+_log = logging.getLogger(__name__)
+_ATTEMPTS = 5
+
+
+class SharedKeys:
+    """One gateway's view of them.
+
+    Concurrency: one event loop. Every method raises StoreUnavailable.
+    """
+
+    def __init__(self, store: Store, cluster: str, now: Callable[[], datetime]) -> None:
+        self._store = store
+        self._prefix = f"tandem:{cluster}:access:key:"
+        self._version_key = f"tandem:{cluster}:access:version"
+        self._now = now
+        self._version: bytes | None = None
+        self._ring = KeyRing()
+
+    async def refresh(self) -> KeyRing | None:
+        """Return the keys if something has changed since the last time."""
+        version = await self._store.get(self._version_key)
+        if version is None and len(self._ring):
+            await self._remind()
+            version = await self._store.get(self._version_key)
+        if version == self._version:
+            return None
+        found = await self._store.scan(self._prefix)
+        self._ring = KeyRing(key for name, value in found.items() if (key := _read(name, value)) is not None)
+        self._version = version
+        return self._ring
+
+    async def add(self, key: ApiKeyConfig) -> None:
+        """Keep a new key. Raises: InvalidRequest, when one of this fingerprint is there."""
+        if not await self._store.compare_and_set(self._prefix + key.fingerprint, None, _write(key)):
+            raise InvalidRequest("fingerprint", f"there is a key {key.fingerprint} already")
+        await self._store.increment(self._version_key)
+
+    async def revoke(self, key: ApiKeyConfig) -> ApiKeyConfig:
+        """Mark a key as revoked, wherever it comes from, and return it so. One that is revoked stays as it is."""
+        name = self._prefix + key.fingerprint
+        for _ in range(_ATTEMPTS):
+            held = await self._store.get(name)
+            kept = (_read(name, held) if held is not None else None) or key
+            if kept.revoked_at is not None:
+                return kept
+            revoked = kept.model_copy(update={"revoked_at": self._now()})
+            if await self._store.compare_and_set(name, held, _write(revoked)):
+                await self._store.increment(self._version_key)
+                return revoked
+        raise StoreUnavailable(f"key {key.fingerprint} changes all the time")
+
+    async def _remind(self) -> None:
+        keys = self._ring.all()
+        _log.warning("the shared store lost its API keys; it is told %d again", len(keys))
+        for key in keys:
+            await self._store.compare_and_set(self._prefix + key.fingerprint, None, _write(key))
+        await self._store.increment(self._version_key)
+
+
+def _write(key: ApiKeyConfig) -> bytes:
+    return key.model_dump_json().encode()
+
+
+def _read(name: str, value: bytes) -> ApiKeyConfig | None:
+    try:
+        key = ApiKeyConfig.model_validate_json(value)
+    except ValidationError as error:
+        _log.error("%s is no API key: %d problems", name, error.error_count())
+        return None
+    if not name.endswith(key.fingerprint):
+        _log.error("%s holds another key's record", name)
+        return None
+    return key
