@@ -13,6 +13,7 @@ from tests.e2e.cluster_process import ROOT, TINY, ClusterProcess
 NEW_TOKENS = 24
 PROMISE_S = 2.0  # a client learns of a death within this time
 _PROBE_S = 0.05
+_LOAD_TOKENS = 1700
 _STREAM_DEADLINE_S = 200.0  # longer than any test waits: a stream ends because of what was done to it
 TEXT = (ROOT / "LICENSE").read_text()
 
@@ -118,12 +119,13 @@ class Load:
     async def _stream(self, prompt: Sequence[int], begun: asyncio.Event) -> None:
         index = 0
         try:
-            async for piece in self._client.generate(prompt, temperature=0.0, max_tokens=1700, ignore_eos=True):
+            async for piece in self._client.generate(prompt, temperature=0.0, max_tokens=_LOAD_TOKENS, ignore_eos=True):
                 for token in piece.tokens:
                     assert token.index == index
                     index += 1
                 if index > 1:
                     begun.set()
+            assert index == _LOAD_TOKENS
         except ServingError as error:
             self.failures.put_nowait(error)
 
@@ -138,6 +140,14 @@ class Load:
             num_open = sum(not task.done() for task in self.tasks)
             raise AssertionError(f"{len(errors)} of {count} failed in time, {num_open} go on") from None
         return errors
+
+    async def ended_within(self, seconds: float) -> list[ServingError]:
+        """Return the failures when no stream goes on: each has all its tokens, or was told why not."""
+        _, going_on = await asyncio.wait(self.tasks, timeout=seconds * slowness())
+        assert not going_on, f"{len(going_on)} of {len(self.tasks)} go on"
+        for task in self.tasks:
+            task.result()
+        return [self.failures.get_nowait() for _ in range(self.failures.qsize())]
 
     async def leave(self) -> None:
         """Disconnect whatever still streams."""
