@@ -7,11 +7,13 @@ server was restarted) is tried once more at once on a fresh one.
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import redis.asyncio as aioredis
+from redis.asyncio.connection import RedisSSLContext, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -19,6 +21,7 @@ from redis.exceptions import RedisError
 from core.errors import ConfigError, StoreUnavailable
 from core.store import StreamEntry, Taken
 from core.store_redis_scripts import COMPARE_AND_SET, HOLD_SLOTS, TAKE_TOKENS
+from core.tls import ClientTls, client_context
 from core.token_bucket import BucketTake
 
 _FIELD = b"v"
@@ -32,24 +35,25 @@ class RedisStore:
     Args:
         url: redis://, rediss:// or unix://; may carry a password, which is never shown.
         deadline_s: of every call; of `read` it comes on top of the wait asked for.
+        tls: of a rediss:// URL; None: what the system trusts, or what the URL's own parameters say.
 
     Raises:
-        ConfigError: the URL is malformed.
+        ConfigError: the URL is malformed, or does not go with `tls`.
     """
 
-    def __init__(self, url: str, *, deadline_s: float = 1.0) -> None:
+    def __init__(self, url: str, *, deadline_s: float = 1.0, tls: ClientTls | None = None) -> None:
         self._deadline_s = deadline_s
         try:
             self._name = _without_password(url)
-            pool = aioredis.BlockingConnectionPool.from_url(
-                url,
-                max_connections=_MAX_CONNECTIONS,
-                timeout=None,  # calls beyond it queue, under our own deadline
-                socket_connect_timeout=deadline_s,
-                socket_timeout=None,  # our own deadline covers it, and blocking reads must outlast a fixed one
-                retry=Retry(NoBackoff(), 1),
-                protocol=2,  # every server speaks it, and it has no push messages
-            )
+            ours = {
+                "max_connections": _MAX_CONNECTIONS,
+                "timeout": None,  # calls beyond it queue, under our own deadline
+                "socket_connect_timeout": deadline_s,
+                "socket_timeout": None,  # our own deadline covers it, and blocking reads must outlast a fixed one
+                "retry": Retry(NoBackoff(), 1),
+                "protocol": 2,  # every server speaks it, and it has no push messages
+            }
+            pool = aioredis.BlockingConnectionPool(**(ours | _connection_options(url, tls)))
             self._client = aioredis.Redis.from_pool(pool)
             self._compare_and_set = self._client.register_script(COMPARE_AND_SET)
             self._take_tokens = self._client.register_script(TAKE_TOKENS)
@@ -146,9 +150,42 @@ class RedisStore:
                 yield
         except TimeoutError as error:
             raise StoreUnavailable(f"Redis at {self._name}: no answer within {self._deadline_s:g} s") from error
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, ConfigError) as error:  # the last: certificates that broke meanwhile
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StoreUnavailable(f"Redis at {self._name}: {reason}") from error
+
+
+class _TlsConnection(aioredis.SSLConnection):
+    """Reads its certificates whenever it connects, so that new ones are used without a restart."""
+
+    def __init__(self, *, tls: ClientTls, **options: Any) -> None:
+        super().__init__(**options)
+        self.ssl_context = _CurrentContext(tls)
+
+
+class _CurrentContext(RedisSSLContext):
+    """What the library asks for a context."""
+
+    __slots__ = ("_tls",)
+
+    def __init__(self, tls: ClientTls) -> None:
+        super().__init__()
+        self._tls = tls
+
+    def get(self) -> ssl.SSLContext:
+        return client_context(self._tls)
+
+
+def _connection_options(url: str, tls: ClientTls | None) -> dict[str, Any]:
+    options: dict[str, Any] = dict(parse_url(url))
+    if tls is None:
+        return options
+    if options.get("connection_class") is not aioredis.SSLConnection:
+        raise ConfigError("redis.tls: the URL must begin with rediss://")
+    if tls.server_name:
+        raise ConfigError("redis.tls.server_name: Redis is known by the host of its URL")
+    client_context(tls)  # what cannot be used is told now
+    return options | {"connection_class": _TlsConnection, "tls": tls}
 
 
 def _milliseconds(ttl_s: float | None) -> int | None:

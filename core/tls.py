@@ -170,6 +170,21 @@ def server_context(tls: ServerTls) -> ssl.SSLContext:
     return first
 
 
+def client_context(tls: ClientTls) -> ssl.SSLContext:
+    """Return a context for one connection to a server; `server_name` is for whoever connects to say.
+
+    Raises:
+        ConfigError: a file cannot be read, or they do not fit together.
+    """
+    context = ssl.create_default_context() if tls.ca is None else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if tls.ca is not None:
+        _trust(context, tls.ca)
+    if tls.certificate is not None and tls.private_key is not None:
+        _load(context, tls.certificate, tls.private_key)
+    return context
+
+
 def _server_context(tls: ServerTls) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -14,6 +14,7 @@ from core.config import ConfigModel, load_config
 from core.errors import ServingError
 from core.store_redis import RedisStore
 from core.telemetry import setup_logging
+from core.tls import ClientTls
 from router.config import RouterConfig
 from router.service import Gateway
 
@@ -25,6 +26,7 @@ class GatewayProcessConfig(ConfigModel):
 
     cluster: str = "default"
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix://")
+    redis_tls: ClientTls | None = Field(None, description="of a rediss:// URL; absent: what the system trusts")
     drain_timeout_s: float = Field(30.0, ge=0, description="how long running requests may go on after SIGTERM")
     log_level: str = "INFO"
     router: RouterConfig
@@ -32,7 +34,7 @@ class GatewayProcessConfig(ConfigModel):
 
 async def serve(config: GatewayProcessConfig) -> None:
     """Run until SIGTERM or SIGINT, then drain."""
-    store = RedisStore(config.redis_url)
+    store = RedisStore(config.redis_url, tls=config.redis_tls)
     gateway = Gateway(config.router, config.cluster, store, MonotonicClock())
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
