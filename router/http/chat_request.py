@@ -10,7 +10,7 @@ from core.constraint import Constraint
 from core.errors import InvalidRequest
 from core.request import SamplingParams
 from router.chat.messages import ChatCall
-from router.http.fields import Integer, dump_json, read_fields
+from router.http.fields import Integer, TextOrObject, dump_json, read_fields
 from router.http.message_fields import MessageFields, ToolFields, read_message, read_tool, read_tool_choice
 from router.http.sampling_fields import UNSERVED, SamplingFields, check_alternatives
 
@@ -46,7 +46,7 @@ class ChatRequest(SamplingFields):
 
     messages: list[MessageFields]
     tools: list[ToolFields] | None = None
-    tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, or a function by name")
+    tool_choice: TextOrObject | None = Field(None, description="none, auto, required, or a function by name")
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from core.constraint import Constraint, ConstraintKind
 from core.errors import InvalidRequest
-from router.http.fields import RequestModel, dump_json
+from router.http.fields import RequestModel, TextOrObject, dump_json
 
 _MAX_CHOICES = 4096
 
@@ -22,7 +22,7 @@ class ConstraintFields(RequestModel):
     structured_outputs: dict[str, Any] | None = Field(
         None, description="one of json, regex, choice, grammar, json_object, structural_tag"
     )
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: TextOrObject | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None

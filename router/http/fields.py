@@ -27,6 +27,13 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**64 else value
 
 
+def _text_or_object(value: object) -> object:
+    if value is not None and not isinstance(value, str | dict):
+        raise ValueError("must be a string or an object")
+    return value
+
+
+TextOrObject = Annotated[str | dict[str, Any], BeforeValidator(_text_or_object)]
 Integer = Annotated[int, BeforeValidator(_whole)]
 
 

@@ -3,7 +3,7 @@
 OpenAI's own, and those that vLLM and SGLang added and their clients send."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -49,7 +49,8 @@ UNSERVED: Mapping[str, Sequence[object]] = {
 WITHOUT_EFFECT = frozenset({"metadata", "user", "safety_identifier"})
 """Labels of a request that never touch its answer: of stored answers, and of who asks."""
 
-_TIERS: Mapping[str, tuple[ServiceClass | None, int]] = {
+ServiceTier = Literal["auto", "default", "scale", "flex", "priority"]
+_TIERS: Mapping[ServiceTier, tuple[ServiceClass | None, int]] = {
     "auto": (None, 0),
     "default": (None, 0),
     "scale": (None, 0),
@@ -100,7 +101,7 @@ class SamplingFields(ConstraintFields):
     prompt_logprobs: Integer | None = Field(None, description="of every prompt token, and so many alternatives")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    service_tier: str | None = Field(None, description="auto, default, flex (batch) or priority")
+    service_tier: ServiceTier | None = Field(None, description="flex is batch")
     priority: Integer | None = Field(None, description="as in vLLM: a smaller number goes first; -10 to 10")
     request_id: str | None = Field(None, description="as the header x-request-id")
     return_token_ids: bool | None = Field(None, description="token ids beside the text")
@@ -119,16 +120,8 @@ class SamplingFields(ConstraintFields):
         return self.includes_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def service(self) -> tuple[ServiceClass | None, int | None]:
-        """Return the class and priority that the body asks for.
-
-        Raises:
-            InvalidRequest
-        """
-        service_class, tier_priority = None, 0
-        if self.service_tier is not None:
-            if self.service_tier not in _TIERS:
-                raise InvalidRequest("service_tier", f"must be one of {', '.join(_TIERS)}")
-            service_class, tier_priority = _TIERS[self.service_tier]
+        """Return the class and priority that the body asks for."""
+        service_class, tier_priority = _TIERS[self.service_tier or "auto"]
         if self.priority is not None:
             return service_class, -self.priority
         return service_class, tier_priority or None
