@@ -59,6 +59,12 @@ class EngineConfig(ConfigModel):
         description="prefill: so many last prompt tokens (fewer after a prefix hit) score the others; 0: no scores",
     )
     layer_group_size: int = Field(4, ge=1, description="layers per KV frame of a hand-off")
+    mask_wait_s: float = Field(
+        0.05, gt=0, description="a step awaits what constraints allow so long; a later request leaves out the step"
+    )
+    mask_timeout_s: float = Field(
+        2.0, gt=0, description="a request whose constraint takes longer to say what it allows next is given up"
+    )
 
     def cached_blocks(self, num_blocks: int, bytes_per_block: int) -> int:
         """Return how many blocks of a pool of `num_blocks` the prefix cache may own."""

@@ -7,6 +7,7 @@ A request's path:
    `keep` lets it go on as if it had been added.
 3. `reserve`: blocks for a prompt that another engine computes; KV is written into them, then `activate` lets the
    request join the batch, at its first token or later.
+4. A request with a constraint is accepted by any of these, and goes on when `supply` has brought its grammar.
 
 `abort` ends any of these at any moment. Synchronous, knows no network. Everything is called by one thread (see
 `engine.loop`) but `read_kv` and `write_kv`, which any thread may call while a step runs (see `engine.handoff`).
@@ -17,7 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from core.blocks import num_blocks
-from core.errors import DuplicateRequest, RejectedError, RejectReason, TransferError
+from core.clock import Clock, MonotonicClock
+from core.errors import DuplicateRequest, RejectedError, RejectReason, ServingError, TransferError
 from core.ids import RequestId
 from core.kv_events import BlocksStored, KvEvent
 from core.layout import KvLayout
@@ -26,9 +28,10 @@ from core.request import GenerateRequest, RequestOutput, TokenOutput
 from core.text import NewDetokenizer
 from engine.blocks import BlockManager, Owner
 from engine.config import EngineConfig, ModelConfig
-from engine.contract import PrefillObserver, Reservation, Runner, StepFailed
+from engine.contract import NoFiniteLogits, PrefillObserver, Reservation, Runner, StepFailed
 from engine.detokenize import load_detokenizer
 from engine.execution import Executor
+from engine.following import Following
 from engine.handoff import HandoffTable, NoSuchHandoff
 from engine.intake import Intake
 from engine.ledger import KvLedger
@@ -39,6 +42,7 @@ from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, StepStats
 from engine.sequence import SequenceEvent, SequenceState, TokenSequence
 from engine.token_scores import score_tokens
+from grammar.walk import Grammar
 
 __all__ = ["Engine", "PrefillObserver", "Reservation", "StepFailed"]
 
@@ -46,11 +50,19 @@ __all__ = ["Engine", "PrefillObserver", "Reservation", "StepFailed"]
 class Engine:
     """See the module. Attributes: `layout`, `model_info`, `last_step`."""
 
-    def __init__(self, runner: Runner, config: EngineConfig, new_detokenizer: NewDetokenizer | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        new_detokenizer: NewDetokenizer | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         """
         Args:
             new_detokenizer: makes text of token ids; without it stop strings are refused.
+            clock: measures how long constraints take.
         """
+        clock = clock or MonotonicClock()
         pool = runner.pool
         self.model_info = runner.info
         self.layout: KvLayout = pool.layout
@@ -65,14 +77,21 @@ class Engine:
         )
         self._handoffs = HandoffTable(pool)
         self._quarantine = Quarantine(self._ledger, self._handoffs)
-        self._executor = Executor(runner, layer_group_size=config.layer_group_size, score_window=config.score_window)
+        self._executor = Executor(
+            runner,
+            clock,
+            layer_group_size=config.layer_group_size,
+            score_window=config.score_window,
+            mask_wait_s=config.mask_wait_s,
+        )
+        self._following = Following(clock, mask_wait_s=config.mask_wait_s, mask_timeout_s=config.mask_timeout_s)
         self._intake = Intake(
             runner.info, block_size=self._block_size, num_blocks=pool.num_blocks, new_detokenizer=new_detokenizer
         )
         self._live: dict[RequestId, TokenSequence] = {}
         self._observers: dict[RequestId, PrefillObserver] = {}
         self._ready_outputs: list[RequestOutput] = []
-        self._failed: list[RequestId] = []
+        self._failed: list[tuple[RequestId, ServingError]] = []
         self._num_arrivals = 0
 
     @classmethod
@@ -100,6 +119,15 @@ class Engine:
         """
         return self._queue(request, is_prefill=False)
 
+    def supply(self, request_id: RequestId, grammar: Grammar) -> None:
+        """Bring a request with a constraint its grammar, once. Ignored when the request has ended."""
+        sequence = self._live.get(request_id)
+        if sequence is not None:
+            sequence.grammar = grammar
+            if sequence.state is SequenceState.UNREADY:
+                self._following.begin(sequence, grammar, ())
+                self._scheduler.supply(sequence)
+
     def abort(self, request_id: RequestId) -> bool:
         """End a request at whatever point it is, without further output; say whether it was there.
 
@@ -115,12 +143,14 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one step: admit, preempt, compute, sample. Returns nothing when nothing could be computed.
 
-        A request whose logits are not finite ends without output; `take_failed` names it.
+        A request whose logits are not finite, or whose constraint cannot be followed any further, ends without
+        output; `take_failed` names it. One whose constraint has not said in time what may come next is left as it is.
 
         Raises:
             StepFailed: computing failed; the engine can go on once the named requests are aborted.
         """
         self._quarantine.collect()
+        self._settle(can_wait=all(sequence.is_held for sequence in self._scheduler.running))
         plan = self._scheduler.schedule()
         self.last_step = plan.stats()
         for sequence in plan.admitted:
@@ -134,8 +164,12 @@ class Engine:
             row = 0
             for sequence, share in plan.shares:
                 is_complete = sequence.num_computed + share == len(sequence.tokens)
+                if is_complete and row in choices.unknown:  # its last token is computed once more
+                    sequence.num_computed += share - 1
+                    row += 1
+                    continue
                 if is_complete and row in choices.failed:  # before anything of this step is shared
-                    self._failed.append(sequence.request_id)
+                    self._failed.append((sequence.request_id, NoFiniteLogits()))
                     self._end(sequence)
                     row += 1
                     continue
@@ -146,11 +180,13 @@ class Engine:
                     output = self._advance(sequence, choices.token_ids[row], choices.details.get(row))
                     self._ready_outputs.append(output)
                     row += 1
+            if choices.unknown:
+                self._settle(can_wait=False)
         outputs, self._ready_outputs = self._ready_outputs, []
         return outputs
 
-    def take_failed(self) -> list[RequestId]:
-        """Return the requests that ended since the last call because the model computed no finite logits for them."""
+    def take_failed(self) -> list[tuple[RequestId, ServingError]]:
+        """Return the requests that ended on their own since the last call, and why."""
         failed, self._failed = self._failed, []
         return failed
 
@@ -297,7 +333,7 @@ class Engine:
     ) -> None:
         """Let a reserved request, whose KV has been written whole, go on after the tokens generated elsewhere.
 
-        If these end the request already, the next `step` says so.
+        If these end the request already, the next `step` says so. A constraint's grammar was supplied before.
 
         Args:
             first_tokens: everything generated so far; at least one.
@@ -314,6 +350,7 @@ class Engine:
             raise TransferError("dropped_tokens", f"{num_dropped} tokens were left out, and every one is needed")
         self._handoffs.check_complete(request_id, num_dropped)
         assert first_tokens, "the first token comes from the prefill side"
+        assert self._live[request_id].has_grammar, "the grammar is supplied first"
         self._handoffs.close(request_id)
         sequence = self._live[request_id]
         self._ledger.change_owner(sequence, Owner.REQUEST)
@@ -328,7 +365,9 @@ class Engine:
             if finish is not None:
                 self._ready_outputs.append(RequestOutput(request_id, (), finish))
                 self._end(sequence)
-                break
+                return
+        if sequence.grammar is not None:
+            self._following.begin(sequence, sequence.grammar, first_tokens)
 
     # What others may know
 
@@ -355,12 +394,14 @@ class Engine:
         self._ledger.check(self._live.values(), self._quarantine.sequences)
         self._scheduler.check(self._live.values())
         assert self._observers.keys() <= self._live.keys()
+        self._following.check(self._live)
 
     # Inside
 
     def _queue(self, request: GenerateRequest, *, is_prefill: bool) -> int:
-        sequence = self._new_sequence(request, SequenceState.WAITING, is_prefill=is_prefill)
-        if len(self._scheduler.waiting) >= self._max_waiting:
+        state = SequenceState.WAITING if request.sampling.constraint is None else SequenceState.UNREADY
+        sequence = self._new_sequence(request, state, is_prefill=is_prefill)
+        if self._scheduler.num_queued >= self._max_waiting:
             raise RejectedError(RejectReason.QUEUE_FULL, f"{self._max_waiting} requests are waiting")
         self._live[sequence.request_id] = sequence
         self._scheduler.add(sequence)
@@ -382,7 +423,7 @@ class Engine:
     def _advance(self, sequence: TokenSequence, token_id: int, detail: TokenDetail | None) -> RequestOutput:
         """Take a sampled token into a sequence and let it live on, lease or end accordingly."""
         index = sequence.num_generated
-        finish = sequence.push(token_id)
+        finish = self._following.advance(sequence, token_id, sequence.push(token_id))
         if finish is not None:
             self._end(sequence)
         elif sequence.is_prefill:
@@ -393,10 +434,20 @@ class Engine:
         logprobs = (detail.logprob, detail.top_logprobs) if detail else ()
         return RequestOutput(sequence.request_id, (TokenOutput(index, token_id, *logprobs),), finish)
 
+    def _settle(self, *, can_wait: bool) -> None:
+        """End the requests whose constraint says that they are over, or cannot be followed."""
+        for sequence, how in self._following.settle(can_wait=can_wait):
+            if isinstance(how, ServingError):
+                self._failed.append((sequence.request_id, how))
+            else:
+                self._ready_outputs.append(RequestOutput(sequence.request_id, (), how))
+            self._end(sequence)
+
     def _end(self, sequence: TokenSequence) -> None:
         """Take a request out of everything; its blocks go back, or to quarantine while they are being copied."""
         self._scheduler.remove(sequence)
         del self._live[sequence.request_id]
         self._observers.pop(sequence.request_id, None)
+        self._following.end(sequence)
         self._quarantine.release(sequence)
         sequence.handle(SequenceEvent.ENDED)

@@ -1,17 +1,21 @@
 """Runs what the scheduler planned: packs the batch, computes it, samples, tells observers which KV is ready.
 
-Knows the model and the sampler; changes no request.
+Knows the model and the sampler; moves no request on. What constraints allow is worked out elsewhere while the model
+computes; it is awaited here, for a bounded time, before a token is chosen.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
+from core.clock import Clock
 from core.ids import RequestId
 from engine.contract import PrefillObserver, Runner
 from engine.forward import ForwardBatch, SequenceChunk, build_batch
 from engine.sampler import Choices, Sampler
 from engine.sequence import TokenSequence
+from grammar.walk import await_answers
 
 Shares = Sequence[tuple[TokenSequence, int]]
 Observers = Mapping[RequestId, PrefillObserver]
@@ -20,11 +24,16 @@ Observers = Mapping[RequestId, PrefillObserver]
 class Executor:
     """One forward pass and one sampling per call."""
 
-    def __init__(self, runner: Runner, *, layer_group_size: int, score_window: int = 0) -> None:
+    def __init__(
+        self, runner: Runner, clock: Clock, *, layer_group_size: int, score_window: int = 0, mask_wait_s: float = 0.05
+    ) -> None:
         """
         Args:
             score_window: keep the queries of this many last prompt tokens of every prefill for a hand-off.
+            mask_wait_s: what constraints allow is awaited so long, then the step goes on without those rows.
         """
+        self._clock = clock
+        self._mask_wait_s = mask_wait_s
         self._runner = runner
         self._layout = runner.pool.layout
         self._device = runner.pool.kv.device
@@ -57,14 +66,26 @@ class Executor:
                 )
             )
             if is_complete:
-                complete.append(sequence.sampling)
+                complete.append(sequence)
             if wants_window:
                 windows.append((sequence, min(share, wants_window)))
         batch = build_batch(chunks, self._layout.block_size, self._device)
         with torch.inference_mode():
             logits = self._runner.forward(batch, self._layer_hook(shares, observers))
             self._keep_windows(batch, windows)
-            return self._sampler.choose(logits, complete) if complete else Choices([], {})
+            return self._choose(logits, complete) if complete else Choices([], {})
+
+    def _choose(self, logits: torch.Tensor, sequences: Sequence[TokenSequence]) -> Choices:
+        states = [sequence.sampling for sequence in sequences]
+        walks = {row: walk for row, sequence in enumerate(sequences) if (walk := sequence.walk) is not None}
+        if not walks:
+            return self._sampler.choose(logits, states)
+        await_answers(walks.values(), self._mask_wait_s, self._clock)
+        unknown = frozenset(row for row, walk in walks.items() if not walk.can_choose)
+        for row in unknown:
+            walks[row].must_wait = not walks[row].is_ready
+        masks = {row: walk.mask for row, walk in walks.items() if row not in unknown and walk.mask is not None}
+        return replace(self._sampler.choose(logits, states, masks), unknown=unknown)
 
     def _keep_windows(self, batch: ForwardBatch, windows: Sequence[tuple[TokenSequence, int]]) -> None:
         if not batch.window_queries:

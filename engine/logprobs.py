@@ -17,7 +17,7 @@ class TokenDetail:
 
 
 def token_details(logprobs: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenDetail]:
-    """Return the details of each row.
+    """Return the details of each row; alternatives that cannot be chosen are left out.
 
     Args:
         logprobs: float32 [R, V].
@@ -30,9 +30,12 @@ def token_details(logprobs: torch.Tensor, token_ids: Sequence[int], counts: Sequ
     if most == 0:
         return [TokenDetail(logprob, ()) for logprob in own]
     values, ids = largest(logprobs, most)
+    possible = (values > -torch.inf).sum(dim=1).tolist()
     return [
-        TokenDetail(logprob, tuple(map(TokenLogprob, row_ids[:count], row_values[:count])))
-        for logprob, count, row_values, row_ids in zip(own, counts, values.tolist(), ids.tolist(), strict=True)
+        TokenDetail(logprob, tuple(map(TokenLogprob, row_ids[: min(count, most)], row_values[: min(count, most)])))
+        for logprob, count, most, row_values, row_ids in zip(
+            own, counts, possible, values.tolist(), ids.tolist(), strict=True
+        )
     ]
 
 

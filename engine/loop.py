@@ -23,7 +23,7 @@ from core.ids import RequestId
 from core.kv_events import KvEvent
 from core.membership import LoadReport
 from core.request import RequestOutput
-from engine.contract import NoFiniteLogits, StepFailed
+from engine.contract import StepFailed
 from engine.engine import Engine
 from engine.scheduler import StepStats
 
@@ -237,11 +237,9 @@ class EngineLoop:
 
     def _report_failed(self) -> None:
         """Report requests that failed on their own, in a step that went well: they never count against the engine."""
-        failed = self._engine.take_failed()
-        if failed:
-            error = NoFiniteLogits()
-            _LOG.error("%s: %s", ", ".join(failed), error)
-            self._on_failure(Failure(tuple(failed), error, is_fatal=False))
+        for request_id, error in self._engine.take_failed():
+            _LOG.error("%s: %s", request_id, error)
+            self._on_failure(Failure((request_id,), error, is_fatal=False))
 
     def _fail_step(self, error: StepFailed) -> None:
         _LOG.error("%s", error, exc_info=error)

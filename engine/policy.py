@@ -10,7 +10,7 @@ def share_budget(pending: Sequence[int], budget: int) -> list[int]:
     oldest first, in chunks. Nobody starves: there are never more running requests than tokens in a step.
 
     Args:
-        pending: tokens left to compute, of each request, oldest first; at least 1 each.
+        pending: tokens left to compute, of each request, oldest first; 0 of one that has to wait.
         budget: tokens of the whole step.
     """
     left = budget - pending.count(1)

@@ -5,20 +5,26 @@ draw is an exponential race, arg max of probability / noise, with noise that is 
 generation that moves to another worker, or is recomputed after preemption, goes on exactly as it would have.
 A row whose largest logit is not a finite number (the model's failure) gets no token and is named; no other row notices.
 Rows pay for what they ask for: an all-greedy batch costs one arg max, filters and edits touch only the rows with them.
+A row's mask, which says what its constraint allows, comes after penalties and bias: what it forbids has no probability,
+in the log-probabilities too. Where min_tokens would forbid all that the mask allows, the mask wins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from core.request import SamplingParams
 from engine.counter_random import TokenNoise, mix64, position_key
 from engine.filters import filter_rows, needs_filter
 from engine.logit_edits import LogitBias, SeenTokens, add_bias, has_penalty, penalise, suppress
 from engine.logprobs import TokenDetail, token_details
+from engine.masks import forbid, leaves_any
+
+Masks = Mapping[int, NDArray[np.uint8]]
 
 
 class SamplingState:
@@ -68,16 +74,19 @@ class Choices:
         token_ids: -1 in the rows that failed.
         details: of the rows that asked for log-probabilities.
         failed: rows without a finite largest logit, ascending.
+        unknown: rows whose choice means nothing, because what their constraint allows is not known yet, or nothing.
     """
 
     token_ids: list[int]
     details: dict[int, TokenDetail]
     failed: tuple[int, ...] = ()
+    unknown: frozenset[int] = frozenset()
 
 
 _RACE_ELEMENTS = 2**17  # at once on a CPU: what stays in its caches
 _NO_TOKEN = -1
 _NO_DETAILS: dict[int, TokenDetail] = {}
+_NO_MASKS: Masks = {}
 
 
 class Sampler:
@@ -86,17 +95,18 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self._noise = TokenNoise(vocab_size, device)
 
-    def choose(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> Choices:
+    def choose(self, logits: torch.Tensor, states: Sequence[SamplingState], masks: Masks = _NO_MASKS) -> Choices:
         """Choose a token per row; the states are not changed.
 
         Args:
             logits: float32 [R, V]; overwritten.
             states: of each row.
+            masks: of rows with a constraint, a bit per token that may be chosen, the lowest first.
         """
-        if all(state.is_plain for state in states):
+        if not masks and all(state.is_plain for state in states):
             token_ids = _arg_max(logits)
             return Choices(token_ids, _NO_DETAILS, _failed(token_ids))
-        self._edit(logits, states)
+        self._edit(logits, states, masks)
         wanted = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         logprobs = torch.log_softmax(_rows(logits, wanted), dim=1) if wanted else logits
         sampled = [row for row, state in enumerate(states) if not state.params.is_greedy]
@@ -115,7 +125,7 @@ class Sampler:
         details = token_details(logprobs, [token_ids[row] for row in wanted], counts)
         return Choices(token_ids, dict(zip(wanted, details, strict=True)), failed)
 
-    def _edit(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
+    def _edit(self, logits: torch.Tensor, states: Sequence[SamplingState], masks: Masks) -> None:
         counted = [(row, state.seen) for row, state in enumerate(states) if state.seen is not None]
         if counted:
             rows = [row for row, _ in counted]
@@ -123,9 +133,15 @@ class Sampler:
         biased = [(row, state.bias) for row, state in enumerate(states) if state.bias is not None]
         if biased:
             add_bias(logits, [row for row, _ in biased], [bias for _, bias in biased])
-        endless = [row for row, state in enumerate(states) if state.must_continue]
+        endless = [
+            row
+            for row, state in enumerate(states)
+            if state.must_continue and (row not in masks or leaves_any(masks[row], state.suppressed))
+        ]
         if endless:
             suppress(logits, endless, [states[row].suppressed for row in endless])
+        if masks:
+            forbid(logits, masks)
 
     def _draw(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
         """Sample every row of `logits` [R, V], which is overwritten."""

@@ -72,6 +72,7 @@ class Scheduler:
     """The waiting and the running requests, each list oldest first.
 
     Attributes:
+        unready: requests whose grammar is being compiled; they are in nobody's way.
         num_reserved: requests whose KV is on its way; each has a place in the batch kept for it.
         reserved_tokens: of their prompts.
     """
@@ -80,6 +81,7 @@ class Scheduler:
         self._ledger = ledger
         self._max_batch_tokens = max_batch_tokens
         self._max_running = min(max_num_requests, max_batch_tokens)  # so that every decode fits in every step
+        self.unready: list[TokenSequence] = []
         self.waiting: list[TokenSequence] = []
         self.running: list[TokenSequence] = []
         self.num_reserved = 0
@@ -87,8 +89,18 @@ class Scheduler:
         self._is_short_of_blocks = False
 
     def add(self, sequence: TokenSequence) -> None:
-        """Queue a request."""
-        insort(self.waiting, sequence, key=_BY_ARRIVAL)
+        """Queue a request, or keep it until its grammar is here."""
+        insort(self.unready if sequence.state is SequenceState.UNREADY else self.waiting, sequence, key=_BY_ARRIVAL)
+
+    @property
+    def num_queued(self) -> int:
+        return len(self.unready) + len(self.waiting)
+
+    def supply(self, sequence: TokenSequence) -> None:
+        """Queue a request whose grammar is here, at its old place."""
+        self.unready.remove(sequence)
+        sequence.handle(SequenceEvent.SUPPLIED)
+        self.add(sequence)
 
     def requeue(self, sequence: TokenSequence) -> None:
         """Let a request wait that was in the batch before; it holds nothing, and its turn comes by its age."""
@@ -98,6 +110,8 @@ class Scheduler:
     def remove(self, sequence: TokenSequence) -> None:
         """Take a request out of the queue or the batch, if it is there; its blocks are the caller's affair."""
         match sequence.state:
+            case SequenceState.UNREADY:
+                self.unready.remove(sequence)
             case SequenceState.WAITING:
                 self.waiting.remove(sequence)
             case SequenceState.RUNNING:
@@ -133,7 +147,7 @@ class Scheduler:
         self._is_short_of_blocks = bool(preempted)
         # After a preemption nobody is let in: whatever became free belongs to those that are running.
         admitted = [] if preempted else self._admit()
-        pending = [len(sequence.tokens) - sequence.num_computed for sequence in self.running]
+        pending = [len(sequence.tokens) - sequence.num_computed - sequence.is_held for sequence in self.running]
         shares = share_budget(pending, self._max_batch_tokens)
         return StepPlan(
             [(sequence, share) for sequence, share in zip(self.running, shares, strict=True) if share],
@@ -146,10 +160,10 @@ class Scheduler:
         prompts = sum(sequence.num_pending for sequence in self.running if sequence.num_pending > 1)
         return LoadReport(
             num_running=len(self.running),
-            num_waiting=len(self.waiting) + self.num_reserved,
+            num_waiting=self.num_queued + self.num_reserved,
             num_reserved=self.num_reserved,
             reserved_tokens=self.reserved_tokens,
-            queued_prefill_tokens=prompts + sum(sequence.num_pending for sequence in self.waiting),
+            queued_prefill_tokens=prompts + sum(each.num_pending for each in (*self.unready, *self.waiting)),
             context_tokens=sum(sequence.num_computed - sequence.num_dropped for sequence in self.running),
             free_blocks=self._ledger.num_available,
             total_blocks=self._ledger.blocks.num_blocks,
@@ -159,9 +173,10 @@ class Scheduler:
     def check(self, live: Collection[TokenSequence]) -> None:
         """Assert that the lists and the counts are those of all `live` requests."""
         by_state = {state: [each for each in live if each.state is state] for state in SequenceState}
+        assert len(self.unready) == len(by_state[SequenceState.UNREADY])
         assert len(self.waiting) == len(by_state[SequenceState.WAITING])
         assert len(self.running) == len(by_state[SequenceState.RUNNING])
-        assert all(sequence in live for sequence in (*self.waiting, *self.running))
+        assert all(sequence in live for sequence in (*self.unready, *self.waiting, *self.running))
         reserved = by_state[SequenceState.RESERVED]
         assert self.num_reserved == len(reserved)
         assert self.reserved_tokens == sum(sequence.num_prompt_tokens for sequence in reserved)

@@ -1,8 +1,9 @@
 """One generation inside the engine: its tokens, how far they are computed, the blocks it holds, its life.
 
-Life: a request is added and waits, runs, and ends. With a hand-off it either ends as a lease on the prefill side
-(unless it is kept there), or begins as a reservation on the decode side. Preemption takes its blocks and lets it wait
-again; its tokens stay. Mutable, and changed by the engine thread only.
+Life: a request is added and waits, runs, and ends; one with a constraint gets its grammar before it waits. With a
+hand-off it either ends as a lease on the prefill side (unless it is kept there), or begins as a reservation on the
+decode side. Preemption takes its blocks and lets it wait again; its tokens stay, and so does its walk through the
+grammar. Mutable, and changed by the engine thread only.
 """
 
 from collections.abc import Mapping
@@ -19,9 +20,11 @@ from core.request import Finish, GenerateRequest
 from engine.prefix_cache import CacheEntry
 from engine.sampler import SamplingState
 from engine.stops import StopChecker
+from grammar.walk import Grammar, Walk
 
 
 class SequenceState(StrEnum):
+    UNREADY = "unready"  # its grammar is being compiled; holds nothing
     WAITING = "waiting"  # holds nothing
     RUNNING = "running"  # in the batch
     LEASED = "leased"  # prefilled; out of the batch until the hand-off ends
@@ -30,6 +33,7 @@ class SequenceState(StrEnum):
 
 
 class SequenceEvent(StrEnum):
+    SUPPLIED = "supplied"
     ADMITTED = "admitted"
     PREEMPTED = "preempted"
     PREFILLED = "prefilled"
@@ -41,6 +45,10 @@ class SequenceEvent(StrEnum):
 _S, _E = SequenceState, SequenceEvent
 EDGES: Mapping[SequenceState, Mapping[SequenceEvent, SequenceState]] = MappingProxyType(
     {
+        _S.UNREADY: {
+            _E.SUPPLIED: _S.WAITING,  # the grammar is here
+            _E.ENDED: _S.ENDED,  # aborted, or there is no such grammar
+        },
         _S.WAITING: {
             _E.ADMITTED: _S.RUNNING,  # its turn came and its blocks were there
             _E.ENDED: _S.ENDED,  # aborted in the queue
@@ -80,6 +88,8 @@ class TokenSequence:
         is_shareable: its KV is exact, so full blocks may enter the prefix cache.
         cached_tokens: prompt tokens found in the cache when it was last admitted or reserved.
         window_queries: [L, W, H, D] queries of the last prompt tokens, when they are kept for scores.
+        grammar: what its constraint was compiled to, once it was supplied.
+        walk: its way through the grammar; it has taken every generated token.
     """
 
     def __init__(
@@ -118,6 +128,8 @@ class TokenSequence:
         self.cached_tokens = 0
         self.window_queries: torch.Tensor | None = None
         self.num_preemptions = 0
+        self.grammar: Grammar | None = None
+        self.walk: Walk | None = None
         self._block_size = block_size
         self._namespace = namespace
         given = request.block_hashes
@@ -138,6 +150,16 @@ class TokenSequence:
     def num_pending(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def has_grammar(self) -> bool:
+        """It has the grammar that its constraint needs, or no constraint."""
+        return (self.request.sampling.constraint is None) is (self.grammar is None)
+
+    @property
+    def is_held(self) -> bool:
+        """Its next token cannot be chosen in the step that is planned now: what may follow is not known yet."""
+        return self.walk is not None and self.walk.is_held
 
     @property
     def num_places(self) -> int:

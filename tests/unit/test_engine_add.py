@@ -8,7 +8,7 @@ from core.errors import DuplicateRequest, InvalidRequest, PromptTooLong, Rejecte
 from core.ids import RequestId
 from core.kv_events import BlocksStored
 from core.request import Finish, FinishReason, GenerateRequest, SamplingParams
-from engine.contract import StepFailed
+from engine.contract import NoFiniteLogits, StepFailed
 from engine.engine import Engine
 from engine.scheduler import Admission
 from tests.fake_model import EOS, FakeRunner, fake_engine, greedy, reference_tokens, run_to_end, token_ids
@@ -290,7 +290,9 @@ def test_logits_that_are_not_numbers_end_their_request_only() -> None:
     engine.add(request("later", [5, 6]))
     outputs = engine.step()
     assert [output.request_id for output in outputs] == ["good", "later"]
-    assert engine.take_failed() == ["bad"]
+    ((failed, error),) = engine.take_failed()
+    assert failed == "bad"
+    assert isinstance(error, NoFiniteLogits)
     assert engine.take_failed() == []
     engine.check()
     assert engine.request_ids == ("good", "later")

@@ -1,0 +1,230 @@
+"""Starts and ends the compiling processes, and hears their verdicts. One per gateway or worker, started when needed.
+
+A server process (`grammar.server`) forks a process per constraint; what they may cost is bounded here: how many at
+once, how many wait, how long each may take. A server that dies is started again with the next constraint.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from core.clock import Clock
+from core.constraint import Constraint
+from core.errors import InvalidRequest, RejectedError, RejectReason, ServingError, WorkerLost
+from grammar import wire
+from grammar.bounds import FIELD, field_of
+from grammar.config import GrammarConfig
+from grammar.walk import Grammar
+
+_log = logging.getLogger(__name__)
+_ROOT = Path(__file__).resolve().parents[1]
+_END_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTokens:
+    """Whose tokens are constrained. `path` is None when there is no checkpoint folder."""
+
+    path: Path | None
+    vocab_size: int
+    end_token_ids: Sequence[int]
+
+
+class _Server:
+    """A running server process and our end of its socket."""
+
+    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
+        self.process = process
+        self.control = control
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.returncode is None
+
+    def order(self, message: dict[str, object], descriptors: Sequence[int] = ()) -> None:
+        """Any thread.
+
+        Raises:
+            OSError: the server has ended, or takes no more.
+        """
+        socket.send_fds(self.control, [json.dumps(message).encode()], descriptors)
+
+
+class GrammarHost:
+    """Compiles constraints elsewhere.
+
+    Concurrency: event loop, but `Grammar.fail` on any thread.
+    """
+
+    def __init__(self, config: GrammarConfig, tokens: ModelTokens, clock: Clock) -> None:
+        self._config = config
+        self._tokens = tokens
+        self._clock = clock
+        self._server: _Server | None = None
+        self._starting = asyncio.Lock()
+        self._places = asyncio.Semaphore(config.max_compiling)
+        self._num_waiting = 0
+        self._numbers = count(1)
+        self._is_closed = False
+
+    async def check(self, constraint: Constraint) -> None:
+        """Return when the constraint can be compiled and followed.
+
+        Raises:
+            InvalidRequest: it cannot, or costs too much.
+            RejectedError: QUEUE_FULL. ServingError: no verdict could be had.
+        """
+        connection, _ = await self._compile(constraint, is_followed=False)
+        connection.close()
+
+    async def open(self, constraint: Constraint) -> Grammar:
+        """Return the constraint, ready to be followed.
+
+        Raises:
+            As `check`.
+        """
+        connection, kill = await self._compile(constraint, is_followed=True)
+        return Grammar(constraint, connection, self._clock, kill)
+
+    async def close(self) -> None:
+        """End every process. Whoever still compiles hears that it is over. Idempotent."""
+        self._is_closed = True
+        async with self._starting:
+            server, self._server = self._server, None
+        if server is not None:
+            await _end(server)
+
+    async def _compile(self, constraint: Constraint, *, is_followed: bool):  # type: ignore[no-untyped-def]
+        if self._num_waiting >= self._config.max_compiling + self._config.max_waiting:
+            raise RejectedError(RejectReason.QUEUE_FULL, f"{self._num_waiting} constraints are being compiled", 1.0)
+        self._num_waiting += 1
+        try:
+            async with self._places:
+                return await self._compile_now(constraint, is_followed=is_followed)
+        finally:
+            self._num_waiting -= 1
+
+    async def _compile_now(self, constraint: Constraint, *, is_followed: bool):  # type: ignore[no-untyped-def]
+        server, number = await self._running_server(), next(self._numbers)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+
+        def kill() -> None:
+            if server.is_alive:
+                try:
+                    server.order({"kill": number})
+                except OSError as error:  # it is ending, and all its processes with it
+                    _log.debug("the grammar server takes no orders: %s", error)
+
+        is_good = False
+        try:
+            with theirs:
+                server.order(
+                    {
+                        "start": number,
+                        "kind": constraint.kind,
+                        "text": constraint.text,
+                        "token_timeout_s": self._config.token_timeout_s,
+                        "is_followed": is_followed,
+                    },
+                    [theirs.fileno()],
+                )
+            await self._verdict(constraint, ours, server)
+            is_good = True
+        except OSError as error:
+            raise WorkerLost(f"the grammar server cannot be reached: {error}") from error
+        finally:
+            if not is_good:
+                kill()
+                ours.close()
+        return ours, kill
+
+    async def _verdict(self, constraint: Constraint, connection: socket.socket, server: _Server) -> None:
+        field, timeout_s = field_of(constraint), self._config.compile_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                packet = await asyncio.get_running_loop().sock_recv(connection, wire.MAX_PACKET_BYTES)
+        except TimeoutError:
+            raise InvalidRequest(field, f"takes more than {timeout_s:g} s to compile") from None
+        if not packet:
+            if self._is_closed or not server.is_alive:
+                raise WorkerLost("the grammar server has ended")
+            raise InvalidRequest(field, "cannot be compiled: its compiler needed too much memory or broke")
+        problem = json.loads(packet)["problem"]
+        if problem:
+            raise InvalidRequest(field, f"cannot be enforced: {problem}")
+
+    async def _running_server(self) -> _Server:
+        """Raises: InvalidRequest, when this model's text cannot be constrained. ServingError: it does not start."""
+        if self._tokens.path is None:
+            raise InvalidRequest(FIELD, "this model has no tokenizer, so its text cannot be constrained")
+        async with self._starting:
+            if self._is_closed:
+                raise WorkerLost("the grammar server has been closed")
+            if self._server is not None and not self._server.is_alive:
+                _log.error("the grammar server ended with status %s", self._server.process.returncode)
+                self._server.control.close()
+                self._server = None
+            if self._server is None:
+                self._server = await self._start(self._tokens.path)
+            return self._server
+
+    async def _start(self, path: Path) -> _Server:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "grammar.server", "--descriptor", str(theirs.fileno())),
+                *("--model", str(path), "--vocab-size", str(self._tokens.vocab_size)),
+                *("--end-token-ids", json.dumps(list(self._tokens.end_token_ids))),
+                *("--max-memory-bytes", str(self._config.max_memory_bytes)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=_environment(),
+                start_new_session=True,
+            )
+        server = _Server(process, ours)
+        try:
+            async with asyncio.timeout(self._config.start_timeout_s):
+                packet = await asyncio.get_running_loop().sock_recv(ours, wire.MAX_PACKET_BYTES)
+        except BaseException as error:
+            await _end(server)
+            if isinstance(error, TimeoutError):
+                raise ServingError("the grammar server does not start") from error
+            raise
+        problem = json.loads(packet)["problem"] if packet else "it ended at once"
+        if problem:
+            await _end(server)
+            raise InvalidRequest(FIELD, f"this model's text cannot be constrained: {problem}")
+        return server
+
+
+def _environment() -> dict[str, str]:
+    """One thread, so that forking is safe; this source tree, wherever it is; no device."""
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+async def _end(server: _Server) -> None:
+    server.control.close()
+    try:
+        async with asyncio.timeout(_END_S):
+            await server.process.wait()
+    except TimeoutError:
+        _log.error("the grammar server does not end; it is killed")
+        server.process.kill()
+        await server.process.wait()

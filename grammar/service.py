@@ -1,0 +1,69 @@
+"""A gateway's verdicts on constraints: asked before a request takes a place anywhere, remembered, bounded."""
+
+import asyncio
+from collections import OrderedDict
+
+from core.clock import Clock
+from core.constraint import Constraint
+from core.errors import InvalidRequest
+from grammar import bounds
+from grammar.config import GrammarConfig
+from grammar.host import GrammarHost, ModelTokens
+
+
+class GrammarService:
+    """Says whether a constraint can be enforced.
+
+    A verdict is remembered; requests that ask for the same one at the same time wait for the same compilation, which
+    goes on when one of them gives up. Whoever has no constraint never comes here.
+
+    Concurrency: event loop.
+    """
+
+    def __init__(self, config: GrammarConfig, tokens: ModelTokens, clock: Clock) -> None:
+        self._config = config
+        self._host = GrammarHost(config, tokens, clock)
+        self._verdicts: OrderedDict[Constraint, asyncio.Task[InvalidRequest | None]] = OrderedDict()
+
+    async def check(self, constraint: Constraint) -> None:
+        """Return when workers will be able to enforce it.
+
+        Raises:
+            InvalidRequest: it is malformed, cannot be enforced, or costs too much; names the field.
+            RejectedError: QUEUE_FULL, too many wait for a verdict. ServingError: there is no verdict now.
+        """
+        bounds.check(constraint, self._config.limits)
+        task = self._verdicts.get(constraint)
+        if task is None:
+            task = asyncio.create_task(self._judge(constraint), name="verdict on a constraint")
+            self._verdicts[constraint] = task
+            task.add_done_callback(lambda done: self._settle(constraint, done))
+        self._verdicts.move_to_end(constraint)
+        refusal = await asyncio.shield(task)
+        if refusal is not None:
+            raise InvalidRequest(refusal.field, refusal.problem)
+
+    async def close(self) -> None:
+        """End the processes. Idempotent."""
+        await self._host.close()
+        tasks = [task for task in self._verdicts.values() if not task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _judge(self, constraint: Constraint) -> InvalidRequest | None:
+        try:
+            await self._host.check(constraint)
+        except InvalidRequest as refusal:
+            return refusal
+        return None
+
+    def _settle(self, constraint: Constraint, done: asyncio.Task[InvalidRequest | None]) -> None:
+        """Forget what is no verdict, and the oldest verdicts."""
+        if done.cancelled() or done.exception() is not None:
+            self._verdicts.pop(constraint, None)
+        while len(self._verdicts) > self._config.max_verdicts:
+            oldest = next((one for one, task in self._verdicts.items() if task.done()), None)
+            if oldest is None:
+                return
+            del self._verdicts[oldest]
