@@ -81,6 +81,7 @@ class WorkerRecord(BaseModel):
     layout_fingerprint: str = ""
     weights_version: str = Field("", description="of the KV layout: root of the block hashes that gateways compute")
     dtype: str = ""
+    engine_version: str = Field("", description="what generates its tokens: our version and that of torch")
     kv_bytes_per_token: int = Field(0, ge=0, description="of the KV layout: what a transfer moves per prompt token")
     block_size: int = 0
     max_model_len: int = 0

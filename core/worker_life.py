@@ -18,6 +18,7 @@ from core.layout import KvLayout
 from core.membership import Role, WorkerIdentity, WorkerRecord, WorkerState
 from core.registration import Registration, RegistrationConfig
 from core.store import Store
+from core.version import engine_version
 
 _log = logging.getLogger(__name__)
 
@@ -130,10 +131,11 @@ class WorkerLife:
 
 
 def layout_facts(layout: KvLayout, max_model_len: int) -> dict[str, str | int]:
-    """Return the fields of a worker record that tell of its model. Pure."""
+    """Return the fields of a worker record that tell of its model, and of what computes it."""
     return {
         "layout_fingerprint": layout.fingerprint,
         "weights_version": layout.weights_version,
+        "engine_version": engine_version(),
         "dtype": layout.dtype,
         "kv_bytes_per_token": layout.bytes_per_token,
         "block_size": layout.block_size,

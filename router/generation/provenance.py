@@ -16,4 +16,4 @@ class Provenance:
     @classmethod
     def of(cls, record: WorkerRecord | None) -> "Provenance":
         """Return what a worker's record says of its engine."""
-        return cls() if record is None else cls(record.weights_version, record.dtype)
+        return cls() if record is None else cls(record.weights_version, record.dtype, record.engine_version)

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from core.errors import InvalidRequest, ServingError
+from core.version import tandem_version
 from router.http import reply_types as replies
 from router.http.chat_request import ChatRequest
 from router.http.completion_request import CompletionRequest
@@ -35,7 +36,6 @@ from router.http.openapi import (
     success,
 )
 from router.http.probe_routes import ProbeRoutes
-from router.http.version import tandem_version
 from router.http.while_connected import json_response
 
 _log = logging.getLogger(__name__)

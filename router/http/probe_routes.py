@@ -7,9 +7,9 @@ from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
 
+from core.version import tandem_version
 from router.access.principal import Role
 from router.http.door import Door
-from router.http.version import tandem_version
 from router.http.while_connected import json_response
 
 

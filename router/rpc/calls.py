@@ -8,11 +8,11 @@ from core.service_class import ServiceClass, Slo
 from protos import inference_pb2 as pb
 from protos.codec import sampling_from_wire
 from router.chat.messages import ChatCall, ChatMessage, Tool, ToolCall, ToolChoice, ToolChoiceMode
+from router.hints import NO_HINTS, Hints, with_hints
 from router.intake import ChatPrompt, GenerateCall, Prompt, TextPrompt, TokenPrompt, check_prompt_fits
 from router.kv_terms import KvWish
 from router.service_terms import ServiceWish
 
-SESSION_METADATA = "x-session-id"
 _CLASSES = {
     pb.SERVICE_CLASS_UNSPECIFIED: None,
     pb.SERVICE_CLASS_INTERACTIVE: ServiceClass.INTERACTIVE,
@@ -34,28 +34,28 @@ _LEVELS = {
 
 
 def read_generate(
-    request: pb.GenerateRequest, max_model_len: int, *, tenant: str, session_id: str = ""
+    request: pb.GenerateRequest, max_model_len: int, *, tenant: str, hints: Hints = NO_HINTS
 ) -> GenerateCall:
     """Return what the client asked for.
 
     Args:
         tenant: on whose account, as access control says.
-        session_id: what the call's metadata say, if the request does not.
+        hints: what the call's metadata say, where the request says nothing.
 
     Raises:
         PromptTooLong: more token ids than the context holds; they are not even looked at.
         InvalidRequest: a level of quality or a service class that there is not.
     """
-    return _read_call(request, _read_prompt(request, max_model_len), tenant, session_id)
+    return _read_call(request, _read_prompt(request, max_model_len), tenant, hints)
 
 
-def read_chat(request: pb.ChatRequest, *, tenant: str, session_id: str = "") -> tuple[GenerateCall, ChatCall]:
+def read_chat(request: pb.ChatRequest, *, tenant: str, hints: Hints = NO_HINTS) -> tuple[GenerateCall, ChatCall]:
     """Return what the client asked for, and the conversation that makes the prompt of it. As `read_generate`.
 
     Raises:
         InvalidRequest: something that there is not is named.
     """
-    call = _read_call(request, None, tenant, session_id)
+    call = _read_call(request, None, tenant, hints)
     chat = ChatCall(
         messages=_read_messages(request.messages),
         tools=_read_tools(request.tools),
@@ -68,10 +68,10 @@ def read_chat(request: pb.ChatRequest, *, tenant: str, session_id: str = "") -> 
 
 
 def _read_call(
-    request: pb.GenerateRequest | pb.ChatRequest, prompt: Prompt | None, tenant: str, session_id: str
+    request: pb.GenerateRequest | pb.ChatRequest, prompt: Prompt | None, tenant: str, hints: Hints
 ) -> GenerateCall:
     sampling, terms = request.sampling, request.terms
-    return GenerateCall(
+    call = GenerateCall(
         model=request.model,
         request_id=request.request_id,
         prompt=prompt,
@@ -83,10 +83,11 @@ def _read_call(
             _read_quality(terms.kv_quality),
             terms.handoff_budget_s if terms.HasField("handoff_budget_s") else None,
         ),
-        service=_read_service(terms, session_id),
+        service=_read_service(terms),
         n=request.n or 1,
         resume_window_s=terms.resume_window_s if terms.HasField("resume_window_s") else None,
     )
+    return with_hints(call, hints)
 
 
 def read_tokenize(request: pb.TokenizeRequest) -> Prompt:
@@ -101,7 +102,7 @@ def read_tokenize(request: pb.TokenizeRequest) -> Prompt:
             raise InvalidRequest("input", "is missing: set text or chat")
 
 
-def _read_service(terms: pb.RequestTerms, session_id: str) -> ServiceWish:
+def _read_service(terms: pb.RequestTerms) -> ServiceWish:
     if terms.service_class not in _CLASSES:
         raise InvalidRequest("service_class", f"is the unknown class {terms.service_class}")
     slo = terms.slo
@@ -113,7 +114,7 @@ def _read_service(terms: pb.RequestTerms, session_id: str) -> ServiceWish:
             slo.tpot_s if slo.HasField("tpot_s") else None,
             slo.deadline_s if slo.HasField("deadline_s") else None,
         ),
-        terms.session_id or session_id,
+        terms.session_id,
     )
 
 

@@ -8,7 +8,8 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from router.access.principal import current_principal
 from router.front import Front
-from router.rpc.calls import SESSION_METADATA, read_chat, read_generate, read_tokenize
+from router.hints import Hints, read_hints
+from router.rpc.calls import read_chat, read_generate, read_tokenize
 from router.rpc.replies import ChatEvents, GenerateEvents
 from router.rpc.status import model_info
 from router.rpc.writing import stream
@@ -30,8 +31,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         front = self._front
         patience_s = front.config.write_timeout_s
         async with reply_errors(context, patience_s=patience_s):
-            tenant = current_principal().tenant_for(request.terms.tenant)
-            call = read_generate(request, front.max_model_len(), tenant=tenant, session_id=_session_id(context))
+            hints = _hints(context)
+            tenant = current_principal().tenant_for(request.terms.tenant or hints.tenant)
+            call = read_generate(request, front.max_model_len(), tenant=tenant, hints=hints)
             answer = await front.answer([call], context.time_remaining())
             await stream(context, answer, GenerateEvents(answer, front.tokenizer), patience_s)
 
@@ -41,8 +43,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         front = self._front
         patience_s = front.config.write_timeout_s
         async with reply_errors(context, patience_s=patience_s):
-            tenant = current_principal().tenant_for(request.terms.tenant)
-            call, chat = read_chat(request, tenant=tenant, session_id=_session_id(context))
+            hints = _hints(context)
+            tenant = current_principal().tenant_for(request.terms.tenant or hints.tenant)
+            call, chat = read_chat(request, tenant=tenant, hints=hints)
             answer = await front.chat(call, chat, context.time_remaining())
             await stream(context, answer, ChatEvents(answer, front.tokenizer), patience_s)
 
@@ -84,8 +87,5 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return pb.DetokenizeResponse(text=await self._front.detokenize(request.model, request.ids))
 
 
-def _session_id(context: "_ServicerContext") -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == SESSION_METADATA and isinstance(value, str):
-            return value
-    return ""
+def _hints(context: "_ServicerContext") -> Hints:
+    return read_hints((key, value) for key, value in context.invocation_metadata() or ())
