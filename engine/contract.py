@@ -30,6 +30,10 @@ class Runner(Protocol):
         """
         ...
 
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [R, V] of R rows of a batch's `scored_states`; the caller may overwrite them."""
+        ...
+
 
 class PrefillObserver(Protocol):
     """Told, on the engine thread, which KV of a prefill is in the pool. Must not block."""

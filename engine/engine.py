@@ -168,7 +168,8 @@ class Engine:
                     sequence.num_computed += share - 1
                     row += 1
                     continue
-                if is_complete and row in choices.failed:  # before anything of this step is shared
+                if is_complete and (row in choices.failed or not sequence.is_scored_well):
+                    # Before anything of this step is shared.
                     self._failed.append((sequence.request_id, NoFiniteLogits()))
                     self._end(sequence)
                     row += 1
@@ -432,7 +433,9 @@ class Engine:
             sequence.handle(SequenceEvent.PREFILLED)
             del self._observers[sequence.request_id]
         logprobs = (detail.logprob, detail.top_logprobs) if detail else ()
-        return RequestOutput(sequence.request_id, (TokenOutput(index, token_id, *logprobs),), finish)
+        scores, sequence.scores = sequence.scores, None
+        prompt_tokens = scores.result() if scores is not None else ()
+        return RequestOutput(sequence.request_id, (TokenOutput(index, token_id, *logprobs),), finish, prompt_tokens)
 
     def _settle(self, *, can_wait: bool) -> None:
         """End the requests whose constraint says that they are over, or cannot be followed."""

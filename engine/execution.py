@@ -13,6 +13,7 @@ from core.clock import Clock
 from core.ids import RequestId
 from engine.contract import PrefillObserver, Runner
 from engine.forward import ForwardBatch, SequenceChunk, build_batch
+from engine.prompt_scores import PromptScores, details_of
 from engine.sampler import Choices, Sampler
 from engine.sequence import TokenSequence
 from grammar.walk import await_answers
@@ -50,11 +51,13 @@ class Executor:
         chunks = []
         complete = []
         windows: list[tuple[TokenSequence, int]] = []
+        scored: list[tuple[PromptScores, range]] = []
         for sequence, share in shares:
             start = sequence.num_computed
             end = start + share
             is_complete = end == len(sequence.tokens)
             wants_window = is_complete and self._score_window if sequence.is_prefill else 0
+            positions = sequence.scores.missing(start, end) if sequence.scores is not None else range(0)
             chunks.append(
                 SequenceChunk(
                     sequence.tokens[start:end],
@@ -63,16 +66,20 @@ class Executor:
                     is_complete,
                     sequence.num_dropped,
                     wants_window,
+                    range(positions.start - start, positions.stop - start),
                 )
             )
             if is_complete:
                 complete.append(sequence)
             if wants_window:
                 windows.append((sequence, min(share, wants_window)))
+            if sequence.scores is not None and positions:
+                scored.append((sequence.scores, positions))
         batch = build_batch(chunks, self._layout.block_size, self._device)
         with torch.inference_mode():
             logits = self._runner.forward(batch, self._layer_hook(shares, observers))
             self._keep_windows(batch, windows)
+            self._score(batch, scored)
             return self._choose(logits, complete) if complete else Choices([], {})
 
     def _choose(self, logits: torch.Tensor, sequences: Sequence[TokenSequence]) -> Choices:
@@ -86,6 +93,18 @@ class Executor:
             walks[row].must_wait = not walks[row].is_ready
         masks = {row: walk.mask for row, walk in walks.items() if row not in unknown and walk.mask is not None}
         return replace(self._sampler.choose(logits, states, masks), unknown=unknown)
+
+    def _score(self, batch: ForwardBatch, scored: Sequence[tuple[PromptScores, range]]) -> None:
+        if not scored:
+            return
+        (states,) = batch.scored_states
+        token_ids = [token_id for scores, positions in scored for token_id in scores.following(positions)]
+        counts = [scores.num_top for scores, positions in scored for _ in positions]
+        details = details_of(states, self._runner.logits, token_ids, counts, self._runner.info.vocab_size)
+        at = 0
+        for scores, positions in scored:
+            scores.add(details[at : at + len(positions)])
+            at += len(positions)
 
     def _keep_windows(self, batch: ForwardBatch, windows: Sequence[tuple[TokenSequence, int]]) -> None:
         if not batch.window_queries:

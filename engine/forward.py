@@ -26,6 +26,7 @@ class SequenceChunk:
         wants_logits: whether the logits of the chunk's last token are wanted.
         num_dropped: how much the position of its tokens is ahead of their place.
         num_window_queries: the queries of this many of its last tokens are wanted.
+        scored: the tokens of the chunk, counted from its first, whose final hidden states are wanted.
     """
 
     token_ids: Sequence[int]
@@ -34,6 +35,7 @@ class SequenceChunk:
     wants_logits: bool = True
     num_dropped: int = 0
     num_window_queries: int = 0
+    scored: range = range(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,11 @@ class ForwardBatch:
         slot_mapping: int64 [T]; block * S + offset where a token's K and V go.
         logits_rows: int64 [R]; rows of T whose logits are wanted, ascending.
         window_rows: int64 [W]; rows of T whose queries are wanted, in every layer.
+        scored_rows: int64 [P]; rows of T whose final hidden states are wanted, to make logits of them piece by piece.
         query_lens: host copy, tokens per sequence.
         context_lens_host: host copy of `context_lens`.
         window_queries: filled by the model, when there are `window_rows`: per layer [W, H, D], as attention sees them.
+        scored_states: filled by the model, when there are `scored_rows`: one tensor [P, hidden size].
     """
 
     token_ids: torch.Tensor
@@ -64,9 +68,11 @@ class ForwardBatch:
     slot_mapping: torch.Tensor
     logits_rows: torch.Tensor
     window_rows: torch.Tensor
+    scored_rows: torch.Tensor
     query_lens: tuple[int, ...]
     context_lens_host: tuple[int, ...]
     window_queries: list[torch.Tensor] = field(default_factory=list)
+    scored_states: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +93,7 @@ class ForwardBatch:
             slot_mapping=self.slot_mapping[self.logits_rows],
             logits_rows=rows,
             window_rows=self.window_rows[:0],
+            scored_rows=self.scored_rows[:0],
             query_lens=(1,) * len(rows),
             context_lens_host=tuple(n for n, keep in zip(self.context_lens_host, is_wanted, strict=True) if keep),
         )
@@ -130,10 +137,14 @@ def build_batch(chunks: Sequence[SequenceChunk], block_size: int, device: torch.
         blocks * block_size + places % block_size,
         query_starts[1:][wanted].astype(np.int64) - 1,
         _window_rows(chunks, query_starts),
+        _scored_rows(chunks, query_starts),
     )
-    ids, at, starts, contexts, tables, slots, rows, window = (torch.from_numpy(array).to(device) for array in arrays)
+    tensors = (torch.from_numpy(array).to(device) for array in arrays)
+    ids, at, starts, contexts, tables, slots, rows, window, scored = tensors
     positions = at + torch.from_numpy(dropped[sequence_of_token]).to(device) if dropped.any() else at
-    return ForwardBatch(ids, positions, at, starts, contexts, tables, slots, rows, window, query_lens, context_lens)
+    return ForwardBatch(
+        ids, positions, at, starts, contexts, tables, slots, rows, window, scored, query_lens, context_lens
+    )
 
 
 def _window_rows(chunks: Sequence[SequenceChunk], query_starts: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -141,5 +152,14 @@ def _window_rows(chunks: Sequence[SequenceChunk], query_starts: NDArray[np.int32
         np.arange(stop - min(chunk.num_window_queries, len(chunk.token_ids)), stop, dtype=np.int64)
         for chunk, stop in zip(chunks, query_starts[1:].tolist(), strict=True)
         if chunk.num_window_queries
+    ]
+    return np.concatenate(wanted) if wanted else np.zeros(0, np.int64)
+
+
+def _scored_rows(chunks: Sequence[SequenceChunk], query_starts: NDArray[np.int32]) -> NDArray[np.int64]:
+    wanted = [
+        np.arange(start + chunk.scored.start, start + chunk.scored.stop, dtype=np.int64)
+        for chunk, start in zip(chunks, query_starts[:-1].tolist(), strict=True)
+        if chunk.scored
     ]
     return np.concatenate(wanted) if wanted else np.zeros(0, np.int64)

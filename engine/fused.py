@@ -114,7 +114,8 @@ class FusedDecoder:
                 on_layer(layer.layer_idx)
             if batch.window_rows.shape[0]:
                 batch.window_queries.append(query[batch.window_rows])
-            if layer.layer_idx == last and batch.logits_rows.shape[0] < batch.num_tokens:
+            is_scored = batch.scored_rows.shape[0] > 0
+            if layer.layer_idx == last and not is_scored and batch.logits_rows.shape[0] < batch.num_tokens:
                 # From here on only rows whose logits are wanted matter.
                 if not batch.logits_rows.shape[0]:
                     break
@@ -123,9 +124,16 @@ class FusedDecoder:
                 plan = self._backend.plan(batch.only_logits())
             next_norm = self._final_norm if layer.layer_idx == last else self._layers[layer.layer_idx + 1].input_norm
             self._after_keys(layer, hidden, query, plan, next_norm, normed)
+        if batch.scored_rows.shape[0]:
+            batch.scored_states.append(normed[batch.scored_rows])
+            normed = normed[batch.logits_rows]
         if not batch.logits_rows.shape[0]:
             return torch.empty((0, self._embedding.shape[0]), dtype=torch.float32)
         return self._head(normed).float()
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [R, V] of hidden states [R, hidden size] after the final norm."""
+        return self._head(states).float()
 
     def _add_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor

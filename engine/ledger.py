@@ -33,7 +33,7 @@ class KvLedger:
 
     def cached_tokens(self, sequence: TokenSequence) -> int:
         """Return how many of its tokens would be taken from the cache now."""
-        return len(self.cache.match(sequence.hashes((len(sequence.tokens) - 1) // self.block_size))) * self.block_size
+        return len(self.cache.match(sequence.hashes(sequence.num_reusable // self.block_size))) * self.block_size
 
     def missing_blocks(self, sequence: TokenSequence) -> int:
         """Return how many blocks more its known tokens need."""

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -22,11 +22,11 @@ from core.errors import ConfigError
 from core.layout import KvLayout
 from engine.attention.base import AttentionBackend
 from engine.attention.select import has_cpu_kernels, make_attention
-from engine.attention.transformers_door import Step
 from engine.checkpoint import ModelInfo, read_checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.forward import ForwardBatch, SequenceChunk, build_batch
 from engine.model import load_model, resolve_device
+from engine.plain import PlainDecoder
 from engine.pool import KvPool
 from engine.threads import StepCost
 
@@ -34,7 +34,9 @@ _LOG = logging.getLogger(__name__)
 _DEFAULT_CPU_POOL_BYTES = 512 * 2**20
 _DEFAULT_GPU_POOL_RATIO = 0.85  # of the memory that is free after the weights
 
-Forward = Callable[[ForwardBatch, Callable[[int], None] | None], torch.Tensor]
+if TYPE_CHECKING:  # it imports numba
+    from engine.fused import FusedDecoder
+
 Progress = Callable[[str, float], None]
 
 
@@ -49,11 +51,11 @@ class ModelRunner:
     Concurrency: one `forward` at a time; frames of other sequences' blocks may be read and written meanwhile.
     """
 
-    def __init__(self, info: ModelInfo, pool: KvPool, forward: Forward, cost: StepCost, *, fused: bool) -> None:
+    def __init__(self, info: ModelInfo, pool: KvPool, decoder: "FusedDecoder | PlainDecoder", cost: StepCost) -> None:
         self.info = info
         self.pool = pool
-        self.fused = fused
-        self._forward = forward
+        self.fused = not isinstance(decoder, PlainDecoder)
+        self._decoder = decoder
         self._cost = cost
         self._num_threads = torch.get_num_threads()
         self._prepared = (0, 0)  # thread id, thread count that it has taken up
@@ -84,11 +86,10 @@ class ModelRunner:
         progress("preparing layers", 0.7)
         cost = _step_cost(module, info)  # before the layers' weights move
         with torch.inference_mode():
-            decoder = _fuse(module, pool, backend, config, info) if config.fuse_modules else None
-            forward = _plain_forward(module, pool, backend) if decoder is None else decoder
-            runner = cls(info, pool, forward, cost, fused=decoder is not None)
+            fused = _fuse(module, pool, backend, config, info) if config.fuse_modules else None
+            runner = cls(info, pool, fused or PlainDecoder(module, pool, backend), cost)
             progress("warming up", 0.9)
-            runner._warm_up(module if decoder is None else None, backend)
+            runner._warm_up()
         progress("loaded", 1.0)
         return runner
 
@@ -105,55 +106,34 @@ class ModelRunner:
         if self._prepared != wanted:
             torch.set_num_threads(wanted[1])
             self._prepared = wanted
-        return self._forward(batch, on_layer)
+        return self._decoder.forward(batch, on_layer)
+
+    @torch.inference_mode()
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [R, V] of rows of the last batch's `scored_states`; owned by the caller."""
+        return self._decoder.logits(states)
 
     def batch(self, chunks: list[SequenceChunk]) -> ForwardBatch:
         """Build a batch for this pool and device."""
         return build_batch(chunks, self.pool.layout.block_size, self.pool.kv.device)
 
-    def _warm_up(self, module: PreTrainedModel | None, backend: AttentionBackend) -> None:
+    def _warm_up(self) -> None:
         """Run small batches through everything, once; block 0 is dirtied and cleaned.
 
         Raises:
-            ConfigError: layers of the plain `module` do not go through the paged attention.
+            ConfigError: layers of a plain module do not go through the paged attention.
         """
         size = self.pool.layout.block_size
         for length in sorted({1, size}):
             self.forward(self.batch([SequenceChunk([0] * length, 0, [0])]))
-        if module is not None:
-            batch = self.batch([SequenceChunk([0], 0, [0])])
-            step = Step(batch, self.pool, backend, backend.plan(batch))
-            _call(module, batch, step)
-            if step.layers_seen != list(range(self.info.num_layers)):
-                raise ConfigError(
-                    f"model.path: model type {module.config.model_type} is not supported: "
-                    "its layers do not use the common attention interface"
-                )
+        if isinstance(self._decoder, PlainDecoder):
+            self._decoder.probe(self.batch([SequenceChunk([0], 0, [0])]), self.info.num_layers)
         self.pool.kv[0].zero_()
-
-
-def _plain_forward(module: PreTrainedModel, pool: KvPool, backend: AttentionBackend) -> Forward:
-    def forward(batch: ForwardBatch, on_layer: Callable[[int], None] | None) -> torch.Tensor:
-        return _call(module, batch, Step(batch, pool, backend, backend.plan(batch), on_layer))
-
-    return forward
-
-
-def _call(module: PreTrainedModel, batch: ForwardBatch, step: Step) -> torch.Tensor:
-    result: Any = module(
-        input_ids=batch.token_ids[None],
-        position_ids=batch.positions[None],
-        use_cache=False,
-        logits_to_keep=batch.logits_rows,
-        step=step,
-    )
-    logits: torch.Tensor = result.logits[0].float()
-    return logits
 
 
 def _fuse(
     module: PreTrainedModel, pool: KvPool, backend: AttentionBackend, config: EngineConfig, info: ModelInfo
-) -> Forward | None:
+) -> "FusedDecoder | None":
     """Rebuild the layers for the CPU; None where that cannot be done.
 
     Raises:
@@ -166,7 +146,7 @@ def _fuse(
     if not can_fuse(module):
         return None
     try:
-        return FusedDecoder(module, pool, backend, info.max_model_len).forward
+        return FusedDecoder(module, pool, backend, info.max_model_len)
     except FusionMismatch as error:
         if error.layer_idx == 0:
             _LOG.warning("fused layers are not exact on this machine, plain ones are used: %s", error)

@@ -216,12 +216,10 @@ class Scheduler:
         while self.waiting and left > 0 and self.can_reserve():
             sequence = self.waiting[0]
             num_tokens = len(sequence.tokens)
-            # At least one token is computed: without it there would be no logits. A shared block is never written, so
-            # the block of that token is not taken from the cache even if it is there.
             if not self._ledger.admit(
                 sequence,
                 num_tokens=num_tokens,
-                max_cached_tokens=num_tokens - 1,
+                max_cached_tokens=sequence.num_reusable,
                 headroom=self.headroom(),
                 owner=Owner.REQUEST,
             ):

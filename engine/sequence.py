@@ -18,6 +18,7 @@ from core.blocks import extend_hash, num_blocks
 from core.errors import InvalidTransition
 from core.request import Finish, GenerateRequest
 from engine.prefix_cache import CacheEntry
+from engine.prompt_scores import PromptScores
 from engine.sampler import SamplingState
 from engine.stops import StopChecker
 from grammar.walk import Grammar, Walk
@@ -88,6 +89,7 @@ class TokenSequence:
         is_shareable: its KV is exact, so full blocks may enter the prefix cache.
         cached_tokens: prompt tokens found in the cache when it was last admitted or reserved.
         window_queries: [L, W, H, D] queries of the last prompt tokens, when they are kept for scores.
+        scores: of the prompt, when they were asked for and are to be computed here; until they have been told.
         grammar: what its constraint was compiled to, once it was supplied.
         walk: its way through the grammar; it has taken every generated token.
     """
@@ -127,6 +129,9 @@ class TokenSequence:
         self.is_shareable = True
         self.cached_tokens = 0
         self.window_queries: torch.Tensor | None = None
+        self.scores: PromptScores | None = None
+        if request.sampling.prompt_logprobs is not None and state is not SequenceState.RESERVED:
+            self.scores = PromptScores(request.prompt_token_ids, request.sampling.prompt_logprobs)
         self.num_preemptions = 0
         self.grammar: Grammar | None = None
         self.walk: Walk | None = None
@@ -165,6 +170,20 @@ class TokenSequence:
     def num_places(self) -> int:
         """Places in the pool that its known tokens need."""
         return len(self.tokens) - self.num_dropped
+
+    @property
+    def is_scored_well(self) -> bool:
+        """What was computed of its prompt's scores, if anything, are numbers."""
+        return self.scores is None or self.scores.are_finite
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading tokens whose KV may be taken from the prefix cache when it waits for its turn.
+
+        At least one token is computed: without it there would be no logits. A shared block is never written, so the
+        block of that token is not taken from the cache even if it is there.
+        """
+        return min(len(self.tokens) - 1, len(self.tokens) if self.scores is None else self.scores.num_known)
 
     @property
     def num_generated(self) -> int:

@@ -64,12 +64,23 @@ class FakeRunner:
             if on_layer is not None:
                 on_layer(layer)
         wanted = set(batch.logits_rows.tolist())
-        rows = []
+        scored = set(batch.scored_rows.tolist())
+        rows, states = [], []
         for sequence, length in enumerate(batch.context_lens_host):
             if int(batch.query_starts[sequence + 1]) - 1 in wanted:
                 history = self._history(batch.block_tables[sequence], length)
                 rows.append(torch.full((VOCAB_SIZE,), torch.nan) if self.poison in history else history_logits(history))
+            for row in range(int(batch.query_starts[sequence]), int(batch.query_starts[sequence + 1])):
+                if row in scored:
+                    history = self._history(batch.block_tables[sequence], int(batch.places[row]) + 1)
+                    states.append(torch.tensor(history + [-1] * (self.info.max_model_len - len(history))))
+        if states:
+            batch.scored_states.append(torch.stack(states))
         return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        histories = ([token for token in row if token >= 0] for row in states.tolist())
+        return torch.stack([history_logits(history) for history in histories])
 
     def _history(self, block_table: torch.Tensor, length: int) -> list[int]:
         frame = self.pool.read(block_table.long(), range(NUM_LAYERS), range(length))  # [L, 2, 1, T, 2]
