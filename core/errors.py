@@ -97,6 +97,13 @@ class ModelNotFound(ServingError):
     http_status = 404
 
 
+class RequestNotFound(ServingError):
+    """No request of this id can be read on here: it never was, ended too long ago, or is another tenant's."""
+
+    grpc_code = "NOT_FOUND"
+    http_status = 404
+
+
 class DuplicateRequest(ServingError):
     """A request with this id is already in flight."""
 

@@ -7,6 +7,7 @@
 Failures are the exceptions of `core.errors` (all are `ServingError`), re-exported here.
 """
 
+from core.constraint import Constraint
 from core.errors import (
     Aborted,
     ConfigError,
@@ -15,41 +16,61 @@ from core.errors import (
     InvalidRequest,
     ModelNotFound,
     NoWorkers,
+    PermissionDenied,
     PromptTooLong,
     RejectedError,
+    RequestNotFound,
     ServingError,
     SlowReader,
+    Unauthenticated,
     WorkerLost,
 )
-from core.request import FinishReason
+from core.tls import ClientTls
 from tandem_client.client import Client
-from tandem_client.sampling import Sampling
-from tandem_client.types import (
-    Alternative,
+from tandem_client.cluster_types import (
     ClusterStatus,
-    Generation,
     KvDecision,
-    Message,
     ModelInfo,
-    Piece,
-    Placement,
     RouteCandidate,
     RouteDecision,
     RouteOutcome,
+    WorkerStatus,
+)
+from tandem_client.constraints import grammar, json_object, json_schema, one_of, regex, structural_tag
+from tandem_client.options import Options, Sampling
+from tandem_client.types import (
+    Alternative,
+    ChatPiece,
+    FinishReason,
+    Generation,
+    Message,
+    NamedTool,
+    Piece,
+    Placement,
+    PromptToken,
+    Provenance,
+    Reply,
     Service,
+    Started,
     Summary,
     Timing,
     Token,
+    Tool,
+    ToolCall,
+    ToolCallPiece,
+    ToolChoice,
     Usage,
-    WorkerStatus,
 )
 
 __all__ = [
     "Aborted",
     "Alternative",
+    "ChatPiece",
     "Client",
+    "ClientTls",
     "ClusterStatus",
     "ConfigError",
+    "Constraint",
     "DeadlineExceeded",
     "DuplicateRequest",
     "FinishReason",
@@ -59,11 +80,18 @@ __all__ = [
     "Message",
     "ModelInfo",
     "ModelNotFound",
+    "NamedTool",
     "NoWorkers",
+    "Options",
+    "PermissionDenied",
     "Piece",
     "Placement",
+    "PromptToken",
     "PromptTooLong",
+    "Provenance",
     "RejectedError",
+    "Reply",
+    "RequestNotFound",
     "RouteCandidate",
     "RouteDecision",
     "RouteOutcome",
@@ -71,10 +99,22 @@ __all__ = [
     "Service",
     "ServingError",
     "SlowReader",
+    "Started",
     "Summary",
     "Timing",
     "Token",
+    "Tool",
+    "ToolCall",
+    "ToolCallPiece",
+    "ToolChoice",
+    "Unauthenticated",
     "Usage",
     "WorkerLost",
     "WorkerStatus",
+    "grammar",
+    "json_object",
+    "json_schema",
+    "one_of",
+    "regex",
+    "structural_tag",
 ]

@@ -1,34 +1,29 @@
 """The client: a connection to the gateways of one cluster, any number of generations at once."""
 
-import asyncio
-import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from core.errors import Aborted, DeadlineExceeded, RejectedError, ServingError
+from core.errors import InvalidRequest, ServingError
 from core.rpc import connect
+from core.tls import ClientTls
 from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
-from tandem_client import rpc
-from tandem_client.sampling import Sampling
-from tandem_client.types import (
-    ClusterStatus,
-    Generation,
-    KvDecision,
-    Message,
-    ModelInfo,
-    Piece,
-    RouteDecision,
-    Service,
-    Token,
-)
+from tandem_client import cluster_replies, replies, requests
+from tandem_client.cluster_types import ClusterStatus, KvDecision, ModelInfo, RouteDecision
+from tandem_client.collecting import Generations, Replies
+from tandem_client.options import Options
+from tandem_client.requests import Prompt
+from tandem_client.statuses import error_of
+from tandem_client.streaming import Attempts, Event, Resumption, Retries
+from tandem_client.types import ChatPiece, Generation, Message, Piece, Reply, Started, Tool, ToolChoice
 
-_BACKOFF_S = 0.05
-_ANY_SERVICE = Service()
+T = TypeVar("T")
+E = TypeVar("E", bound=Event)
 
 
 class Client:
@@ -38,9 +33,11 @@ class Client:
         address: host:port; or of several gateways of one cluster, separated by commas: calls go to them in turn.
         timeout_s: of the calls that are no generation.
         max_retries: how often a generation that was refused for now (or whose gateway cannot be reached) is tried again
-            before its first token. After the first token nothing is ever tried again.
+            before its first token. After the first token nothing is ever begun anew.
         tenant: on whose account everything goes.
-        on_retry: told why a generation was refused for now, and the seconds until it is tried again.
+        api_key: shown with every call; also a JWT.
+        tls: how to be sure who answers, and what to show; None: no TLS.
+        on_retry: told why a generation was refused for now or lost its connection, and the seconds until it goes on.
 
     Every method raises a `ServingError` of the kind that the gateway reported.
     Concurrency: one event loop; calls may overlap.
@@ -53,13 +50,15 @@ class Client:
         timeout_s: float = 10.0,
         max_retries: int = 2,
         tenant: str = "",
+        api_key: str = "",
+        tls: ClientTls | None = None,
         on_retry: Callable[[ServingError, float], None] = lambda _, __: None,
     ) -> None:
         self._timeout_s = timeout_s
-        self._max_retries = max_retries
+        self._retries = Retries(max_retries, on_retry)
         self._tenant = tenant
-        self._on_retry = on_retry
-        self._channel = connect(address)
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._channel = connect(address, tls)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminStub(self._channel)
 
@@ -75,127 +74,150 @@ class Client:
         """End everything that is still running."""
         await self._channel.close()
 
-    async def generate(
-        self,
-        prompt: rpc.Prompt,
-        *,
-        model: str = "",
-        request_id: str = "",
-        deadline_s: float | None = None,
-        kv_quality: str | float | None = None,
-        handoff_budget_s: float | None = None,
-        service: Service = _ANY_SERVICE,
-        **sampling: Unpack[Sampling],
-    ) -> AsyncGenerator[Piece, None]:
+    async def generate(self, prompt: Prompt, *, n: int = 1, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """Stream a generation. Leaving the loop early aborts it (use `contextlib.aclosing` to be sure when).
 
         Args:
             prompt: text, token ids, or `Message`s of a chat.
-            request_id: a name of yours for `abort` and logs; empty: the gateway makes one.
-            deadline_s: for all of it, retries included; the gateway's default otherwise.
-            kv_quality: of the KV cache on its way between two workers: exact, high, balanced, or the least token
-                agreement of its compression profile, in [0, 1]; the cluster's default otherwise.
-            handoff_budget_s: the KV cache may arrive so long after the first token; as soon as it can otherwise.
-            service: what it is for, and what it needs.
+            n: answers to it, numbered by `Piece.choice`.
+            options: see `tandem_client.options`.
         """
-        request = rpc.generate_request(
-            prompt,
-            model,
-            request_id,
-            sampling,
-            kv_quality=kv_quality,
-            handoff_budget_s=handoff_budget_s,
-            tenant=self._tenant,
-            service=service,
-        )
-        loop = asyncio.get_running_loop()
-        ends_at = None if deadline_s is None else loop.time() + deadline_s
-        for retries_left in range(self._max_retries, -1, -1):
-            left_s = None if ends_at is None else max(0.0, ends_at - loop.time())
-            has_begun = False
-            try:
-                async with aclosing(self._stream(request, left_s)) as pieces:
-                    async for piece in pieces:
-                        has_begun = True
-                        yield piece
-                return
-            except ServingError as error:
-                if has_begun or not error.retryable or not retries_left:
-                    raise
-                wait_s = max(_retry_after_s(error), _BACKOFF_S * 2 ** (self._max_retries - retries_left))
-                wait_s *= random.uniform(1.0, 1.5)
-                if ends_at is not None and loop.time() + wait_s >= ends_at:
-                    raise
-                self._on_retry(error, wait_s)
-            await asyncio.sleep(wait_s)
+        request = requests.generate_request(prompt, options, n=n, tenant=self._tenant)
+        resumption = self._resumption(request, lambda response: response.generate)
+        started: Started | None = None
+        async with aclosing(self._attempts(self._inference.Generate, request, options, resumption)) as events:
+            async for response in events:
+                match response.WhichOneof("event"):
+                    case "started":
+                        started = replies.started_of(response.started)
+                    case "delta" if started is not None:
+                        delta = response.delta
+                        yield Piece(started, delta.choice, delta.text, replies.tokens_of(delta.tokens))
+                    case "finished" if started is not None:
+                        summary = replies.summary_of(started, response.finished)
+                        yield Piece(started, summary.choice, "", (), summary)
+                    case other:
+                        raise ServingError(f"the gateway sent {other or 'an empty message'} out of place")
 
-    async def generate_text(
-        self,
-        prompt: rpc.Prompt,
-        *,
-        model: str = "",
-        request_id: str = "",
-        deadline_s: float | None = None,
-        kv_quality: str | float | None = None,
-        handoff_budget_s: float | None = None,
-        service: Service = _ANY_SERVICE,
-        **sampling: Unpack[Sampling],
-    ) -> Generation:
+    async def generate_text(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Generate to the end and return it whole."""
-        texts: list[str] = []
-        tokens: list[Token] = []
-        stream = self.generate(
-            prompt,
-            model=model,
-            request_id=request_id,
-            deadline_s=deadline_s,
-            kv_quality=kv_quality,
-            handoff_budget_s=handoff_budget_s,
-            service=service,
-            **sampling,
+        (generation,) = await self.generate_texts(prompt, n=1, **options)
+        return generation
+
+    async def generate_texts(self, prompt: Prompt, *, n: int, **options: Unpack[Options]) -> list[Generation]:
+        """Generate n answers to the end and return them in order."""
+        collected = Generations(n)
+        async for piece in self.generate(prompt, n=n, **options):
+            collected.add(piece)
+        return collected.whole()
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        n: int = 1,
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[ChatPiece, None]:
+        """Stream the next message of a conversation. Leaving the loop early aborts it, as in `generate`.
+
+        Args:
+            tools: that the model may call.
+            tool_choice: None: auto with tools, none without.
+            parallel_tool_calls: False: at most one call.
+            template_arguments: variables for the model's chat template, such as enable_thinking.
+            n: answers, numbered by `ChatPiece.choice`.
+            options: see `tandem_client.options`.
+        """
+        request = requests.chat_request(
+            messages,
+            options,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            template_arguments=template_arguments,
+            n=n,
+            tenant=self._tenant,
         )
-        async for piece in stream:
-            texts.append(piece.text)
-            tokens.extend(piece.tokens)
-            if piece.summary is not None:
-                return Generation("".join(texts), tuple(tokens), piece.summary)
-        raise ServingError("the stream ended without saying how")
+        resumption = self._resumption(request, lambda response: response.chat)
+        started: Started | None = None
+        async with aclosing(self._attempts(self._inference.Chat, request, options, resumption)) as events:
+            async for response in events:
+                match response.WhichOneof("event"):
+                    case "started":
+                        started = replies.started_of(response.started)
+                    case "delta" if started is not None:
+                        delta = response.delta
+                        calls, tokens = replies.tool_calls_of(delta.tool_calls), replies.tokens_of(delta.tokens)
+                        yield ChatPiece(started, delta.choice, delta.content, calls, tokens)
+                    case "finished" if started is not None:
+                        summary = replies.summary_of(started, response.finished)
+                        yield ChatPiece(started, summary.choice, "", (), (), summary)
+                    case other:
+                        raise ServingError(f"the gateway sent {other or 'an empty message'} out of place")
+
+    async def chat_message(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
+    ) -> Reply:
+        """Return the next message of a conversation whole; put it behind the others to go on. As `chat`."""
+        collected = Replies(1)
+        pieces = self.chat(
+            messages,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            template_arguments=template_arguments,
+            **options,
+        )
+        async for piece in pieces:
+            collected.add(piece)
+        (reply,) = collected.whole()
+        return reply
 
     async def abort(self, request_id: str) -> bool:
         """End a generation by its name. Returns whether it was running."""
-        request = pb.AbortRequest(request_id=request_id)
-        try:
-            return (await self._inference.Abort(request, timeout=self._timeout_s)).found
-        except grpc.aio.AioRpcError as error:
-            raise rpc.error_of(error) from error
+        request = pb.AbortRequest(request_id=request_id, tenant=self._tenant)
+        return (await self._told(self._inference.Abort, request)).found
 
     async def model_info(self, model: str = "") -> ModelInfo:
         """Return the facts about the model served."""
         request = pb.GetModelInfoRequest(model=model)
-        try:
-            return rpc.model_info_of(await self._inference.GetModelInfo(request, timeout=self._timeout_s))
-        except grpc.aio.AioRpcError as error:
-            raise rpc.error_of(error) from error
+        return cluster_replies.model_info_of(await self._told(self._inference.GetModelInfo, request))
 
-    async def tokenize(self, prompt: str | Sequence[Message], *, model: str = "") -> list[int]:
+    async def tokenize(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        model: str = "",
+        tools: Sequence[Tool] = (),
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Return the token ids of a prompt as the model would see it."""
-        request = pb.TokenizeRequest(model=model)
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.chat.CopyFrom(rpc.chat_messages(prompt))
+        request = requests.tokenize_request(prompt, model, tools, template_arguments)
+        return list((await self._told(self._inference.Tokenize, request)).ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """Return the text of token ids, special tokens left out."""
         try:
-            return list((await self._inference.Tokenize(request, timeout=self._timeout_s)).ids)
-        except grpc.aio.AioRpcError as error:
-            raise rpc.error_of(error) from error
+            request = pb.DetokenizeRequest(model=model, ids=token_ids)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest("ids", f"cannot be sent: {error}") from error
+        return (await self._told(self._inference.Detokenize, request)).text
 
     async def status(self) -> ClusterStatus:
         """Return the cluster as this gateway sees it."""
         request = admin_pb2.GetClusterStatusRequest()
-        try:
-            return rpc.cluster_status_of(await self._admin.GetClusterStatus(request, timeout=self._timeout_s))
-        except grpc.aio.AioRpcError as error:
-            raise rpc.error_of(error) from error
+        return cluster_replies.cluster_status_of(await self._told(self._admin.GetClusterStatus, request))
 
     async def kv_decisions(self, worker_id: str = "", *, last: int = 100) -> list[KvDecision]:
         """Return which compression profiles were chosen for the last KV transfers, newest first per prefill worker.
@@ -205,10 +227,7 @@ class Client:
             last: per worker.
         """
         request = admin_pb2.ListClusterKvDecisionsRequest(worker_id=worker_id, last=last)
-        try:
-            return rpc.kv_decisions_of(await self._admin.ListKvDecisions(request, timeout=self._timeout_s))
-        except grpc.aio.AioRpcError as error:
-            raise rpc.error_of(error) from error
+        return cluster_replies.kv_decisions_of(await self._told(self._admin.ListKvDecisions, request))
 
     async def explain(self, request_id: str = "", *, last: int = 20) -> list[RouteDecision]:
         """Return why requests were placed where they were, newest first, as far as the gateway still knows.
@@ -218,44 +237,40 @@ class Client:
             last: at most so many decisions.
         """
         request = admin_pb2.ExplainRequestRequest(request_id=request_id, last=last)
+        return cluster_replies.route_decisions_of(await self._told(self._admin.ExplainRequest, request))
+
+    async def _told(self, method: Callable[..., Awaitable[T]], request: object) -> T:
+        """Call a method with one answer."""
         try:
-            return rpc.route_decisions_of(await self._admin.ExplainRequest(request, timeout=self._timeout_s))
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise rpc.error_of(error) from error
+            raise error_of(error) from error
 
-    async def _stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Piece, None]:
-        """One attempt."""
-        started: pb.Started | None = None
-        call = self._inference.Generate(request, timeout=timeout_s)
-        try:
-            async for response in call:
-                match response.WhichOneof("event"):
-                    case "started":
-                        started = response.started
-                    case "delta" if started is not None:
-                        delta = response.delta
-                        yield Piece(started.request_id, started.seed, delta.text, rpc.tokens_of(delta))
-                    case "finished" if started is not None:
-                        summary = rpc.summary_of(started, response.finished)
-                        yield Piece(started.request_id, started.seed, "", (), summary)
-                    case other:
-                        raise ServingError(f"the gateway sent {other or 'an empty message'} out of place")
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise DeadlineExceeded(f"no end within {timeout_s} s") from error
-            raise rpc.error_of(error) from error
-        except asyncio.CancelledError as error:
-            if call.cancelled() and not _is_being_cancelled():
-                raise Aborted("the call was cancelled") from error
-            raise
-        finally:
-            call.cancel()
+    def _attempts(
+        self,
+        method: Callable[..., AsyncIterable[E]],
+        request: object,
+        options: Options,
+        resumption: Resumption[E] | None,
+    ) -> AsyncGenerator[E, None]:
+        """Call a streaming method."""
 
+        def begin(timeout_s: float | None) -> AsyncIterable[E]:
+            return method(request, timeout=timeout_s, metadata=self._metadata)
 
-def _is_being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+        attempts = Attempts(begin, self._retries, deadline_s=options.get("deadline_s"), resumption=resumption)
+        return attempts.events()
 
+    def _resumption(
+        self, request: pb.GenerateRequest | pb.ChatRequest, event_of: Callable[[pb.ResumeResponse], E]
+    ) -> Resumption[E] | None:
+        """None, unless the request asks for it. It gets a name then, to be asked for by."""
+        if not request.terms.resume_window_s > 0:
+            return None
+        request_id = request.request_id = request.request_id or f"req-{uuid.uuid4().hex}"
 
-def _retry_after_s(error: ServingError) -> float:
-    return error.retry_after_s if isinstance(error, RejectedError) else 0.0
+        def resume(last: int | None, timeout_s: float | None) -> AsyncIterable[pb.ResumeResponse]:
+            asked = pb.ResumeRequest(request_id=request_id, last_event_index=last, tenant=self._tenant)
+            return self._inference.Resume(asked, timeout=timeout_s, metadata=self._metadata)
+
+        return Resumption(request.terms.resume_window_s, resume, event_of, lambda: self.abort(request_id))

@@ -2,16 +2,68 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple
 
-from core.request import FinishReason
+
+class ToolCall(NamedTuple):
+    """A call that the model made. `arguments`: JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 class Message(NamedTuple):
-    """One turn of a chat."""
+    """One message of a chat.
+
+    Attributes:
+        role: system, user, assistant, tool, or what else the model's chat template knows.
+        name: of who speaks, for templates that tell them apart.
+        tool_calls: of an assistant's message.
+        tool_call_id: of a tool's message: the call that it answers.
+    """
 
     role: str
-    content: str
+    content: str = ""
+    name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call.
+
+    Attributes:
+        name: letters, digits, underscores and dashes, at most 64.
+        parameters: JSON schema of the arguments.
+        strict: the arguments are held to the schema while they are generated.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTool:
+    """The choice of exactly this function."""
+
+    name: str
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedTool
+"""auto: the model decides; none: the answer is text; required: at least one call."""
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended well."""
+
+    STOP = "stop"  # end of sequence, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the model's context is full
+    TOOL_CALLS = "tool_calls"  # of a chat: what follows is the results of the calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +77,50 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token; `index` counts from 0 without gap."""
+    """One generated token; `index` counts from 0 without gap. With log-probabilities it has a text, too."""
 
     index: int
     token_id: int
     logprob: float | None
     alternatives: tuple[Alternative, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """One scored token of a prompt. `logprob` is None for the first: nothing came before it."""
+
+    token_id: int
+    logprob: float | None
+    alternatives: tuple[Alternative, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What computed an answer."""
+
+    weights_version: str = ""
+    dtype: str = ""
+    engine_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What is known when the first token arrives.
+
+    Attributes:
+        seed: choice i was sampled with seed + i.
+        prompt_tokens: how many.
+        prompt_scores: of every prompt token, when asked for.
+    """
+
+    request_id: str
+    model: str
+    seed: int
+    prompt_tokens: int
+    prompt_scores: tuple[PromptToken, ...]
+    provenance: Provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +199,12 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How a generation ended. `matched_stop` is the stop string or the id of the stop token that ended it."""
+    """How an answer ended. `matched_stop` is the stop string or the id of the stop token that ended it.
+
+    Attributes:
+        seed: of the call; this choice was sampled with seed + choice.
+        choice: of the n answers.
+    """
 
     request_id: str
     model: str
@@ -119,22 +214,32 @@ class Summary:
     usage: Usage
     timing: Timing
     placement: Placement
+    choice: int = 0
+    provenance: Provenance = Provenance()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """News of a generation. The last piece, and only it, has a summary.
+    """News of a generation. The last piece of each choice, and only it, has a summary.
 
     Attributes:
-        request_id, seed: known from the first piece on.
+        choice: of the n answers.
         text: what became certain; may lag behind the tokens.
     """
 
-    request_id: str
-    seed: int
+    started: Started
+    choice: int
     text: str
     tokens: tuple[Token, ...]
     summary: Summary | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.started.request_id
+
+    @property
+    def seed(self) -> int:
+        return self.started.seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,142 +249,46 @@ class Generation:
     text: str
     tokens: tuple[Token, ...]
     summary: Summary
+    prompt_scores: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    model: str
-    weights_version: str
-    dtype: str
-    vocab_size: int
-    max_model_len: int
-    block_size: int
-    eos_token_ids: tuple[int, ...]
-    has_chat_template: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """One worker as the gateway sees it."""
-
-    worker_id: str
-    role: str
-    epoch: int
-    state: str
-    detail: str
-    address: str
-    pid: int
-    num_running: int
-    num_waiting: int
-    queued_prefill_tokens: int
-    free_blocks: int
-    total_blocks: int
-    cached_blocks: int
-    connected: bool
-    in_flight: int
-    metrics_port: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterStatus:
-    cluster: str
-    model: str
-    gateway_id: str
-    store_staleness_s: float
-    queued_requests: int
-    active_requests: int
-    workers: tuple[WorkerStatus, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class KvDecision:
-    """Which compression profile a KV transfer used, and why.
+class ToolCallPiece:
+    """The next piece of a tool call. `id` and `name` only in its first piece.
 
     Attributes:
-        prefill_worker, peer: from where to where.
-        age_s: since it was decided.
-        predicted_s, observed_s: reserved to acknowledged; None while that is not known.
-        wire_bytes: as coded; 0 while the transfer lives.
-        failure: why it failed; empty otherwise.
-        details: all that the worker keeps of it, with every candidate's terms.
+        index: among the calls of this choice.
+        arguments: the next piece of the JSON text.
     """
 
-    prefill_worker: str
-    peer: str
-    transfer_id: str
-    age_s: float
-    profile: str
-    reason: str
-    quality_floor: float
-    tenant: str
-    num_tokens: int
-    raw_bytes: int
-    goodput_bytes_per_s: float
-    predicted_s: float | None
-    observed_s: float | None
-    wire_bytes: int
-    failure: str
-    details: Mapping[str, Any]
+    index: int
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
-class RouteCandidate:
-    """One way to serve a request, and what it was expected to cost.
+class ChatPiece:
+    """News of a message. The last piece of each choice, and only it, has a summary.
 
     Attributes:
-        terms_s: what `total_s` is the sum of, by name.
-        held_tokens: of the prompt, in the cache of the worker that would compute it.
+        choice: of the n answers.
+        content, tool_calls: what became certain; may lag behind the tokens.
     """
 
-    prefill_worker: str
-    decode_worker: str
-    mode: str
-    total_s: float
-    terms_s: Mapping[str, float]
-    predicted_ttft_s: float
-    predicted_tpot_s: float
-    held_tokens: int
+    started: Started
+    choice: int
+    content: str
+    tool_calls: tuple[ToolCallPiece, ...]
+    tokens: tuple[Token, ...]
+    summary: Summary | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class RouteOutcome:
-    """What came of a decision. Seconds.
+class Reply:
+    """A whole message of the model."""
 
-    Attributes:
-        ttft_error_s: observed less predicted.
-        regret_s: observed less what the best other candidate was predicted to cost; negative: well chosen.
-        failure: why the request failed; empty otherwise.
-    """
-
-    ttft_s: float
-    tpot_s: float
-    transfer_s: float
-    ttft_error_s: float
-    regret_s: float
-    failure: str
-
-
-@dataclass(frozen=True, slots=True)
-class RouteDecision:
-    """Why a request was placed where it was. `candidates` has the winner among them, cheapest first.
-
-    Attributes:
-        num_eligible: workers that could be asked.
-        decision_s: what the choice itself took.
-        outcome: None while the request runs, and of a decision that was not carried out.
-    """
-
-    request_id: str
-    age_s: float
-    mode: str
-    mode_reason: str
-    reason: str
-    binding: str
-    winner: RouteCandidate
-    candidates: tuple[RouteCandidate, ...]
-    staleness_s: float
-    outcome: RouteOutcome | None
-    num_prompt_tokens: int
-    expected_output_tokens: int
-    num_eligible: int
-    decision_s: float
+    message: Message
+    tokens: tuple[Token, ...]
+    summary: Summary
+    prompt_scores: tuple[PromptToken, ...] = ()

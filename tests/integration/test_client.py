@@ -1,6 +1,7 @@
 """The Python client and the examples against a gateway with fake workers."""
 
 import asyncio
+import hashlib
 import re
 from contextlib import aclosing
 from pathlib import Path
@@ -14,12 +15,14 @@ import examples.logprobs
 import examples.seeded_sampling
 import examples.stream_text
 from cluster.cli.app import app
-from core.request import Finish, FinishReason
+from core.request import Finish
+from core.request import FinishReason as Ended
 from protos import worker_pb2
 from tandem_client import (
     Client,
     DeadlineExceeded,
     DuplicateRequest,
+    FinishReason,
     InvalidRequest,
     Message,
     ModelNotFound,
@@ -27,6 +30,7 @@ from tandem_client import (
     PromptTooLong,
     RejectedError,
     ServingError,
+    Unauthenticated,
     WorkerLost,
 )
 from tests.fakes.checkpoint import ASSISTANT, MAX_MODEL_LEN, USER, VOCAB_SIZE
@@ -51,7 +55,7 @@ async def test_generates_whole_and_in_pieces(checkpoint: Path) -> None:
 async def test_chat_token_ids_stop_and_alternatives_reach_the_worker(checkpoint: Path) -> None:
     def reply(request: worker_pb2.WorkRequest) -> Reply:
         ids = echo_alphabet(request).token_ids[:3]
-        return Reply(ids, Finish(FinishReason.STOP, "c"))
+        return Reply(ids, Finish(Ended.STOP, "c"))
 
     async with fake_cluster(checkpoint, reply=reply) as cluster, Client(cluster.address) as client:
         chat = await client.generate_text(
@@ -65,6 +69,64 @@ async def test_chat_token_ids_stop_and_alternatives_reach_the_worker(checkpoint:
         assert len(ids) == len((USER, "h", "i", ASSISTANT))
         await client.generate_text([1, 2, 3], max_tokens=9, temperature=0.0)
         assert list(cluster.prefills[0].submits[1].request.prompt_token_ids) == [1, 2, 3]
+
+
+async def test_several_answers_come_in_order_with_their_own_ends(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address) as client:
+        generations = await client.generate_texts("x", n=3, max_tokens=4, seed=1)
+        assert [one.text for one in generations] == ["bcde", "cdef", "defg"]
+        assert [one.summary.choice for one in generations] == [0, 1, 2]
+        assert {one.summary.seed for one in generations} == {1}
+        assert generations[0].summary.provenance.weights_version == "fake-weights"
+        with pytest.raises(InvalidRequest) as refused:
+            await client.generate_texts("x", n=1000)
+        assert refused.value.field == "n"
+
+
+async def test_messages_come_whole_and_in_pieces(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address) as client:
+        conversation = [Message("user", "hi")]
+        reply = await client.chat_message(conversation, max_tokens=4, temperature=0.0, logprobs=1)
+        assert reply.message == Message("assistant", "abcd")
+        assert [(token.text, len(token.alternatives)) for token in reply.tokens] == [(one, 1) for one in "abcd"]
+        assert reply.summary.finish_reason is FinishReason.LENGTH
+        pieces = [piece async for piece in client.chat([*conversation, reply.message], max_tokens=3, n=2, seed=0)]
+        for choice, text in enumerate(("abc", "bcd")):
+            own = [piece for piece in pieces if piece.choice == choice]
+            assert "".join(piece.content for piece in own) == text
+            assert [piece.summary is not None for piece in own] == [False] * (len(own) - 1) + [True]
+        prompt = list(cluster.prefills[0].submits[1].request.prompt_token_ids)
+        assert prompt == await client.tokenize([*conversation, reply.message])
+
+
+async def test_text_goes_to_ids_and_back(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address) as client:
+        assert await client.detokenize(await client.tokenize("naïve 漢字")) == "naïve 漢字"
+        with pytest.raises(InvalidRequest) as outside:
+            await client.detokenize([VOCAB_SIZE])
+        assert outside.value.field == "ids"
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            await client.detokenize([-1])
+
+
+async def test_all_that_is_wrong_reaches_the_caller(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address) as client:
+        with pytest.raises(InvalidRequest) as refused:
+            await client.generate_text("x", top_p=7.0, min_p=7.0)
+        assert [field for field, _ in refused.value.violations] == ["sampling.top_p", "sampling.min_p"]
+
+
+async def test_a_key_opens_the_door(checkpoint: Path) -> None:
+    digest = hashlib.sha256(b"tnd-secret").hexdigest()
+    access = {"enabled": True, "keys": [{"name": "lab", "sha256": digest, "tenant": "lab"}]}
+    async with fake_cluster(checkpoint, access=access) as cluster:
+        async with Client(cluster.address, api_key="tnd-secret") as client:
+            assert (await client.generate_text("x", max_tokens=2, temperature=0.0)).text == "ab"
+        assert cluster.prefills[0].submits[0].request.tenant == "lab"
+        for key in ("", "tnd-wrong"):
+            async with Client(cluster.address, api_key=key) as client:
+                with pytest.raises(Unauthenticated):
+                    await client.generate_text("x")
 
 
 async def test_tells_about_model_and_cluster(checkpoint: Path) -> None:

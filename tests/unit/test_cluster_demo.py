@@ -8,8 +8,7 @@ from rich.console import Console
 
 from cluster.demo.report import DemoTotals, placement_problems, placement_table, problems, request_table, totals_table
 from cluster.demo.traffic import WAVES
-from core.request import FinishReason
-from tandem_client import Generation, Placement, Summary, Timing, Token, Usage
+from tandem_client import FinishReason, Generation, Placement, Summary, Timing, Token, Usage
 
 NAMES = [request.name for wave in WAVES for request in wave]
 

@@ -7,8 +7,7 @@ from rich.table import Table
 
 from cluster.cli.explain_view import decision_view, route_table
 from cluster.cli.status_view import placement_line
-from core.request import FinishReason
-from tandem_client import Placement, RouteCandidate, RouteDecision, RouteOutcome, Summary, Timing, Usage
+from tandem_client import FinishReason, Placement, RouteCandidate, RouteDecision, RouteOutcome, Summary, Timing, Usage
 
 WINNER = RouteCandidate(
     "prefill-1",
