@@ -1,17 +1,31 @@
 """How one chat call is served: what the template gets, what the text is held to, how calls are read out of it. Pure."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from core.constraint import Constraint
+from core.constraint import Constraint, ConstraintKind
 from core.errors import InvalidRequest
 from router.chat.messages import ChatCall, ToolChoice, ToolChoiceMode, check_call
 from router.chat.style import ChatStyle
-from router.chat.tool_formats.format import ToolFormat
+from router.chat.tool_formats.bare_json import JSON
+from router.chat.tool_formats.format import Offer, Structure, ToolFormat
+from router.chat.tool_formats.structure import either
+from router.chat.tool_formats.structure import text as exactly
 from router.intake import ChatPrompt
 
 _AUTO = ToolChoice(ToolChoiceMode.AUTO)
 _NONE = ToolChoice(ToolChoiceMode.NONE)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolReading:
+    """How calls are read out of the text: by which format, of which tools, at most how many (None: no bound)."""
+
+    tool_format: ToolFormat
+    offer: Offer
+    max_calls: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +34,15 @@ class ChatPlan:
 
     Attributes:
         prompt: for the intake.
-        constraint: for the sampling parameters: the client's own, or what forces a call.
-        tool_format: reads calls out of the text; None: all text is content.
-        spoken_tokens: special tokens that the format must see, by id; they are put into the text at their place.
-        max_calls: further calls are left out.
-        known_names: of the tools.
+        constraint: for the sampling parameters: the client's own, what forces a call, or both in one.
+        tools: None: all text is content.
+        spoken_tokens: special tokens that must be in the text, by id.
     """
 
     prompt: ChatPrompt
     constraint: Constraint | None = None
-    tool_format: ToolFormat | None = None
-    spoken_tokens: Mapping[int, str] | None = None
-    max_calls: int | None = None
-    known_names: frozenset[str] = frozenset()
+    tools: ToolReading | None = None
+    spoken_tokens: Mapping[int, str] = field(default_factory=dict)
 
 
 def plan_chat(call: ChatCall, style: ChatStyle) -> ChatPlan:
@@ -48,4 +58,73 @@ def plan_chat(call: ChatCall, style: ChatStyle) -> ChatPlan:
     if choice.mode is ToolChoiceMode.NONE:
         # The model is not shown what it must not call.
         return ChatPlan(ChatPrompt(call.messages, (), call.template_arguments), call.constraint)
-    raise InvalidRequest("tools", "this model's chat template knows no tools")
+    if not style.shows_tools:
+        raise InvalidRequest("tools", "this model's chat template knows no tools")
+    prompt = ChatPrompt(call.messages, call.tools, call.template_arguments)
+    special_tokens = frozenset(style.special_tokens)
+    if choice.mode is ToolChoiceMode.AUTO:
+        if style.tool_format is None:
+            raise InvalidRequest("tools", "how this model writes calls is not known here; tool_choice can force one")
+        tool_format = style.tool_format
+        offer = Offer(call.tools, call.parallel_tool_calls, special_tokens)
+        constraint = _free(tool_format, offer, call.constraint)
+    else:
+        if call.constraint is not None:
+            raise InvalidRequest("tool_choice", "forces a call, so the answer cannot be held to another form, too")
+        is_named = choice.mode is ToolChoiceMode.NAMED
+        tools = tuple(tool for tool in call.tools if not is_named or tool.name == choice.name)
+        offer = Offer(tools, call.parallel_tool_calls and not is_named, special_tokens)
+        tool_format, structure = _forced(style.tool_format, offer)
+        constraint = _tag(structure)
+    spoken = {style.special_tokens[mark]: mark for mark in tool_format.marks if mark in style.special_tokens}
+    reading = ToolReading(tool_format, offer, None if offer.is_parallel else 1)
+    return ChatPlan(prompt, constraint, reading, spoken)
+
+
+def _forced(tool_format: ToolFormat | None, offer: Offer) -> tuple[ToolFormat, Structure]:
+    """In the model's own format, or in plain JSON where that has no grammar."""
+    structure = tool_format.forced(offer) if tool_format is not None else None
+    if tool_format is not None and structure is not None:
+        return tool_format, structure
+    return JSON, JSON.forced(offer)
+
+
+def _free(tool_format: ToolFormat, offer: Offer, constraint: Constraint | None) -> Constraint | None:
+    """The model may call or answer; either is held to what was asked for it."""
+    if constraint is None:
+        is_strict = any(tool.strict for tool in offer.tools)
+        structure = tool_format.guided(offer) if is_strict else None
+        return _tag(structure) if structure is not None else None
+    forced = tool_format.forced(offer)
+    if forced is None or constraint.kind is ConstraintKind.STRUCTURAL_TAG:
+        problem = "the answer cannot be held to a form while the model may call tools; set tool_choice"
+        raise InvalidRequest("tools", problem)
+    return _tag(either([forced, *_of_constraint(constraint, offer.special_tokens)]))
+
+
+def _of_constraint(constraint: Constraint, special_tokens: frozenset[str]) -> list[Structure]:
+    match constraint.kind:
+        case ConstraintKind.JSON_OBJECT:
+            return [{"type": "json_schema", "json_schema": {"type": "object"}}]
+        case ConstraintKind.JSON_SCHEMA:
+            return [{"type": "json_schema", "json_schema": _read(constraint.text)}]
+        case ConstraintKind.REGEX:
+            return [{"type": "regex", "pattern": constraint.text}]
+        case ConstraintKind.CHOICE:
+            return [exactly(one, special_tokens) for one in _read(constraint.text)]
+        case ConstraintKind.GRAMMAR:
+            return [{"type": "grammar", "grammar": constraint.text}]
+        case ConstraintKind.STRUCTURAL_TAG:
+            raise AssertionError("cannot be a part of another")
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("sampling.constraint", f"is not JSON: {error}") from error
+
+
+def _tag(structure: Structure) -> Constraint:
+    whole = {"type": "structural_tag", "format": structure}
+    return Constraint(ConstraintKind.STRUCTURAL_TAG, json.dumps(whole, ensure_ascii=False))

@@ -1,15 +1,31 @@
 """How the served model converses, found once when its tokenizer is loaded."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from router.chat.tool_formats.format import ToolFormat
+from router.chat.tool_formats.known import FORMATS, ToolFormatName, find_format, shows_tools
 
 
 @dataclass(frozen=True, slots=True)
 class ChatStyle:
-    """Attributes:
-    tool_format: how the model writes calls; None: its template shows it no tools.
+    """A model's manners.
+
+    Attributes:
+        shows_tools: the template tells the model of its tools.
+        tool_format: how it writes calls; None: not known.
+        special_tokens: of the vocabulary: id by text.
     """
 
-    has_template: bool
+    has_template: bool = False
+    shows_tools: bool = False
     tool_format: ToolFormat | None = None
+    special_tokens: Mapping[str, int] = field(default_factory=dict)
+
+
+def style_of(template: str | None, special_tokens: Mapping[str, int], tool_format: ToolFormatName) -> ChatStyle:
+    """`template`: the text of the one for calls with tools."""
+    if template is None:
+        return ChatStyle(special_tokens=special_tokens)
+    found = find_format(template) if tool_format == "auto" else FORMATS[tool_format]
+    return ChatStyle(True, shows_tools(template), found, special_tokens)
