@@ -10,6 +10,7 @@ from core.service_class import ServiceClass
 from core.tls import PeerTls, ServerTls
 from router.access.config import AccessConfig
 from router.admission.config import AdmissionConfig
+from router.chat.tool_formats.known import ToolFormatName
 from router.forwarding.config import ForwardingConfig
 from router.http.config import DEFAULT_PORT, HttpConfig
 from router.quotas.config import QuotasConfig
@@ -75,6 +76,10 @@ class RouterConfig(ConfigModel):
     max_preparing: int = Field(64, ge=1, description="prompts that are tokenised, or wait for it, at once")
     inline_prompt_bytes: int = Field(16_384, ge=0, description="longer prompts are tokenised off the event loop")
     default_max_tokens: int = Field(1024, ge=1)
+    chat_template: Path | None = Field(None, description="a Jinja file, instead of the checkpoint's own template")
+    tool_format: ToolFormatName = Field(
+        "auto", description="how the model writes tool calls; auto: as its chat template teaches it"
+    )
     max_queued_requests: int = Field(1024, ge=1)
     max_queued_tokens: int = Field(4_000_000, ge=1)
     max_queued_bytes: int = Field(256 * 2**20, ge=1, description="that requests of the queue occupy, as estimated")

@@ -134,7 +134,13 @@ class Gateway:
         """
         config = self._config
         facts = await asyncio.to_thread(read_model_facts, config.model_path)
-        tokenizer = await asyncio.to_thread(GatewayTokenizer.load, config.model_path)
+        tokenizer = await asyncio.to_thread(
+            GatewayTokenizer.load,
+            config.model_path,
+            chat_template=config.chat_template,
+            tool_format=config.tool_format,
+            max_prompt_characters=config.max_prompt_bytes,
+        )
         await self._access.start()
         server = GatewayServer(self._access, max_request_bytes=config.max_request_bytes)
         try:

@@ -11,9 +11,10 @@ from core.text import Detokenizer
 from core.vocabulary import Vocabulary
 from router.chat.json_text import read_object
 from router.chat.messages import MAX_DEPTH, ChatMessage, Tool
-from router.chat.style import ChatStyle
+from router.chat.style import ChatStyle, style_of
 from router.chat.template import ChatTemplate, read_template
 from router.chat.template_values import asks_for_none, template_messages, template_tools
+from router.chat.tool_formats.known import ToolFormatName
 
 _MAX_PROMPT_CHARACTERS = 4 * 2**20
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -34,13 +35,11 @@ class GatewayTokenizer:
     Concurrency: all methods may be called from several threads.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, template: ChatTemplate | None, style: ChatStyle, *, with_none: bool
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, template: ChatTemplate | None, style: ChatStyle) -> None:
         self._vocabulary = vocabulary
         self._template = template
         self.chat_style = style
-        self._with_none = with_none
+        self._with_none = template is not None and asks_for_none(template.text_for_tools)
 
     @classmethod
     def load(
@@ -48,12 +47,14 @@ class GatewayTokenizer:
         path: Path,
         *,
         chat_template: Path | None = None,
+        tool_format: ToolFormatName = "auto",
         max_prompt_characters: int = _MAX_PROMPT_CHARACTERS,
     ) -> "GatewayTokenizer":
         """Read the tokenizer files of a checkpoint folder. Takes up to seconds.
 
         Args:
             chat_template: a file that replaces the checkpoint's own template.
+            tool_format: how the model writes tool calls; auto: as its template teaches it.
             max_prompt_characters: of a rendered chat.
 
         Raises:
@@ -64,15 +65,19 @@ class GatewayTokenizer:
         vocabulary = Vocabulary.load(path / "tokenizer.json")
         config = _read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
         source = read_template(path, config, chat_template)
+        special_tokens = vocabulary.special_tokens
         if source is None:
-            return cls(vocabulary, None, ChatStyle(has_template=False), with_none=False)
+            return cls(vocabulary, None, style_of(None, special_tokens, tool_format))
         template = ChatTemplate(source, _special_tokens(path, config), max_characters=max_prompt_characters)
-        with_none = asks_for_none(source.text(has_tools=True))
-        return cls(vocabulary, template, ChatStyle(has_template=True), with_none=with_none)
+        return cls(vocabulary, template, style_of(template, special_tokens, tool_format))
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    def has_template_variable(self, name: str) -> bool:
+        """Return whether the chat template reads a variable of this name."""
+        return self._template is not None and self._template.has_variable(name)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a plain prompt, with the markers that the tokenizer puts around one."""

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from router.chat.template import ChatTemplate
 from router.chat.tool_formats.format import ToolFormat
-from router.chat.tool_formats.known import FORMATS, ToolFormatName, find_format, shows_tools
+from router.chat.tool_formats.known import FORMATS, ToolFormatName, find_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +24,11 @@ class ChatStyle:
     special_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
-def style_of(template: str | None, special_tokens: Mapping[str, int], tool_format: ToolFormatName) -> ChatStyle:
-    """`template`: the text of the one for calls with tools."""
+def style_of(
+    template: ChatTemplate | None, special_tokens: Mapping[str, int], tool_format: ToolFormatName
+) -> ChatStyle:
+    """`tool_format`: auto: as the template teaches it."""
     if template is None:
         return ChatStyle(special_tokens=special_tokens)
-    found = find_format(template) if tool_format == "auto" else FORMATS[tool_format]
-    return ChatStyle(True, shows_tools(template), found, special_tokens)
+    found = find_format(template.text_for_tools) if tool_format == "auto" else FORMATS[tool_format]
+    return ChatStyle(True, template.has_variable("tools"), found, special_tokens)

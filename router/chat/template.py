@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -67,6 +68,9 @@ def read_template(folder: Path, tokenizer_config: Mapping[str, Any], override: P
 class ChatTemplate:
     """Compiled templates.
 
+    Attributes:
+        text_for_tools: the text of the one for calls with tools.
+
     Concurrency: `render` may be called from several threads.
     """
 
@@ -89,15 +93,22 @@ class ChatTemplate:
             ConfigError: a template is no valid one.
         """
         environment = _environment(now)
+        texts = {source.text(has_tools) for has_tools in (False, True)}
         try:
+            self._names = frozenset().union(*(find_undeclared_variables(environment.parse(text)) for text in texts))
             self._templates = {
                 has_tools: environment.from_string(source.text(has_tools)) for has_tools in (False, True)
             }
         except TemplateError as error:
             raise ConfigError(f"the chat template is broken: {error}") from error
+        self.text_for_tools = source.text(has_tools=True)
         self._variables = dict(variables)
         self._max_characters = max_characters
         self._clock = clock
+
+    def has_variable(self, name: str) -> bool:
+        """Return whether a template reads a variable of this name that it does not set."""
+        return name in self._names
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, arguments: Mapping[str, Any]

@@ -1,6 +1,5 @@
 """The ways of writing tool calls that are known here, and how a model's is found. Pure."""
 
-import re
 from typing import Literal, get_args
 
 from router.chat.tool_formats.bare_json import JSON, LLAMA3_JSON
@@ -47,12 +46,6 @@ _FORMATS: tuple[ToolFormat, ...] = (
 )
 FORMATS = {one.name: one for one in _FORMATS}
 assert sorted(FORMATS) == sorted(set(get_args(ToolFormatName)) - {"auto"})
-_TOOLS = re.compile(r"\btools\b")
-
-
-def shows_tools(template: str) -> bool:
-    """Return whether a template does anything with tools."""
-    return _TOOLS.search(template) is not None
 
 
 def find_format(template: str) -> ToolFormat | None:
