@@ -37,6 +37,7 @@ from tandem_client.cluster_types import (
     WorkerStatus,
 )
 from tandem_client.constraints import grammar, json_object, json_schema, one_of, regex, structural_tag
+from tandem_client.keys import KnownKey
 from tandem_client.options import Options, Sampling
 from tandem_client.types import (
     Alternative,
@@ -76,6 +77,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "InvalidRequest",
+    "KnownKey",
     "KvDecision",
     "Message",
     "ModelInfo",

@@ -1,29 +1,23 @@
 """The client: a connection to the gateways of one cluster, any number of generations at once."""
 
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
-
-import grpc
+from typing import Any, Self, Unpack
 
 from core.errors import InvalidRequest, ServingError
-from core.rpc import connect
 from core.tls import ClientTls
-from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
+from protos import admin_pb2
 from protos import inference_pb2 as pb
-from tandem_client import cluster_replies, replies, requests
+from tandem_client import cluster_replies, keys, replies, requests
 from tandem_client.cluster_types import ClusterStatus, KvDecision, ModelInfo, RouteDecision
 from tandem_client.collecting import Generations, Replies
+from tandem_client.connection import Connection
+from tandem_client.keys import KnownKey
 from tandem_client.options import Options
 from tandem_client.requests import Prompt
-from tandem_client.statuses import error_of
-from tandem_client.streaming import Attempts, Event, Resumption, Retries
+from tandem_client.streaming import Retries
 from tandem_client.types import ChatPiece, Generation, Message, Piece, Reply, Started, Tool, ToolChoice
-
-T = TypeVar("T")
-E = TypeVar("E", bound=Event)
 
 
 class Client:
@@ -54,13 +48,14 @@ class Client:
         tls: ClientTls | None = None,
         on_retry: Callable[[ServingError, float], None] = lambda _, __: None,
     ) -> None:
-        self._timeout_s = timeout_s
-        self._retries = Retries(max_retries, on_retry)
-        self._tenant = tenant
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        self._channel = connect(address, tls)
-        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminStub(self._channel)
+        self._connection = Connection(
+            address,
+            timeout_s=timeout_s,
+            retries=Retries(max_retries, on_retry),
+            tenant=tenant,
+            api_key=api_key,
+            tls=tls,
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -72,7 +67,7 @@ class Client:
 
     async def close(self) -> None:
         """End everything that is still running."""
-        await self._channel.close()
+        await self._connection.close()
 
     async def generate(self, prompt: Prompt, *, n: int = 1, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """Stream a generation. Leaving the loop early aborts it (use `contextlib.aclosing` to be sure when).
@@ -82,10 +77,11 @@ class Client:
             n: answers to it, numbered by `Piece.choice`.
             options: see `tandem_client.options`.
         """
-        request = requests.generate_request(prompt, options, n=n, tenant=self._tenant)
-        resumption = self._resumption(request, lambda response: response.generate)
+        request = requests.generate_request(prompt, options, n=n, tenant=self._connection.tenant)
+        connection = self._connection
+        resumption = connection.resumption(request, lambda response: response.generate)
         started: Started | None = None
-        async with aclosing(self._attempts(self._inference.Generate, request, options, resumption)) as events:
+        async with aclosing(connection.events(connection.inference.Generate, request, options, resumption)) as events:
             async for response in events:
                 match response.WhichOneof("event"):
                     case "started":
@@ -140,11 +136,12 @@ class Client:
             parallel_tool_calls=parallel_tool_calls,
             template_arguments=template_arguments,
             n=n,
-            tenant=self._tenant,
+            tenant=self._connection.tenant,
         )
-        resumption = self._resumption(request, lambda response: response.chat)
+        connection = self._connection
+        resumption = connection.resumption(request, lambda response: response.chat)
         started: Started | None = None
-        async with aclosing(self._attempts(self._inference.Chat, request, options, resumption)) as events:
+        async with aclosing(connection.events(connection.inference.Chat, request, options, resumption)) as events:
             async for response in events:
                 match response.WhichOneof("event"):
                     case "started":
@@ -186,13 +183,15 @@ class Client:
 
     async def abort(self, request_id: str) -> bool:
         """End a generation by its name. Returns whether it was running."""
-        request = pb.AbortRequest(request_id=request_id, tenant=self._tenant)
-        return (await self._told(self._inference.Abort, request)).found
+        request = pb.AbortRequest(request_id=request_id, tenant=self._connection.tenant)
+        return (await self._connection.told(self._connection.inference.Abort, request)).found
 
     async def model_info(self, model: str = "") -> ModelInfo:
         """Return the facts about the model served."""
         request = pb.GetModelInfoRequest(model=model)
-        return cluster_replies.model_info_of(await self._told(self._inference.GetModelInfo, request))
+        return cluster_replies.model_info_of(
+            await self._connection.told(self._connection.inference.GetModelInfo, request)
+        )
 
     async def tokenize(
         self,
@@ -204,7 +203,7 @@ class Client:
     ) -> list[int]:
         """Return the token ids of a prompt as the model would see it."""
         request = requests.tokenize_request(prompt, model, tools, template_arguments)
-        return list((await self._told(self._inference.Tokenize, request)).ids)
+        return list((await self._connection.told(self._connection.inference.Tokenize, request)).ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
         """Return the text of token ids, special tokens left out."""
@@ -212,12 +211,14 @@ class Client:
             request = pb.DetokenizeRequest(model=model, ids=token_ids)
         except (TypeError, ValueError) as error:
             raise InvalidRequest("ids", f"cannot be sent: {error}") from error
-        return (await self._told(self._inference.Detokenize, request)).text
+        return (await self._connection.told(self._connection.inference.Detokenize, request)).text
 
     async def status(self) -> ClusterStatus:
         """Return the cluster as this gateway sees it."""
         request = admin_pb2.GetClusterStatusRequest()
-        return cluster_replies.cluster_status_of(await self._told(self._admin.GetClusterStatus, request))
+        return cluster_replies.cluster_status_of(
+            await self._connection.told(self._connection.admin.GetClusterStatus, request)
+        )
 
     async def kv_decisions(self, worker_id: str = "", *, last: int = 100) -> list[KvDecision]:
         """Return which compression profiles were chosen for the last KV transfers, newest first per prefill worker.
@@ -227,7 +228,9 @@ class Client:
             last: per worker.
         """
         request = admin_pb2.ListClusterKvDecisionsRequest(worker_id=worker_id, last=last)
-        return cluster_replies.kv_decisions_of(await self._told(self._admin.ListKvDecisions, request))
+        return cluster_replies.kv_decisions_of(
+            await self._connection.told(self._connection.admin.ListKvDecisions, request)
+        )
 
     async def explain(self, request_id: str = "", *, last: int = 20) -> list[RouteDecision]:
         """Return why requests were placed where they were, newest first, as far as the gateway still knows.
@@ -237,40 +240,29 @@ class Client:
             last: at most so many decisions.
         """
         request = admin_pb2.ExplainRequestRequest(request_id=request_id, last=last)
-        return cluster_replies.route_decisions_of(await self._told(self._admin.ExplainRequest, request))
+        return cluster_replies.route_decisions_of(
+            await self._connection.told(self._connection.admin.ExplainRequest, request)
+        )
 
-    async def _told(self, method: Callable[..., Awaitable[T]], request: object) -> T:
-        """Call a method with one answer."""
-        try:
-            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
+    async def create_api_key(
+        self, name: str, *, tenant: str = "", roles: Sequence[str] = ("inference",), lifetime_s: float | None = None
+    ) -> tuple[KnownKey, str]:
+        """Make an API key. Returns what is known of it, and the key itself, which nobody can be asked for again.
 
-    def _attempts(
-        self,
-        method: Callable[..., AsyncIterable[E]],
-        request: object,
-        options: Options,
-        resumption: Resumption[E] | None,
-    ) -> AsyncGenerator[E, None]:
-        """Call a streaming method."""
+        Args:
+            roles: of inference and admin.
+            lifetime_s: it expires after so long; None: never.
+        """
+        request = keys.create_request(name, tenant, roles, lifetime_s)
+        response = await self._connection.told(self._connection.admin.CreateApiKey, request)
+        return keys.known_key_of(response.api_key), response.secret
 
-        def begin(timeout_s: float | None) -> AsyncIterable[E]:
-            return method(request, timeout=timeout_s, metadata=self._metadata)
+    async def list_api_keys(self) -> list[KnownKey]:
+        """Return every API key that the gateway knows, oldest first."""
+        response = await self._connection.told(self._connection.admin.ListApiKeys, admin_pb2.ListApiKeysRequest())
+        return [keys.known_key_of(key) for key in response.api_keys]
 
-        attempts = Attempts(begin, self._retries, deadline_s=options.get("deadline_s"), resumption=resumption)
-        return attempts.events()
-
-    def _resumption(
-        self, request: pb.GenerateRequest | pb.ChatRequest, event_of: Callable[[pb.ResumeResponse], E]
-    ) -> Resumption[E] | None:
-        """None, unless the request asks for it. It gets a name then, to be asked for by."""
-        if not request.terms.resume_window_s > 0:
-            return None
-        request_id = request.request_id = request.request_id or f"req-{uuid.uuid4().hex}"
-
-        def resume(last: int | None, timeout_s: float | None) -> AsyncIterable[pb.ResumeResponse]:
-            asked = pb.ResumeRequest(request_id=request_id, last_event_index=last, tenant=self._tenant)
-            return self._inference.Resume(asked, timeout=timeout_s, metadata=self._metadata)
-
-        return Resumption(request.terms.resume_window_s, resume, event_of, lambda: self.abort(request_id))
+    async def revoke_api_key(self, fingerprint: str) -> KnownKey:
+        """End an API key, for the whole cluster within a moment. Returns it."""
+        request = admin_pb2.RevokeApiKeyRequest(fingerprint=fingerprint)
+        return keys.known_key_of((await self._connection.told(self._connection.admin.RevokeApiKey, request)).api_key)
