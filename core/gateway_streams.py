@@ -2,10 +2,12 @@
 
 A turn is one callback: an engine step that ended, a command that came. Everything that it has to say to one gateway
 leaves at its end in one go: first what must precede tokens, then one batch with the tokens of all that gateway's
-requests, then the rest. So a step wakes the writer of a stream once, however many requests it served.
+requests, then the rest. So a step wakes the writer of a stream once, however many requests it served. Only scored
+prompts, which may be large, leave in messages of their own.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Generic, TypeVar
 
 from core.errors import ServingError
@@ -73,7 +75,8 @@ class GatewayStreams(Generic[R]):
             for report in turn.before:
                 stream.put(report)
             if turn.outputs:
-                stream.put(self._batch(tuple(turn.outputs)))
+                for outputs in _batches(turn.outputs):
+                    stream.put(self._batch(outputs))
             for report in turn.after:
                 stream.put(report)
             turn.before, turn.outputs, turn.after = [], [], []
@@ -87,3 +90,15 @@ class GatewayStreams(Generic[R]):
         """End every stream once what was said has left."""
         for stream in self._turns:
             stream.close(error)
+
+
+def _batches(outputs: list[RequestOutput]) -> Iterator[tuple[RequestOutput, ...]]:
+    """Several scored prompts in one message could be larger than a message may be. Their order is kept."""
+    if not any(output.prompt_tokens for output in outputs):
+        yield tuple(outputs)
+        return
+    for is_scored, group in groupby(outputs, lambda output: bool(output.prompt_tokens)):
+        if is_scored:
+            yield from ((output,) for output in group)
+        else:
+            yield tuple(group)

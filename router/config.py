@@ -85,6 +85,12 @@ class RouterConfig(ConfigModel):
     max_queued_bytes: int = Field(256 * 2**20, ge=1, description="that requests of the queue occupy, as estimated")
     max_active_requests: int = Field(16_384, ge=1)
     max_choices: int = Field(128, ge=1, description="answers that one call may ask for, over all its prompts")
+    max_prompt_logprobs: int = Field(
+        200_000,
+        ge=1,
+        description="log-probabilities of prompt tokens that one call may ask for, over all its prompts: every token "
+        "has its own and those of the alternatives",
+    )
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request whose client set none")
     no_workers_timeout_s: float = Field(5.0, ge=0, description="how long requests wait for the first worker of a role")
     retry_min_s: float = Field(0.02, gt=0, description="first wait after every worker refused; doubles, with jitter")

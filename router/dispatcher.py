@@ -287,8 +287,8 @@ class Dispatcher:
     def _perform(self, active: ActiveRequest, effect: m.Effect) -> None:
         following: m.Event | None = None
         match effect:
-            case m.Deliver(tokens):
-                if not active.stream.push(tokens):
+            case m.Deliver(tokens, prompt_tokens):
+                if not active.stream.push(tokens, prompt_tokens):
                     asyncio.get_running_loop().call_soon(self._cut_slow_reader, active)
             case m.ChooseWorkers(refused):
                 following = self._choose(active, refused)

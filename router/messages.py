@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from core.errors import RejectedError, ServingError
 from core.ids import WorkerId
 from core.membership import LoadReport, Role
-from core.request import Finish, TokenOutput
+from core.request import Finish, PromptToken, TokenOutput
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -117,9 +117,11 @@ class PrefillRejected:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProduced:
-    """Tokens from a prefill worker, of which the last is not the request's last."""
+    """Tokens from a prefill worker, of which the last is not the request's last. `prompt_tokens`: the scored prompt,
+    with the first token of a request that asked for it; the same of the three that follow."""
 
     tokens: tuple[TokenOutput, ...]
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class PrefillFinished:
 
     tokens: tuple[TokenOutput, ...]
     finish: Finish
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +168,14 @@ class KvLanded:
 @dataclass(frozen=True, slots=True)
 class DecodeProduced:
     tokens: tuple[TokenOutput, ...]
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeFinished:
     tokens: tuple[TokenOutput, ...]
     finish: Finish
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,9 +344,10 @@ class LeaveQueue:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Give tokens to the client."""
+    """Give tokens to the client, and the scored prompt with the first of them."""
 
     tokens: tuple[TokenOutput, ...]
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

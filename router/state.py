@@ -16,7 +16,7 @@ from core.errors import (
 )
 from core.ids import RequestId, WorkerId
 from core.membership import Role
-from core.request import Finish, TokenOutput
+from core.request import PromptToken, TokenOutput
 from router import messages as m
 from router.early_news import EarlyNews, check_order
 from router.lifecycle import ASKING, EDGES, TERMINAL, RequestState
@@ -215,10 +215,10 @@ class RequestMachine:
             case m.KvLanded() | m.DecodeProduced() | m.DecodeFinished() if self._overtakes:
                 self._keep(event)
                 return []
-            case m.PrefillProduced(tokens) | m.DecodeProduced(tokens):
-                return self._produced(tokens, now)
-            case m.PrefillFinished(tokens, finish) | m.DecodeFinished(tokens, finish):
-                return self._finish(event, tokens, finish, now)
+            case m.PrefillProduced() | m.DecodeProduced():
+                return self._produced(event, now)
+            case m.PrefillFinished() | m.DecodeFinished():
+                return self._finish(event, now)
             case m.PrefillMeasured(cached_tokens=cached_tokens):
                 self.cached_tokens = cached_tokens
                 return []
@@ -330,27 +330,30 @@ class RequestMachine:
         released, self.prefill = self.prefill, None
         return [m.ReleaseWorker(released)] if released is not None else []
 
-    def _deliver(self, tokens: tuple[TokenOutput, ...], now: float) -> list[m.Effect]:
+    def _deliver(
+        self, tokens: tuple[TokenOutput, ...], now: float, prompt_tokens: tuple[PromptToken, ...] = ()
+    ) -> list[m.Effect]:
         check_order(tokens, first=self.num_tokens)
         self.num_tokens += len(tokens)
         if tokens:
             self.timeline.tokens_arrived(now)
-        return [m.Deliver(tokens)] if tokens else []
+        return [m.Deliver(tokens, prompt_tokens)] if tokens else []
 
-    def _produced(self, tokens: tuple[TokenOutput, ...], now: float) -> list[m.Effect]:
+    def _produced(self, event: m.PrefillProduced | m.DecodeProduced, now: float) -> list[m.Effect]:
         """Tokens of the worker whose turn it is."""
+        tokens = event.tokens
         if not tokens and not self.num_tokens:
             raise ProtocolError("a worker told of a first token and sent none")
         if self._early.has_tokens and len(tokens) != 1:
             raise ProtocolError("both workers produced the same token")
-        return self._deliver(tokens, now)
+        return self._deliver(tokens, now, event.prompt_tokens)
 
-    def _finish(self, event: m.Event, tokens: tuple[TokenOutput, ...], finish: Finish, now: float) -> list[m.Effect]:
-        effects = self._deliver(tokens, now)
+    def _finish(self, event: m.PrefillFinished | m.DecodeFinished, now: float) -> list[m.Effect]:
+        effects = self._deliver(event.tokens, now, event.prompt_tokens)
         if isinstance(event, m.PrefillFinished) and self.decode is not None:
             effects.append(m.AbortWork(self.decode, "the first token was the last"))
             self.decode = None
-        return [*effects, *self._release_all(), m.Conclude(finish=finish)]
+        return [*effects, *self._release_all(), m.Conclude(finish=event.finish)]
 
     def _release_all(self) -> list[m.Effect]:
         released = [m.ReleaseWorker(worker) for worker in (self.prefill, self.decode) if worker is not None]

@@ -36,9 +36,9 @@ def read_prefill_report(report: worker_pb2.PrefillReport) -> WorkEvents | LoadRe
             return [
                 (
                     output.request_id,
-                    m.PrefillFinished(output.tokens, output.finish)
+                    m.PrefillFinished(output.tokens, output.finish, output.prompt_tokens)
                     if output.finish
-                    else m.PrefillProduced(output.tokens),
+                    else m.PrefillProduced(output.tokens, output.prompt_tokens),
                 )
                 for output in outputs_from_wire(report.outputs)
             ]
@@ -77,9 +77,9 @@ def read_decode_report(report: worker_pb2.DecodeReport) -> WorkEvents | LoadRepo
             return [
                 (
                     output.request_id,
-                    m.DecodeFinished(output.tokens, output.finish)
+                    m.DecodeFinished(output.tokens, output.finish, output.prompt_tokens)
                     if output.finish
-                    else m.DecodeProduced(output.tokens),
+                    else m.DecodeProduced(output.tokens, output.prompt_tokens),
                 )
                 for output in outputs_from_wire(report.outputs)
             ]

@@ -62,14 +62,16 @@ class Reference:
             u = n - held
             return float(row["prefill_a"] + row["prefill_b"] * u + row["prefill_c"] * u * (held + u / 2))
 
-        held, load_s = min(float(query.held.device[slot]), n - 1), 0.0
-        deeper = min(float(query.held.host[slot]), n - 1)
+        most = n - 1 if query.reuses_prefix else 0.0
+        held, load_s = min(float(query.held.device[slot]), most), 0.0
+        deeper = min(float(query.held.host[slot]), most)
         loading_s = (deeper - held) * row["kv_bytes_per_token"] / self._config.host_tier_bytes_per_s
         if deeper > held and seconds(deeper) + loading_s < seconds(held):
             held, load_s = deeper, float(loading_s)
         pool = self._prefills if row["role"] == 1 else self._decodes
         reuses = query.held.hot_reuses / len(pool)
-        missing = max(0.0, min(query.held.hot_tokens, n) - held)
+        there = max(held, min(float(query.held.device[slot]), n - 1))
+        missing = max(0.0, min(query.held.hot_tokens, n) - there)
         part = row["prefill_b"] * missing + row["prefill_c"] * missing * (held + missing / 2)
         queue = max(0.0, row["queued_tokens"] * row["s_per_token"] - (query.now - row["reported_at"]))
         queue += row["credit_prefill_s"] + row["peer_prefill_s"]

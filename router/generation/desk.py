@@ -113,6 +113,7 @@ class AnswerDesk:
         """Prompts one after the other: one client's many prompts do not keep others' from the loop and the threads.
         They share the first one's id and seed."""
         prepared = [await self._intake.prepare(calls[0])]
+        self._check_num_scores(prepared)
         first = prepared[0].request
         for call in calls[1:]:
             await asyncio.sleep(0)
@@ -123,7 +124,20 @@ class AnswerDesk:
                 has_seed=True,
             )
             prepared.append(await self._intake.prepare(same))
+            self._check_num_scores(prepared)
         return prepared
+
+    def _check_num_scores(self, prepared: Sequence[Prepared]) -> None:
+        """They come in one piece, before the answer's first token."""
+        alternatives, bound = prepared[0].request.sampling.prompt_logprobs, self._config.max_prompt_logprobs
+        if alternatives is None:
+            return
+        num_tokens = sum(one.request.num_prompt_tokens for one in prepared)
+        if num_tokens * (1 + alternatives) > bound:
+            asked = f"{num_tokens} prompt tokens with {alternatives} alternatives each"
+            raise InvalidRequest(
+                "sampling.prompt_logprobs", f"{asked} are more log-probabilities than the {bound} of one call"
+            )
 
     async def _charge(self, prepared: Sequence[Prepared], n: int) -> QuotaCharge | None:
         num_tokens = sum(

@@ -29,7 +29,7 @@ _LEAST_MATCH = 0.3  # of a prompt that is worth following
 
 
 class Rule(Protocol):
-    """Picks one of the slots. `held`: tokens of the prompt by slot; None: for decoding, where load counts."""
+    """Picks one of the slots. `held`: tokens of the prompt by slot; None: load counts, as for decoding."""
 
     def pick(self, slots: np.ndarray, rows: np.ndarray, held: np.ndarray | None, query: RouteQuery) -> int: ...
 
@@ -50,7 +50,8 @@ class BaselinePolicy:
         self._pricer.price(table, query, rng)
         rows = table.rows
         prefills, decodes = (_shuffled(slots, rng) for slots in self._pricer.eligible())
-        prefill = self._rule.pick(prefills, rows, query.held.device, query) if len(prefills) else None
+        held = query.held.device if query.reuses_prefix else None
+        prefill = self._rule.pick(prefills, rows, held, query) if len(prefills) else None
         decode = self._rule.pick(decodes, rows, None, query) if len(decodes) else None
         found = self._pricer.weigh_pair(table, prefill, decode)
         if not found.num_candidates:

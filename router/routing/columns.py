@@ -113,6 +113,7 @@ QUERY = np.dtype(
     [
         ("now", np.float64),
         ("prompt_tokens", np.float64),
+        ("reusable_tokens", np.float64),  # of the prompt, at most: the last token is computed, to sample the first
         ("max_total_tokens", np.float64),
         ("needs_decode", np.bool_),
         ("allow_late", np.bool_),

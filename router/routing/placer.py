@@ -113,6 +113,7 @@ class Placer:
             held_prefixes(self._index, self._table, hashes),
             self._clock.now(),
             needs_decode=needs_decode(request),
+            reuses_prefix=request.sampling.prompt_logprobs is None,
             expected_output_tokens=expected_output_tokens,
             slo=slo,
             quality_floor=request.kv_quality_floor,

@@ -208,6 +208,7 @@ class CostPolicy:
         self._query[0] = (
             query.now,
             query.num_prompt_tokens,
+            query.num_prompt_tokens - 1 if query.reuses_prefix else 0,
             query.max_total_tokens,
             query.needs_decode,
             query.allow_late,

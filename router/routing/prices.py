@@ -101,18 +101,17 @@ def price_prompt(
 
     `crowd`: the pool's mean prefill coefficients, times the price of crowding.
     """
-    most = q.prompt_tokens - 1.0  # the last token is computed, to sample the first
-    held = min(device, most)
+    held = min(device, q.reusable_tokens)
     full_s = prefill_seconds(worker, q.prompt_tokens - held, held)
     load_s = 0.0
-    in_any = min(max(host, device), most)
+    in_any = min(max(host, device), q.reusable_tokens)
     if in_any > held:
         loading_s = (in_any - held) * worker.kv_bytes_per_token / s.host_tier_bytes_per_s
         rest_s = prefill_seconds(worker, q.prompt_tokens - in_any, in_any)
         if rest_s + loading_s < full_s:
             held, full_s, load_s = in_any, rest_s, loading_s
     uncached, charged_s, cold_s = q.prompt_tokens - held, full_s, full_s
-    missing = min(q.hot_tokens, q.prompt_tokens) - held
+    missing = min(q.hot_tokens, q.prompt_tokens) - max(held, min(device, q.prompt_tokens - 1.0))
     if s.use_hot and missing > 0.0:
         part_s = worker.prefill_b * missing + worker.prefill_c * missing * (held + missing * 0.5)
         charged_s -= part_s * (reuses / (1.0 + reuses))

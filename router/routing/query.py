@@ -45,6 +45,8 @@ class RouteQuery:
         max_total_tokens: prompt and everything it may generate.
         expected_output_tokens: steps of decoding that are to be expected.
         needs_decode: False when the first token is the last.
+        reuses_prefix: False when the whole prompt is computed whatever is cached of it, as for its log-probabilities.
+            What a decode worker holds need not be sent all the same.
         now: clock of the table, seconds.
         allow_late: the decode worker may be chosen while the prompt is computed.
         waited_s: since the request arrived.
@@ -61,6 +63,7 @@ class RouteQuery:
     held: HeldPrefixes
     now: float
     needs_decode: bool = True
+    reuses_prefix: bool = True
     allow_late: bool = True
     expected_output_tokens: int = 64
     waited_s: float = 0.0

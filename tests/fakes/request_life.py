@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from core.errors import Aborted, RejectedError, RejectReason, ServingError, WorkerLost
 from core.ids import RequestId, WorkerId
-from core.request import Finish, FinishReason, TokenOutput
+from core.request import Finish, FinishReason, PromptToken, TokenOutput
 from router import messages as m
 from router.lifecycle import RequestState
 from router.patience import Patience
@@ -13,6 +13,7 @@ from router.state import RequestMachine
 S = RequestState
 P1, P2, D1, D2 = (WorkerId(name) for name in ("p1", "p2", "d1", "d2"))
 END = Finish(FinishReason.LENGTH)
+SCORES = (PromptToken(1, None), PromptToken(2, -0.5))
 LOST = WorkerLost("gone")
 LANDED = m.KvLanded(0.1, 0.2, 0, 10, 1000, "none", kv_lossless=True, kv_wire_bytes=1100)
 NOBODY = m.NothingFits("decode: refused")

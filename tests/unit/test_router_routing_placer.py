@@ -57,6 +57,24 @@ def placer(world: World, index: PrefixIndex) -> Placer:
     return Placer(world.config, world.clock, random.Random(0), world.table, links, index, staleness=lambda: 0.5)
 
 
+def test_a_scored_prompt_is_computed_whole_and_sent_as_far_as_it_is_not_held() -> None:
+    waits = load_report(queued_prefill_tokens=100)  # less than the prefix saves
+    world = World("p1", record("p2", load=waits), "d1", "d2", **REMOTE)
+    index = PrefixIndex(2**20, world.table.slots)
+    for name in ("p2", "d2"):
+        index.store(WorkerId(name), CHAIN[:32])
+    hashes, plain = PromptHashes.known({KEY: CHAIN}), request()
+    asked = replace(plain, sampling=replace(plain.sampling, prompt_logprobs=0))
+    ours = placer(world, index)
+    usual = ours.place(plain, hashes, expected_output_tokens=64)
+    scored = ours.place(asked, hashes, expected_output_tokens=64)
+    assert isinstance(usual, Decision)
+    assert isinstance(scored, Decision)
+    assert (usual.prefill, usual.winner.held_tokens, usual.winner.uncached_tokens) == ("p2", 512, 512)
+    assert (scored.prefill, scored.winner.held_tokens, scored.winner.uncached_tokens) == ("p1", 0, 1024)
+    assert (scored.decode, scored.winner.decode_held_tokens) == ("d2", 512)
+
+
 def test_a_placement_is_remembered_with_what_it_rested_on() -> None:
     world = World("p1", "p2", "d1", **REMOTE)
     index = PrefixIndex(2**20, world.table.slots)

@@ -64,6 +64,7 @@ def cases(draw: st.DrawFn) -> tuple[list[WorkerRecord], dict[str, Any], dict[str
         "hot": (draw(st.integers(0, 900)), draw(st.floats(0.0, 50.0))),
         "slo": Slo(draw(some), draw(some), draw(some)),
         "waited_s": draw(st.floats(0.0, 1.0)),
+        "reuses_prefix": draw(st.booleans()),
         "expected_output_tokens": draw(st.integers(1, 500)),
         "quality_floor": draw(st.sampled_from([1.0, 0.99, 0.97, 0.0])),
         "session": Session(draw(st.sampled_from([None, *names[:1]])), draw(st.sampled_from([None, *names[-1:]]))),

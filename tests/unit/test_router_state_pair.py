@@ -15,6 +15,7 @@ from tests.fakes.request_life import (
     NOBODY,
     P1,
     P2,
+    SCORES,
     TO,
     S,
     at,
@@ -56,6 +57,29 @@ def test_a_good_life() -> None:
     split = request.timeline.split(4, 20.0)
     assert (split.queue_s, split.route_s, split.prefill_s, split.ttft_s, split.total_s) == (1.0, 3.0, 1.0, 5.0, 20.0)
     assert split.tpot_s == pytest.approx((11.0 - 5.0) / 3)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        (*TO[S.PREFILLING], m.PrefillProduced(tokens(0), SCORES)),
+        (*TO[S.PREFILLING], m.PrefillFinished(tokens(0), END, SCORES)),
+        (*TO[S.SEEKING], m.PrefillProduced(tokens(0), SCORES)),
+        (*TO[S.COMPUTING], m.DecodeProduced(tokens(0), SCORES)),
+        (*TO[S.COMPUTING], m.DecodeFinished(tokens(0), END, SCORES)),
+    ],
+    ids=["pair", "pair, last token", "late", "alone", "alone, last token"],
+)
+def test_a_scored_prompt_goes_out_with_the_first_token(first: tuple[m.Event, ...]) -> None:
+    _, effects = walk(*first)
+    assert effects[0] == m.Deliver(tokens(0), SCORES)
+
+
+def test_a_scored_prompt_that_is_lost_with_its_worker_is_told_once_by_the_next() -> None:
+    request, _ = walk(*TO[S.PREFILLING], m.PrefillLost(LOST))
+    again = (m.PairChosen(P2, D2), m.DecodeAccepted(0), m.PrefillAccepted(0))
+    _, effects = walk(*again, m.PrefillProduced(tokens(0), SCORES), start=request)
+    assert effects == [m.Deliver(tokens(0), SCORES)]
 
 
 def test_a_first_token_that_ends_the_request_frees_the_decode_worker() -> None:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 
+from core.clock import MonotonicClock
 from core.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -23,7 +24,17 @@ from core.errors import (
 )
 from core.ids import RequestId
 from core.membership import LoadReport
-from core.request import Finish, FinishReason, GenerateRequest, SamplingParams, TokenOutput
+from core.request import (
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    PromptToken,
+    SamplingParams,
+    TokenLogprob,
+    TokenOutput,
+)
+from grammar.host import ModelTokens
+from grammar.service import GrammarService
 from protos import inference_pb2, worker_pb2
 from protos.codec import load_to_wire
 from router import messages as m
@@ -107,16 +118,20 @@ async def intake(checkpoint: Path, tokenizer: GatewayTokenizer) -> AsyncIterator
         inline_prompt_bytes=1000,
         max_preparing=2,
     )
+    facts = read_model_facts(checkpoint)
+    grammars = GrammarService(config.grammar, ModelTokens(checkpoint, facts.vocab_size, ()), MonotonicClock())
     made = Intake(
         config,
         tokenizer,
-        read_model_facts(checkpoint),
+        facts,
         random.Random(0),
+        grammars=grammars,
         max_model_len=lambda: 100,
         hash_keys=lambda: {HashKey("w", 4)},
     )
     yield made
     made.close()
+    await grammars.close()
 
 
 def call(prompt: Prompt | None, **changes: object) -> GenerateCall:
@@ -237,20 +252,33 @@ def test_a_stop_token_is_no_text(tokenizer: GatewayTokenizer) -> None:
 def test_reports_become_events() -> None:
     token = inference_pb2.GeneratedToken(index=0, token_id=7)
     finish = worker_pb2.WorkFinish(reason=inference_pb2.FINISH_REASON_LENGTH)
+    scores = [
+        inference_pb2.PromptToken(token_id=5),
+        inference_pb2.PromptToken(
+            token_id=6, logprob=-0.5, top_logprobs=[inference_pb2.Logprob(token_id=8, logprob=-0.25)]
+        ),
+    ]
     batch = worker_pb2.OutputBatch(
         outputs=[
             worker_pb2.WorkOutput(request_id="a", tokens=[token]),
             worker_pb2.WorkOutput(request_id="b", tokens=[token], finish=finish),
+            worker_pb2.WorkOutput(request_id="c", tokens=[token], prompt_logprobs=scores),
+            worker_pb2.WorkOutput(request_id="d", tokens=[token], finish=finish, prompt_logprobs=scores),
         ]
     )
+    scored = (PromptToken(5, None), PromptToken(6, -0.5, (TokenLogprob(8, -0.25),)))
     out, end = TokenOutput(0, 7), Finish(FinishReason.LENGTH)
     assert read_prefill_report(worker_pb2.PrefillReport(outputs=batch)) == [
         ("a", m.PrefillProduced((out,))),
         ("b", m.PrefillFinished((out,), end)),
+        ("c", m.PrefillProduced((out,), scored)),
+        ("d", m.PrefillFinished((out,), end, scored)),
     ]
     assert read_decode_report(worker_pb2.DecodeReport(outputs=batch)) == [
         ("a", m.DecodeProduced((out,))),
         ("b", m.DecodeFinished((out,), end)),
+        ("c", m.DecodeProduced((out,), scored)),
+        ("d", m.DecodeFinished((out,), end, scored)),
     ]
     load = LoadReport(num_running=3)
     assert read_decode_report(worker_pb2.DecodeReport(load=load_to_wire(load))) == load

@@ -11,7 +11,7 @@ from core.clock import MonotonicClock
 from core.errors import ProtocolError, WorkerLost
 from core.gateway_streams import GatewayStreams
 from core.ids import RequestId, TransferId
-from core.request import RequestOutput
+from core.request import PromptToken, RequestOutput
 from core.request_table import RequestTable
 from core.streams import Outbox, serve_stream
 from core.task_set import TaskSet
@@ -102,6 +102,16 @@ async def test_a_turn_says_what_precedes_then_one_batch_then_the_rest() -> None:
     streams.flush()
     assert await drain(one) == ["landed b", "a+b", "computed a"]
     assert await drain(two) == ["c"]
+
+
+async def test_scored_prompts_leave_in_messages_of_their_own_and_in_order() -> None:
+    streams = GatewayStreams[str](10, lambda outputs: "+".join(output.request_id for output in outputs))
+    stream, scored = streams.connect(), (PromptToken(1, None),)
+    for name in "abCDef":
+        streams.output(stream, RequestOutput(RequestId(name), (), None, scored if name.isupper() else ()))
+    streams.follow(stream, "rest")
+    streams.flush()
+    assert await drain(stream) == ["a+b", "C", "D", "e+f", "rest"]
 
 
 async def test_a_stream_that_is_gone_is_told_nothing() -> None:
