@@ -11,10 +11,32 @@ BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLE_MARKERS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIAL_TOKENS = [PAD, BEGIN, END, *ROLE_MARKERS.values()]
 
+# Tools are told of and called in the way of hermes: JSON between tags, which are plain text to this vocabulary.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
+    "{% if tools %}"
+    "{{ '<|system|>\n' }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ 'You can call these functions:\n<tools>\n' }}"
+    "{% for tool in tools %}{{ (tool | tojson) + '\n' }}{% endfor %}"
+    '{{ \'</tools>\nA call is written as <tool_call>\n{"name": name, "arguments": object}\n</tool_call>\' }}'
+    "{{ '<|end|>\n' }}"
+    "{% endif %}"
     "{% for message in messages %}"
+    "{% if tools and loop.first and message['role'] == 'system' %}"
+    "{% elif message['role'] == 'tool' %}"
+    "{{ '<|user|>\n<tool_response>\n' + message['content'] + '\n</tool_response><|end|>\n' }}"
+    "{% elif message['tool_calls'] %}"
+    "{{ '<|assistant|>\n' + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] %}"
+    "{{ '<tool_call>\n{\"name\": ' + (call['function']['name'] | tojson) + ', \"arguments\": ' }}"
+    "{{ (call['function']['arguments'] | tojson) + '}\n</tool_call>' }}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{{ '<|end|>\n' }}"
+    "{% else %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
