@@ -250,7 +250,10 @@ class PacedWorker(ABC):
     async def list_cached(self) -> pb.ListCachedBlocksResponse:
         """Return the cache for a gateway that starts, a block after those above it."""
         sequence = self._registration.sequence if self._registration is not None else 0
-        chains = [pb.CachedChain(parent=self._cache[block], hashes=[block]) for block in reversed(self._cache)]
+        chains = [
+            pb.CachedChain(parent=self._cache[block], hashes=[block], tier=pb.CACHE_TIER_DEVICE)
+            for block in reversed(self._cache)
+        ]
         return pb.ListCachedBlocksResponse(
             worker_id=self.worker_id, epoch=self._epoch, sequence=sequence, chains=chains
         )

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\ttandem.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13protos/worker.proto\"\x19\n\x17GetClusterStatusRequest\"\xc2\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\n \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x15\n\rcached_blocks\x18\r \x01(\r\x12\x11\n\tconnected\x18\x0e \x01(\x08\x12\x11\n\tin_flight\x18\x0f \x01(\r\x12\x14\n\x0cmetrics_port\x18\x10 \x01(\r\"\xc5\x01\n\x18GetClusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x19\n\x11store_staleness_s\x18\x04 \x01(\x01\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r\x12(\n\x07workers\x18\x07 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\"@\n\x1dListClusterKvDecisionsRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"U\n\x1eListClusterKvDecisionsResponse\x12\x33\n\x07workers\x18\x01 \x03(\x0b\x32\".tandem.v1.ListKvDecisionsResponse\"9\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"Y\n\x16\x45xplainRequestResponse\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12+\n\tdecisions\x18\x02 \x03(\x0b\x32\x18.tandem.v1.RouteDecision\"\xf4\x02\n\rRouteDecision\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x13\n\x0bmode_reason\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x62inding\x18\x06 \x01(\t\x12)\n\x06winner\x18\x07 \x01(\x0b\x32\x19.tandem.v1.RouteCandidate\x12-\n\ncandidates\x18\x08 \x03(\x0b\x32\x19.tandem.v1.RouteCandidate\x12\x13\n\x0bstaleness_s\x18\t \x01(\x01\x12(\n\x07outcome\x18\n \x01(\x0b\x32\x17.tandem.v1.RouteOutcome\x12\x19\n\x11num_prompt_tokens\x18\x0b \x01(\r\x12\x1e\n\x16\x65xpected_output_tokens\x18\x0c \x01(\r\x12\x14\n\x0cnum_eligible\x18\r \x01(\r\x12\x12\n\ndecision_s\x18\x0e \x01(\x01\"\x8e\x02\n\x0eRouteCandidate\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\x12\x36\n\x07terms_s\x18\x05 \x03(\x0b\x32%.tandem.v1.RouteCandidate.TermsSEntry\x12\x18\n\x10predicted_ttft_s\x18\x06 \x01(\x01\x12\x18\n\x10predicted_tpot_s\x18\x07 \x01(\x01\x12\x13\n\x0bheld_tokens\x18\x08 \x01(\r\x1a-\n\x0bTermsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"{\n\x0cRouteOutcome\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x14\n\x0cttft_error_s\x18\x04 \x01(\x01\x12\x10\n\x08regret_s\x18\x05 \x01(\x01\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\"\x81\x02\n\x06\x41piKey\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12$\n\x05roles\x18\x04 \x03(\x0e\x32\x15.tandem.v1.AccessRole\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nrevoked_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x08 \x01(\t\"\x81\x01\n\x13\x43reateApiKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12$\n\x05roles\x18\x03 \x03(\x0e\x32\x15.tandem.v1.AccessRole\x12\x17\n\nlifetime_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_lifetime_s\"J\n\x14\x43reateApiKeyResponse\x12\"\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x11.tandem.v1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\"\x14\n\x12ListApiKeysRequest\":\n\x13ListApiKeysResponse\x12#\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x11.tandem.v1.ApiKey\"*\n\x13RevokeApiKeyRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\":\n\x14RevokeApiKeyResponse\x12\"\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x11.tandem.v1.ApiKey*[\n\nAccessRole\x12\x1b\n\x17\x41\x43\x43\x45SS_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x43\x43\x45SS_ROLE_INFERENCE\x10\x01\x12\x15\n\x11\x41\x43\x43\x45SS_ROLE_ADMIN\x10\x02\x32\x93\x04\n\x05\x41\x64min\x12[\n\x10GetClusterStatus\x12\".tandem.v1.GetClusterStatusRequest\x1a#.tandem.v1.GetClusterStatusResponse\x12\x66\n\x0fListKvDecisions\x12(.tandem.v1.ListClusterKvDecisionsRequest\x1a).tandem.v1.ListClusterKvDecisionsResponse\x12U\n\x0e\x45xplainRequest\x12 .tandem.v1.ExplainRequestRequest\x1a!.tandem.v1.ExplainRequestResponse\x12O\n\x0c\x43reateApiKey\x12\x1e.tandem.v1.CreateApiKeyRequest\x1a\x1f.tandem.v1.CreateApiKeyResponse\x12L\n\x0bListApiKeys\x12\x1d.tandem.v1.ListApiKeysRequest\x1a\x1e.tandem.v1.ListApiKeysResponse\x12O\n\x0cRevokeApiKey\x12\x1e.tandem.v1.RevokeApiKeyRequest\x1a\x1f.tandem.v1.RevokeApiKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\ttandem.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13protos/worker.proto\"\x19\n\x17GetClusterStatusRequest\"\xc2\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\n \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x15\n\rcached_blocks\x18\r \x01(\r\x12\x11\n\tconnected\x18\x0e \x01(\x08\x12\x11\n\tin_flight\x18\x0f \x01(\r\x12\x14\n\x0cmetrics_port\x18\x10 \x01(\r\"\xc5\x01\n\x18GetClusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x19\n\x11store_staleness_s\x18\x04 \x01(\x01\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r\x12(\n\x07workers\x18\x07 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\">\n\x1b\x41\x64minListKvDecisionsRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"S\n\x1c\x41\x64minListKvDecisionsResponse\x12\x33\n\x07workers\x18\x01 \x03(\x0b\x32\".tandem.v1.ListKvDecisionsResponse\"9\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"Y\n\x16\x45xplainRequestResponse\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12+\n\tdecisions\x18\x02 \x03(\x0b\x32\x18.tandem.v1.RouteDecision\"\xf4\x02\n\rRouteDecision\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x13\n\x0bmode_reason\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x62inding\x18\x06 \x01(\t\x12)\n\x06winner\x18\x07 \x01(\x0b\x32\x19.tandem.v1.RouteCandidate\x12-\n\ncandidates\x18\x08 \x03(\x0b\x32\x19.tandem.v1.RouteCandidate\x12\x13\n\x0bstaleness_s\x18\t \x01(\x01\x12(\n\x07outcome\x18\n \x01(\x0b\x32\x17.tandem.v1.RouteOutcome\x12\x19\n\x11num_prompt_tokens\x18\x0b \x01(\r\x12\x1e\n\x16\x65xpected_output_tokens\x18\x0c \x01(\r\x12\x14\n\x0cnum_eligible\x18\r \x01(\r\x12\x12\n\ndecision_s\x18\x0e \x01(\x01\"\x8e\x02\n\x0eRouteCandidate\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\x12\x36\n\x07terms_s\x18\x05 \x03(\x0b\x32%.tandem.v1.RouteCandidate.TermsSEntry\x12\x18\n\x10predicted_ttft_s\x18\x06 \x01(\x01\x12\x18\n\x10predicted_tpot_s\x18\x07 \x01(\x01\x12\x13\n\x0bheld_tokens\x18\x08 \x01(\r\x1a-\n\x0bTermsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"{\n\x0cRouteOutcome\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x14\n\x0cttft_error_s\x18\x04 \x01(\x01\x12\x10\n\x08regret_s\x18\x05 \x01(\x01\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\"\x81\x02\n\x06\x41piKey\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12$\n\x05roles\x18\x04 \x03(\x0e\x32\x15.tandem.v1.AccessRole\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nrevoked_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x08 \x01(\t\"\x81\x01\n\x13\x43reateApiKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12$\n\x05roles\x18\x03 \x03(\x0e\x32\x15.tandem.v1.AccessRole\x12\x17\n\nlifetime_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_lifetime_s\"J\n\x14\x43reateApiKeyResponse\x12\"\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x11.tandem.v1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\"\x14\n\x12ListApiKeysRequest\":\n\x13ListApiKeysResponse\x12#\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x11.tandem.v1.ApiKey\"*\n\x13RevokeApiKeyRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\":\n\x14RevokeApiKeyResponse\x12\"\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x11.tandem.v1.ApiKey*[\n\nAccessRole\x12\x1b\n\x17\x41\x43\x43\x45SS_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x43\x43\x45SS_ROLE_INFERENCE\x10\x01\x12\x15\n\x11\x41\x43\x43\x45SS_ROLE_ADMIN\x10\x02\x32\x8f\x04\n\x05\x41\x64min\x12[\n\x10GetClusterStatus\x12\".tandem.v1.GetClusterStatusRequest\x1a#.tandem.v1.GetClusterStatusResponse\x12\x62\n\x0fListKvDecisions\x12&.tandem.v1.AdminListKvDecisionsRequest\x1a\'.tandem.v1.AdminListKvDecisionsResponse\x12U\n\x0e\x45xplainRequest\x12 .tandem.v1.ExplainRequestRequest\x1a!.tandem.v1.ExplainRequestResponse\x12O\n\x0c\x43reateApiKey\x12\x1e.tandem.v1.CreateApiKeyRequest\x1a\x1f.tandem.v1.CreateApiKeyResponse\x12L\n\x0bListApiKeys\x12\x1d.tandem.v1.ListApiKeysRequest\x1a\x1e.tandem.v1.ListApiKeysResponse\x12O\n\x0cRevokeApiKey\x12\x1e.tandem.v1.RevokeApiKeyRequest\x1a\x1f.tandem.v1.RevokeApiKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,44 +35,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUTECANDIDATE_TERMSSENTRY']._loaded_options = None
   _globals['_ROUTECANDIDATE_TERMSSENTRY']._serialized_options = b'8\001'
-  _globals['_ACCESSROLE']._serialized_start=2369
-  _globals['_ACCESSROLE']._serialized_end=2460
+  _globals['_ACCESSROLE']._serialized_start=2365
+  _globals['_ACCESSROLE']._serialized_end=2456
   _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=87
   _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=112
   _globals['_WORKERSTATUS']._serialized_start=115
   _globals['_WORKERSTATUS']._serialized_end=437
   _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=440
   _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=637
-  _globals['_LISTCLUSTERKVDECISIONSREQUEST']._serialized_start=639
-  _globals['_LISTCLUSTERKVDECISIONSREQUEST']._serialized_end=703
-  _globals['_LISTCLUSTERKVDECISIONSRESPONSE']._serialized_start=705
-  _globals['_LISTCLUSTERKVDECISIONSRESPONSE']._serialized_end=790
-  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=792
-  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=849
-  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=851
-  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=940
-  _globals['_ROUTEDECISION']._serialized_start=943
-  _globals['_ROUTEDECISION']._serialized_end=1315
-  _globals['_ROUTECANDIDATE']._serialized_start=1318
-  _globals['_ROUTECANDIDATE']._serialized_end=1588
-  _globals['_ROUTECANDIDATE_TERMSSENTRY']._serialized_start=1543
-  _globals['_ROUTECANDIDATE_TERMSSENTRY']._serialized_end=1588
-  _globals['_ROUTEOUTCOME']._serialized_start=1590
-  _globals['_ROUTEOUTCOME']._serialized_end=1713
-  _globals['_APIKEY']._serialized_start=1716
-  _globals['_APIKEY']._serialized_end=1973
-  _globals['_CREATEAPIKEYREQUEST']._serialized_start=1976
-  _globals['_CREATEAPIKEYREQUEST']._serialized_end=2105
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=2107
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=2181
-  _globals['_LISTAPIKEYSREQUEST']._serialized_start=2183
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=2203
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=2205
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=2263
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=2265
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=2307
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=2309
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=2367
-  _globals['_ADMIN']._serialized_start=2463
-  _globals['_ADMIN']._serialized_end=2994
+  _globals['_ADMINLISTKVDECISIONSREQUEST']._serialized_start=639
+  _globals['_ADMINLISTKVDECISIONSREQUEST']._serialized_end=701
+  _globals['_ADMINLISTKVDECISIONSRESPONSE']._serialized_start=703
+  _globals['_ADMINLISTKVDECISIONSRESPONSE']._serialized_end=786
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=788
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=845
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=847
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=936
+  _globals['_ROUTEDECISION']._serialized_start=939
+  _globals['_ROUTEDECISION']._serialized_end=1311
+  _globals['_ROUTECANDIDATE']._serialized_start=1314
+  _globals['_ROUTECANDIDATE']._serialized_end=1584
+  _globals['_ROUTECANDIDATE_TERMSSENTRY']._serialized_start=1539
+  _globals['_ROUTECANDIDATE_TERMSSENTRY']._serialized_end=1584
+  _globals['_ROUTEOUTCOME']._serialized_start=1586
+  _globals['_ROUTEOUTCOME']._serialized_end=1709
+  _globals['_APIKEY']._serialized_start=1712
+  _globals['_APIKEY']._serialized_end=1969
+  _globals['_CREATEAPIKEYREQUEST']._serialized_start=1972
+  _globals['_CREATEAPIKEYREQUEST']._serialized_end=2101
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=2103
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=2177
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=2179
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=2199
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=2201
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=2259
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=2261
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=2303
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=2305
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=2363
+  _globals['_ADMIN']._serialized_start=2459
+  _globals['_ADMIN']._serialized_end=2986
 # @@protoc_insertion_point(module_scope)

@@ -164,7 +164,7 @@ class GetClusterStatusResponse(_message.Message):
 Global___GetClusterStatusResponse: _TypeAlias = GetClusterStatusResponse  # noqa: Y015
 
 @_typing.final
-class ListClusterKvDecisionsRequest(_message.Message):
+class AdminListKvDecisionsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
@@ -185,10 +185,10 @@ class ListClusterKvDecisionsRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListClusterKvDecisionsRequest: _TypeAlias = ListClusterKvDecisionsRequest  # noqa: Y015
+Global___AdminListKvDecisionsRequest: _TypeAlias = AdminListKvDecisionsRequest  # noqa: Y015
 
 @_typing.final
-class ListClusterKvDecisionsResponse(_message.Message):
+class AdminListKvDecisionsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKERS_FIELD_NUMBER: _builtins.int
@@ -205,7 +205,7 @@ class ListClusterKvDecisionsResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListClusterKvDecisionsResponse: _TypeAlias = ListClusterKvDecisionsResponse  # noqa: Y015
+Global___AdminListKvDecisionsResponse: _TypeAlias = AdminListKvDecisionsResponse  # noqa: Y015
 
 @_typing.final
 class ExplainRequestRequest(_message.Message):

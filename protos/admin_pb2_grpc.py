@@ -41,8 +41,8 @@ class AdminStub:
                 _registered_method=True)
         self.ListKvDecisions = channel.unary_unary(
                 '/tandem.v1.Admin/ListKvDecisions',
-                request_serializer=protos_dot_admin__pb2.ListClusterKvDecisionsRequest.SerializeToString,
-                response_deserializer=protos_dot_admin__pb2.ListClusterKvDecisionsResponse.FromString,
+                request_serializer=protos_dot_admin__pb2.AdminListKvDecisionsRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.AdminListKvDecisionsResponse.FromString,
                 _registered_method=True)
         self.ExplainRequest = channel.unary_unary(
                 '/tandem.v1.Admin/ExplainRequest',
@@ -120,8 +120,8 @@ def add_AdminServicer_to_server(servicer, server):
             ),
             'ListKvDecisions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListKvDecisions,
-                    request_deserializer=protos_dot_admin__pb2.ListClusterKvDecisionsRequest.FromString,
-                    response_serializer=protos_dot_admin__pb2.ListClusterKvDecisionsResponse.SerializeToString,
+                    request_deserializer=protos_dot_admin__pb2.AdminListKvDecisionsRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.AdminListKvDecisionsResponse.SerializeToString,
             ),
             'ExplainRequest': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainRequest,
@@ -196,8 +196,8 @@ class Admin:
             request,
             target,
             '/tandem.v1.Admin/ListKvDecisions',
-            protos_dot_admin__pb2.ListClusterKvDecisionsRequest.SerializeToString,
-            protos_dot_admin__pb2.ListClusterKvDecisionsResponse.FromString,
+            protos_dot_admin__pb2.AdminListKvDecisionsRequest.SerializeToString,
+            protos_dot_admin__pb2.AdminListKvDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,7 +32,7 @@ class AdminStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
     GetClusterStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetClusterStatusRequest, _admin_pb2.GetClusterStatusResponse]
-    ListKvDecisions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListClusterKvDecisionsRequest, _admin_pb2.ListClusterKvDecisionsResponse]
+    ListKvDecisions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AdminListKvDecisionsRequest, _admin_pb2.AdminListKvDecisionsResponse]
     """Which compression profiles the prefill workers chose for their KV transfers."""
     ExplainRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]
     """Why requests were placed where they were, and how that turned out. Of this gateway."""
@@ -47,7 +47,7 @@ class AdminStub:
 class AdminAsyncStub(AdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetClusterStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetClusterStatusRequest, _admin_pb2.GetClusterStatusResponse]  # type: ignore[assignment]
-    ListKvDecisions: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListClusterKvDecisionsRequest, _admin_pb2.ListClusterKvDecisionsResponse]  # type: ignore[assignment]
+    ListKvDecisions: _aio.UnaryUnaryMultiCallable[_admin_pb2.AdminListKvDecisionsRequest, _admin_pb2.AdminListKvDecisionsResponse]  # type: ignore[assignment]
     """Which compression profiles the prefill workers chose for their KV transfers."""
     ExplainRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]  # type: ignore[assignment]
     """Why requests were placed where they were, and how that turned out. Of this gateway."""
@@ -69,9 +69,9 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def ListKvDecisions(
         self,
-        request: _admin_pb2.ListClusterKvDecisionsRequest,
+        request: _admin_pb2.AdminListKvDecisionsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.ListClusterKvDecisionsResponse, _abc.Awaitable[_admin_pb2.ListClusterKvDecisionsResponse]]:
+    ) -> _typing.Union[_admin_pb2.AdminListKvDecisionsResponse, _abc.Awaitable[_admin_pb2.AdminListKvDecisionsResponse]]:
         """Which compression profiles the prefill workers chose for their KV transfers."""
 
     @_abc_1.abstractmethod

@@ -28,15 +28,19 @@ class _CacheTier:
 
 class _CacheTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CacheTier.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    CACHE_TIER_DEVICE: _CacheTier.ValueType  # 0
-    CACHE_TIER_HOST: _CacheTier.ValueType  # 1
+    CACHE_TIER_UNSPECIFIED: _CacheTier.ValueType  # 0
+    """never sent"""
+    CACHE_TIER_DEVICE: _CacheTier.ValueType  # 1
+    CACHE_TIER_HOST: _CacheTier.ValueType  # 2
     """must be loaded before use"""
 
 class CacheTier(_CacheTier, metaclass=_CacheTierEnumTypeWrapper):
     """Where a worker keeps cached blocks."""
 
-CACHE_TIER_DEVICE: CacheTier.ValueType  # 0
-CACHE_TIER_HOST: CacheTier.ValueType  # 1
+CACHE_TIER_UNSPECIFIED: CacheTier.ValueType  # 0
+"""never sent"""
+CACHE_TIER_DEVICE: CacheTier.ValueType  # 1
+CACHE_TIER_HOST: CacheTier.ValueType  # 2
 """must be loaded before use"""
 Global___CacheTier: _TypeAlias = CacheTier  # noqa: Y015
 

@@ -227,7 +227,7 @@ class Client:
             worker_id: of one prefill worker; empty: of all.
             last: per worker.
         """
-        request = admin_pb2.ListClusterKvDecisionsRequest(worker_id=worker_id, last=last)
+        request = admin_pb2.AdminListKvDecisionsRequest(worker_id=worker_id, last=last)
         return cluster_replies.kv_decisions_of(
             await self._connection.told(self._connection.admin.ListKvDecisions, request)
         )

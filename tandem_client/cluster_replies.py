@@ -25,7 +25,7 @@ def cluster_status_of(reply: admin_pb2.GetClusterStatusResponse) -> ClusterStatu
     return read_fields(ClusterStatus, reply, workers=workers)
 
 
-def kv_decisions_of(reply: admin_pb2.ListClusterKvDecisionsResponse) -> list[KvDecision]:
+def kv_decisions_of(reply: admin_pb2.AdminListKvDecisionsResponse) -> list[KvDecision]:
     return [
         KvDecision(
             prefill_worker=worker.worker_id,

@@ -27,15 +27,15 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return cluster_status(self._front)
 
     async def ListKvDecisions(  # noqa: N802
-        self, request: admin_pb2.ListClusterKvDecisionsRequest, context: "admin_pb2_grpc._ServicerContext"
-    ) -> admin_pb2.ListClusterKvDecisionsResponse:
+        self, request: admin_pb2.AdminListKvDecisionsRequest, context: "admin_pb2_grpc._ServicerContext"
+    ) -> admin_pb2.AdminListKvDecisionsResponse:
         async with reply_errors(context):
             link, last = self._link, request.last
             if request.worker_id:
                 found = [await link.list_kv_decisions(WorkerId(request.worker_id), last)]
             else:
                 found = await link.list_all_kv_decisions(last)
-            return admin_pb2.ListClusterKvDecisionsResponse(workers=found)
+            return admin_pb2.AdminListKvDecisionsResponse(workers=found)
 
     async def ExplainRequest(  # noqa: N802
         self, request: admin_pb2.ExplainRequestRequest, context: "admin_pb2_grpc._ServicerContext"

@@ -160,7 +160,10 @@ class FakeWorker(Generic[Report]):
             outbox.put(self._load_report(load_to_wire(self.load())))
 
     async def list_cached(self) -> pb.ListCachedBlocksResponse:
-        chains = [pb.CachedChain(parent=chain.parent, hashes=chain.hashes) for chain in self._chains]
+        chains = [
+            pb.CachedChain(parent=chain.parent, hashes=chain.hashes, tier=pb.CACHE_TIER_DEVICE)
+            for chain in self._chains
+        ]
         return pb.ListCachedBlocksResponse(
             worker_id=self.worker_id, epoch=self.epoch, sequence=self._sequence, chains=chains
         )

@@ -34,11 +34,11 @@ class Failing(admin_pb2_grpc.AdminServicer):
 
     async def ListKvDecisions(  # noqa: N802
         self,
-        request: admin_pb2.ListClusterKvDecisionsRequest,
+        request: admin_pb2.AdminListKvDecisionsRequest,
         context: grpc.aio.ServicerContext[
-            admin_pb2.ListClusterKvDecisionsRequest, admin_pb2.ListClusterKvDecisionsResponse
+            admin_pb2.AdminListKvDecisionsRequest, admin_pb2.AdminListKvDecisionsResponse
         ],
-    ) -> admin_pb2.ListClusterKvDecisionsResponse:
+    ) -> admin_pb2.AdminListKvDecisionsResponse:
         raise AssertionError("nobody asks")
 
     async def ExplainRequest(  # noqa: N802
