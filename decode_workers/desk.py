@@ -23,6 +23,7 @@ from decode_workers.metrics import DecodeMetrics
 from decode_workers.state import DecodeRequest
 from engine.engine import Engine
 from engine.loop import StepResult
+from grammar.walk import Grammar
 from kv_transfer.metrics import KvTransferMetrics
 from kv_transfer.ports import LandedStats
 from kv_transfer.receiver.receiver import KvReceiver
@@ -185,6 +186,7 @@ class DecodeDesk:
                     answer, load = done.result()
                     self._engine_load = load.with_rates_of(self._engine_load)
                     self.requests.take(machine, answer)
+                    self.requests.supply(machine)
                 case ServingError() as error:
                     self.requests.take(machine, m.EngineRefused(error))
                 case error:
@@ -200,7 +202,13 @@ class DecodeDesk:
         except ServingError as error:
             self.requests.take(machine, TransferFailed("not_expected", str(error)))
 
-    def _activate(self, machine: DecodeRequest, activate: m.ActivateInEngine) -> None:
+    async def _activate_with_grammar(self, machine: DecodeRequest, activate: m.ActivateInEngine) -> None:
+        """The KV may land before the grammar is there."""
+        grammar = await self.requests.grammar_of(machine)
+        if grammar is not None:
+            self._activate(machine, activate, grammar)
+
+    def _activate(self, machine: DecodeRequest, activate: m.ActivateInEngine, grammar: Grammar | None = None) -> None:
         def activated(done: Future[None]) -> None:
             match done.exception():
                 case None:
@@ -211,6 +219,8 @@ class DecodeDesk:
                     self.requests.on_defect(error)
 
         def join(engine: Engine) -> None:
+            if grammar is not None:
+                engine.supply(activate.request_id, grammar)
             engine.activate(
                 activate.request_id,
                 (activate.first_token_id,),
@@ -224,6 +234,8 @@ class DecodeDesk:
         match effect:
             case m.ExpectTransfer():
                 self.requests.spawn(self._expect(machine, effect), f"expect {machine.transfer_id}")
+            case m.ActivateInEngine() if machine.request.sampling.constraint is not None:
+                self.requests.spawn(self._activate_with_grammar(machine, effect), f"activate {machine.request_id}")
             case m.ActivateInEngine():
                 self._activate(machine, effect)
             case m.SendLanded():

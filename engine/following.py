@@ -34,13 +34,14 @@ class Following:
     def advance(self, sequence: TokenSequence, token_id: int, finish: Finish | None) -> Finish | None:
         """Tell the walk of a generated token; return how the request ends by it, if it does.
 
-        A text that is complete with the last token that its length allows is complete: that answer is awaited.
+        A text that is complete with the last token that its length allows is complete, and one that is complete with
+        its first token is handed over to nobody: these answers are awaited.
         """
         walk = sequence.walk
         if walk is None or (finish is not None and finish.reason is FinishReason.STOP):
             return finish
         walk.advance(token_id)
-        if finish is not None:
+        if finish is not None or sequence.is_prefill:
             await_answers([walk], self._mask_wait_s, self._clock)
             if walk.is_ready and walk.is_over:
                 return _OVER

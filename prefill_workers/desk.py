@@ -221,6 +221,7 @@ class PrefillDesk:
                 case None:
                     self._engine_load = done.result().with_rates_of(self._engine_load)
                     self.requests.end_turn()
+                    self.requests.supply(machine)
                 case ServingError() as error:
                     self.requests.take(machine, EngineFailed(error))
                 case error:

@@ -8,6 +8,7 @@ from core.config import ConfigModel
 from core.kv_quality import KvQuality
 from core.service_class import ServiceClass
 from core.tls import PeerTls, ServerTls
+from grammar.config import GrammarConfig
 from router.access.config import AccessConfig
 from router.admission.config import AdmissionConfig
 from router.chat.tool_formats.known import ToolFormatName
@@ -115,6 +116,7 @@ class RouterConfig(ConfigModel):
     tenants: dict[str, TenantConfig] = Field(default_factory=dict, description="by name, what holds for a tenant")
     default_tenant: TenantConfig = Field(TenantConfig(), description="what holds for tenants that are not named")
     access: AccessConfig = AccessConfig()
+    grammar: GrammarConfig = GrammarConfig()
     http: HttpConfig = HttpConfig()
     admission: AdmissionConfig = AdmissionConfig()
     routing: RoutingConfig = RoutingConfig()

@@ -15,6 +15,7 @@ from core.errors import InvalidRequest, ModelNotFound, PromptTooLong, RejectedEr
 from core.ids import new_request_id, parse_request_id, parse_tenant
 from core.request import MAX_SEED, GenerateRequest, SamplingParams
 from core.violations import Violations
+from grammar.service import GrammarService
 from router.chat.messages import ChatMessage, Tool, chat_size, check_messages
 from router.config import RouterConfig
 from router.kv_terms import NO_WISH, KvWish, kv_terms
@@ -93,6 +94,7 @@ class Intake:
     """Checks and tokenises.
 
     Args:
+        grammars: judges constraints.
         max_model_len: how long a request may become in the cluster as it is now.
         hash_keys: the ways to hash that workers use now.
 
@@ -106,6 +108,7 @@ class Intake:
         facts: ModelFacts,
         rng: random.Random,
         *,
+        grammars: GrammarService,
         max_model_len: Callable[[], int],
         hash_keys: Callable[[], set[HashKey]],
     ) -> None:
@@ -113,6 +116,7 @@ class Intake:
         self._tokenizer = tokenizer
         self._facts = facts
         self._rng = rng
+        self._grammars = grammars
         self._max_model_len = max_model_len
         self._hash_keys = hash_keys
         self._num_preparing = 0
@@ -134,7 +138,10 @@ class Intake:
             RejectedError: QUEUE_FULL, too many are being prepared.
         """
         with self._place():
-            return await self._prepare(call)
+            prepared = await self._prepare(call)
+        if call.sampling.constraint is not None:  # last, and in nobody's place: it may take seconds
+            await self._grammars.check(call.sampling.constraint)
+        return prepared
 
     async def _prepare(self, call: GenerateCall) -> Prepared:
         self.check_model(call.model)

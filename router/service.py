@@ -15,6 +15,8 @@ from core.errors import Aborted, ConfigError
 from core.ids import Epoch, WorkerId, new_gateway_id
 from core.store import Store
 from core.telemetry import MetricsServer
+from grammar.host import ModelTokens
+from grammar.service import GrammarService
 from router.access.gatekeeper import Gatekeeper
 from router.access.service import AccessControl
 from router.cluster_link import ClusterLink
@@ -77,6 +79,7 @@ class Gateway:
             num_replicas=lambda: self._replicas.num_replicas,
         )
         self._intake: Intake | None = None
+        self._grammars: GrammarService | None = None
         self._front: Front | None = None
         self._server: GatewayServer | None = None
         self._http: HttpServer | None = None
@@ -162,11 +165,17 @@ class Gateway:
             if self._http is not None:
                 await self._http.stop()
             raise
+        self._grammars = GrammarService(
+            config.grammar,
+            ModelTokens(config.model_path, facts.vocab_size, facts.eos_token_ids),
+            self._clock,
+        )
         self._intake = Intake(
             config,
             tokenizer,
             facts,
             self._rng,
+            grammars=self._grammars,
             max_model_len=lambda: longest_request(config, facts, self._fleet),
             hash_keys=self._fleet.hash_keys,
         )
@@ -236,6 +245,8 @@ class Gateway:
         self._access.close()
         if self._intake is not None:
             self._intake.close()
+        if self._grammars is not None:
+            await self._grammars.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         self._stopped.set()

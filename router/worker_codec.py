@@ -133,6 +133,9 @@ def read_failure(failed: worker_pb2.WorkFailed) -> tuple[ServingError, bool]:
         case "OUT_OF_RANGE":
             return PromptTooLong("prompt", text), False
         case "INVALID_ARGUMENT":
+            field, colon, problem = failed.detail.partition(": ")
+            if failed.reason == InvalidRequest.__name__ and colon:
+                return InvalidRequest(field, problem), False
             return InvalidRequest("request", text), False
         case "DEADLINE_EXCEEDED":
             return DeadlineExceeded(text), False

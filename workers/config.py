@@ -6,6 +6,7 @@ from core.config import ConfigModel
 from core.registration import RegistrationConfig
 from core.tls import PeerTls
 from engine.config import EngineConfig, ModelConfig
+from grammar.config import GrammarConfig
 from kv_transfer.config import KvTransferConfig
 
 
@@ -22,6 +23,7 @@ class WorkerConfig(ConfigModel):
     model: ModelConfig
     engine: EngineConfig = EngineConfig()
     transfer: KvTransferConfig = KvTransferConfig()
+    grammar: GrammarConfig = GrammarConfig()
     registration: RegistrationConfig = RegistrationConfig()
     topology: TopologyConfig = TopologyConfig()
     host: str = Field("127.0.0.1", description="address that the gRPC server binds to; gateways and peers reach it")

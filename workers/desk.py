@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from core.alarm import Alarm
 from core.clock import Clock
-from core.errors import InvalidTransition, RejectedError, ServingError, WorkerLost
+from core.errors import InvalidRequest, InvalidTransition, RejectedError, ServingError, WorkerLost
 from core.gateway_streams import GatewayStreams
 from core.ids import RequestId, TransferId
 from core.membership import LoadReport
@@ -26,6 +26,8 @@ from core.task_set import TaskSet
 from core.worker_life import WorkerLife
 from engine.engine import Engine
 from engine.loop import EngineLoop, Failure, StepResult
+from grammar.library import GrammarLibrary
+from grammar.walk import Grammar
 from workers import messages as m
 from workers.metrics import WorkerMetrics
 
@@ -58,6 +60,7 @@ class Surroundings:
 
     Attributes:
         streams: reports go there.
+        grammars: of the requests with a constraint.
         number_load: makes of a load a report that may be sent.
         on_turn: called at the end of each turn; the load may have changed.
     """
@@ -65,6 +68,7 @@ class Surroundings:
     life: WorkerLife
     engine: EngineLoop
     streams: GatewayStreams[Any]
+    grammars: GrammarLibrary
     metrics: WorkerMetrics
     clock: Clock
     number_load: Callable[[LoadReport], LoadReport]
@@ -153,8 +157,10 @@ class RequestDesk(Generic[M, E, F]):
 
     def on_engine_failure(self, failure: Failure) -> None:
         # Retryable, whatever the engine says of it: another worker may succeed, and the gateway bounds the attempts.
+        # Only what is wrong with the request itself is wrong everywhere.
+        error = failure.error if isinstance(failure.error, InvalidRequest) else WorkerLost(str(failure.error))
         lost = [machine for request_id in failure.request_ids if (machine := self._table.get(request_id)) is not None]
-        self._feed_all(lost, m.EngineFailed(WorkerLost(str(failure.error))))
+        self._feed_all(lost, m.EngineFailed(error))
 
     def take(self, machine: M, event: E | m.SharedEvent) -> None:
         """One event as a turn of its own."""
@@ -208,6 +214,35 @@ class RequestDesk(Generic[M, E, F]):
         """Have the engine's thread run `function` between steps, and the event loop `then` with what came of it."""
         loop = asyncio.get_running_loop()
         self._around.engine.call(function).add_done_callback(lambda done: loop.call_soon_threadsafe(then, done))
+
+    def supply(self, machine: M) -> None:
+        """Have the grammar of a request that the engine has taken compiled, if it needs one, and given to the engine.
+
+        Nobody waits for it but this request, which fails if there is no such grammar.
+        """
+
+        def supplied(done: Future[None]) -> None:
+            error = done.exception()
+            if error is not None:
+                self.on_defect(error)
+
+        async def work() -> None:
+            grammar = await self.grammar_of(machine)
+            if grammar is not None:
+                self.ask_engine(lambda engine: engine.supply(machine.request_id, grammar), supplied)
+
+        if machine.request.sampling.constraint is not None:
+            self.spawn(work(), f"grammar of {machine.request_id}")
+
+    async def grammar_of(self, machine: M) -> Grammar | None:
+        """Return the grammar of a request with a constraint; None: there is none, and the request was told."""
+        constraint = machine.request.sampling.constraint
+        assert constraint is not None
+        try:
+            return await self._around.grammars.get(constraint)
+        except ServingError as error:
+            self.take(machine, m.EngineFailed(error))
+            return None
 
     def free(self, machine: M, function: Callable[[Engine], object]) -> None:
         """Have the engine let go of a request by `function`; then its machine learns `BlocksFreed`."""

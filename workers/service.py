@@ -26,6 +26,8 @@ from core.telemetry import MetricsServer
 from core.worker_life import WorkerLife, layout_facts
 from engine.engine import Engine
 from engine.loop import EngineLoop, Failure, StepResult
+from grammar.host import ModelTokens
+from grammar.library import GrammarLibrary
 from protos import codec
 from workers.config import WorkerConfig
 from workers.desk import RequestDesk, Surroundings
@@ -87,6 +89,7 @@ class _Parts:
     """What exists once the model is loaded."""
 
     engine: EngineLoop
+    grammars: GrammarLibrary
     server: WorkerServer
     desk: Desk
 
@@ -191,6 +194,7 @@ class Worker:
             await parts.desk.requests.close(_CLOSE_S)
             if not await asyncio.to_thread(parts.engine.stop, max(deadline_s, _CLOSE_S)):
                 _log.error("%s: the engine's step does not end; its thread is left behind", self.identity.worker_id)
+            await parts.grammars.close()
         self._loads.close()
         await self._life.registration.stop(_CLOSE_S)
         if self._metrics_server is not None:
@@ -217,10 +221,12 @@ class Worker:
         server = WorkerServer(config.host, config.port, config.tls)
         name = f"engine {self.identity.worker_id}"
         engine_loop = EngineLoop(engine, post_step, post_failure, clock=self._clock, name=name)
+        grammars = GrammarLibrary(config.grammar, _tokens_of(config, engine), self._clock)
         around = Surroundings(
             self._life,
             engine_loop,
             self._streams,
+            grammars,
             self.metrics,
             self._clock,
             number_load=self._loads.number,
@@ -233,7 +239,7 @@ class Worker:
             await server.stop(0.0)
             raise
         engine_loop.start()
-        self._parts = _Parts(engine_loop, server, desk)
+        self._parts = _Parts(engine_loop, grammars, server, desk)
         if config.metrics_port is not None:
             self._metrics_server = MetricsServer(self.metrics.registry, config.host, config.metrics_port)
             self._life.registration.update(metrics_port=self._metrics_server.port)
@@ -335,6 +341,11 @@ class Worker:
 
 def _load_engine(config: WorkerConfig, progress: Progress) -> Engine:
     return Engine.load(config.model, config.engine, progress=progress)
+
+
+def _tokens_of(config: WorkerConfig, engine: Engine) -> ModelTokens:
+    path, info = config.model.path, engine.model_info
+    return ModelTokens(path if path.is_dir() else None, info.vocab_size, info.eos_token_ids)
 
 
 def _encode_events(batch: KvEventBatch) -> bytes:
