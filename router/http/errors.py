@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from core.errors import InvalidRequest, ModelNotFound, PromptTooLong, RejectedError, ServingError
+from core.errors import InvalidRequest, ModelNotFound, PermissionDenied, PromptTooLong, RejectedError, ServingError
 
 MAX_MESSAGE_CHARACTERS = 1000
 _TYPES = {
@@ -78,7 +78,7 @@ def _code(error: ServingError) -> str | None:
             return "context_length_exceeded"
         case ModelNotFound():
             return "model_not_found"
-        case RejectedError():
+        case RejectedError() | PermissionDenied():
             return str(error.reason)
         case _ if error.http_status == HTTPStatus.UNAUTHORIZED:
             return "invalid_api_key"
