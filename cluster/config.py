@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cluster.settings import complete, section
+from cluster.settings import complete, rooted, section
 from cluster.supervision.backoff import BackOffConfig
 from core.config import ConfigModel, load_config
-from core.tls import ServerTls
+from core.tls import ClientTls, PeerTls, ServerTls
 from decode_workers.config import DecodeWorkerConfig
 from engine.config import EngineConfig, ModelConfig
 from kv_transfer.config import KvTransferConfig
 from prefill_workers.config import PrefillWorkerConfig
+from router.access.config import AccessConfig
 from router.config import RouterConfig
 from router.http.config import HttpConfig
 
@@ -59,14 +60,15 @@ if TYPE_CHECKING:  # the real classes are made below, of fields that no static c
 
     class RouterSection(GatewayConfig):
         metrics_port: int | None = None
+        access: AccessConfig = AccessConfig()
         http: HttpConfig = HttpConfig()
         tls: ServerTls | None = None
 
 else:
-    _FILLED = {"model", "transfer", "host", "port"}
+    _FILLED = {"model", "transfer", "host", "port", "tls"}
     PrefillPool = section("PrefillPool", __name__, PoolConfig, PrefillWorkerConfig, filled=_FILLED)
     DecodePool = section("DecodePool", __name__, PoolConfig, DecodeWorkerConfig, filled=_FILLED)
-    _SAID_ELSEWHERE = {"model_path", "served_model_name", "max_model_len", "kv_quality"}
+    _SAID_ELSEWHERE = {"model_path", "served_model_name", "max_model_len", "kv_quality", "tls", "worker_tls"}
     RouterSection = section("RouterSection", __name__, GatewayConfig, RouterConfig, filled=_SAID_ELSEWHERE)
 
 
@@ -78,8 +80,19 @@ class RedisConfig(ConfigModel):
         pattern=r"^(redis|rediss|unix)://",
         description="a Redis 6.2+ or Valkey of yours; absent: one is embedded, on a private port of 127.0.0.1",
     )
+    tls: ClientTls | None = Field(None, description="of a rediss:// URL; absent: what the system trusts")
     deadline_s: float = Field(1.0, gt=0, le=60, description="of every call")
     embedded_max_memory_bytes: int = Field(256 * 2**20, ge=8 * 2**20)
+
+
+class TlsConfig(ConfigModel):
+    """Certificates. What is encrypted with them, and what is not, is in docs/security.md."""
+
+    public: ServerTls | None = Field(None, description="of the gateways' doors, HTTP and gRPC; absent: no TLS there")
+    client: ClientTls = Field(ClientTls(), description="how `tandem` on this machine reaches those doors")
+    internal: PeerTls | None = Field(
+        None, description="between gateways and workers, and among workers; absent: no TLS there"
+    )
 
 
 class RayConfig(ConfigModel):
@@ -129,6 +142,7 @@ class ClusterConfig(ConfigModel):
     decode: DecodePool = DecodePool()
     router: RouterSection = RouterSection()
     transfer: KvTransferConfig = KvTransferConfig()
+    tls: TlsConfig = TlsConfig()
     redis: RedisConfig = RedisConfig()
     ray: RayConfig = RayConfig()
     supervision: SupervisionConfig = SupervisionConfig()
@@ -154,11 +168,15 @@ class ClusterConfig(ConfigModel):
 
     def prefill_worker(self, **filled: object) -> PrefillWorkerConfig:
         """Return the configuration of one prefill worker; `filled` are the fields that the launcher chose."""
-        return complete(PrefillWorkerConfig, self.prefill, model=self.model, transfer=self.transfer, **filled)
+        return complete(PrefillWorkerConfig, self.prefill, **self._of_workers, **filled)
 
     def decode_worker(self, **filled: object) -> DecodeWorkerConfig:
         """Return the configuration of one decode worker; `filled` are the fields that the launcher chose."""
-        return complete(DecodeWorkerConfig, self.decode, model=self.model, transfer=self.transfer, **filled)
+        return complete(DecodeWorkerConfig, self.decode, **self._of_workers, **filled)
+
+    @property
+    def _of_workers(self) -> dict[str, object]:
+        return {"model": self.model, "transfer": self.transfer, "tls": self.tls.internal}
 
     def gateway(self, index: int = 0, **filled: object) -> RouterConfig:
         """Return the configuration of one gateway; `filled` are the fields that the launcher chose."""
@@ -168,6 +186,8 @@ class ClusterConfig(ConfigModel):
             "served_model_name": self.model.name,
             "max_model_len": self.model.max_model_len,
             "kv_quality": self.transfer.quality,
+            "tls": self.tls.public,
+            "worker_tls": self.tls.internal,
             "metrics_port": metrics_port + index if metrics_port else metrics_port,
         }
         return complete(RouterConfig, self.router, **(said | filled))
@@ -189,7 +209,16 @@ def _rooted(config: ClusterConfig, folder: Path) -> ClusterConfig:
     if transfer.profiles not in ("auto", "none"):
         library = folder / Path(transfer.profiles).expanduser()
         transfer = transfer.model_copy(update={"profiles": str(library)})
-    return config.model_copy(update={"model": model, "transfer": transfer, "log_folder": logs})
+    return config.model_copy(
+        update={
+            "model": model,
+            "transfer": transfer,
+            "log_folder": logs,
+            "router": config.router.model_copy(update={"access": rooted(config.router.access, folder)}),
+            "tls": rooted(config.tls, folder),
+            "redis": rooted(config.redis, folder),
+        }
+    )
 
 
 def json_schema() -> dict[str, Any]:

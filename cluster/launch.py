@@ -20,6 +20,7 @@ from core.ids import Epoch, WorkerId
 from core.membership import Role, WorkerIdentity
 from core.store_redis import RedisStore
 from core.telemetry import setup_logging
+from core.tls import ClientTls
 from engine.config import PROCESS_ENVIRONMENT
 
 Pool = TypeVar("Pool", PrefillPool, DecodePool)
@@ -35,9 +36,10 @@ class StoreAddress:
 
     url: str
     deadline_s: float
+    tls: ClientTls | None = None
 
     def open(self) -> RedisStore:
-        return RedisStore(self.url, deadline_s=self.deadline_s)
+        return RedisStore(self.url, deadline_s=self.deadline_s, tls=self.tls)
 
 
 def build_prefill(config: ClusterConfig, identity: WorkerIdentity, store: StoreAddress, seat: Seat) -> Service:

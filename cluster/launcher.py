@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.config import ClusterConfig
+from cluster.credentials import with_credentials
 from cluster.launch import GATEWAY, PACKAGES, Blueprint, GatewayPorts, StoreAddress
 from cluster.placement import demands, shares
 from cluster.preflight import check, packages_folder
@@ -55,6 +56,7 @@ class Launcher:
     Attributes:
         gateway_addresses: host:port of each gateway, fixed before they start.
         http_addresses: likewise, of their HTTP; none without it.
+        credentials: what clients need beside the address.
         mark: of all processes of this launch on this machine.
     """
 
@@ -70,7 +72,7 @@ class Launcher:
         self.gateway_addresses = tuple(f"{host}:{port}" for port in ports)
         self.http_addresses = tuple(f"{http_host}:{port}" for port in http_ports) if gateway.http.enabled else ()
         self.mark = mark
-        self._config = config
+        self._config, self.credentials = with_credentials(config)
         self._progress = progress
         self._folder = folder
         self._is_up = False
@@ -88,7 +90,7 @@ class Launcher:
     @property
     def http_urls(self) -> str:
         """Base addresses of OpenAI's API, for people; empty: it is not served."""
-        scheme = "http" if self._config.router.tls is None else "https"
+        scheme = "http" if self._config.tls.public is None else "https"
         return ", ".join(f"{scheme}://{address}/v1" for address in self.http_addresses)
 
     async def up(self) -> None:
@@ -156,7 +158,7 @@ class Launcher:
     def _redis_address(self) -> tuple[StoreAddress, EmbeddedRedis | None]:
         redis = self._config.redis
         if redis.url is not None:
-            return StoreAddress(redis.url, redis.deadline_s), None
+            return StoreAddress(redis.url, redis.deadline_s, redis.tls), None
         folder = self._folder / "redis"
         folder.mkdir()
         embedded = EmbeddedRedis(folder, max_memory_bytes=redis.embedded_max_memory_bytes)
@@ -249,8 +251,9 @@ class Launcher:
         deadline_s = self._config.supervision.gateway_start_deadline_s
         try:
             async with asyncio.timeout(deadline_s):
+                key, tls = self.credentials.api_key, self.credentials.tls
                 for address in self.gateway_addresses:
-                    async with Client(address) as client:
+                    async with Client(address, api_key=key, tls=tls) as client:
                         # A gateway offers no watch of its fleet, and its health only tells of one worker per role.
                         while sum(worker.connected for worker in (await client.status()).workers) < wanted:  # noqa: ASYNC110
                             await asyncio.sleep(_SEEN_PERIOD_S)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import IO, Self
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cluster.credentials import NO_CREDENTIALS, Credentials
 from cluster.workspace import is_alive
 from core.errors import ConfigError
+from core.tls import ClientTls
 
 
 class RunRecord(BaseModel):
@@ -32,9 +34,13 @@ class RunRecord(BaseModel):
     mark: str
     config: str = ""
     is_ready: bool = False
+    api_key: str = Field("", repr=False)
+    tls: ClientTls | None = None
 
     @classmethod
-    def of_this_process(cls, cluster: str, gateway: str, http: str, mark: str, config: str) -> Self:
+    def of_this_process(
+        cls, cluster: str, gateway: str, http: str, mark: str, config: str, credentials: Credentials = NO_CREDENTIALS
+    ) -> Self:
         created_s = psutil.Process().create_time()
         return cls(
             cluster=cluster,
@@ -44,6 +50,8 @@ class RunRecord(BaseModel):
             http=http,
             mark=mark,
             config=config,
+            api_key=credentials.api_key,
+            tls=credentials.tls,
         )
 
     @property

@@ -34,7 +34,7 @@ async def serve(
     with claim(config.name) as run_file:
         async with launcher_of(config, progress) as launcher:
             record = RunRecord.of_this_process(
-                config.name, launcher.gateway_address, launcher.http_urls, launcher.mark, source
+                config.name, launcher.gateway_address, launcher.http_urls, launcher.mark, source, launcher.credentials
             )
             run_file.write(record)
             stop = asyncio.Event()

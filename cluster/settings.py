@@ -7,6 +7,7 @@ one set of defaults and one description of each key.
 
 from collections.abc import Collection
 from copy import copy
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import create_model
@@ -40,3 +41,22 @@ def complete(source: type[M], given: ConfigModel, **filled: object) -> M:
     """
     names = set(source.model_fields) & set(type(given).model_fields)
     return source.model_validate({name: getattr(given, name) for name in names} | filled)
+
+
+def rooted(model: M, folder: Path) -> M:
+    """Return the same settings with every relative path in them taken from `folder`. Pure."""
+    return model.model_copy(
+        update={name: _rooted_value(getattr(model, name), folder) for name in type(model).model_fields}
+    )
+
+
+def _rooted_value(value: object, folder: Path) -> object:
+    match value:
+        case Path():
+            return folder / value.expanduser()
+        case ConfigModel():
+            return rooted(value, folder)
+        case tuple():
+            return tuple(_rooted_value(one, folder) for one in value)
+        case _:
+            return value

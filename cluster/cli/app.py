@@ -16,7 +16,9 @@ from rich.console import Console
 from cluster import detach, run_file
 from cluster.cli import client
 from cluster.cli.bench import bench
+from cluster.cli.keys import keys_app
 from cluster.cli.profile import profile_app
+from cluster.cli.reach import Cluster
 from cluster.config import ClusterConfig, json_schema, load_cluster_config
 from cluster.launcher import Launcher
 from cluster.own_session import enter_own_session
@@ -35,6 +37,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="The configuration file.")
 app.add_typer(config_app, name="config")
 app.add_typer(profile_app, name="profile")
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()
@@ -78,7 +81,7 @@ def up(
 
 @app.command()
 def down(
-    cluster: client.Cluster = None,
+    cluster: Cluster = None,
     deadline_s: Annotated[float, typer.Option("--deadline", help="Seconds to drain; then it is killed.")] = 60.0,
 ) -> None:
     """Drain and stop a cluster of this machine.

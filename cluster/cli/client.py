@@ -1,11 +1,9 @@
 """Commands of `tandem` that talk to a running cluster: status, generate, explain, profile decisions."""
 
-import asyncio
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -13,16 +11,13 @@ from rich.console import Console
 from cluster import run_file
 from cluster.cli.decisions_view import decisions_table
 from cluster.cli.explain_view import decision_view, route_table
+from cluster.cli.reach import Address, ApiKey, Cluster, TlsCa, TlsCertificate, TlsName, reach
 from cluster.cli.status_view import placement_line, status_table, transfer_line
-from core.errors import ConfigError, InvalidRequest, ServingError
+from core.errors import InvalidRequest
 from tandem_client import Client, ClusterStatus, KvDecision, Message, RouteDecision, Sampling, Service
 
 T = TypeVar("T")
 _PAGE_WIDTH = 120  # of tables that go to a file or a pipe
-Cluster = Annotated[str | None, typer.Option("--cluster", help="Name of the cluster; needed when several are up.")]
-Address = Annotated[
-    str | None, typer.Option("--address", help="host:port of a gateway (or several, with commas), instead of looking.")
-]
 
 
 def add_commands(app: typer.Typer, profile_app: typer.Typer) -> None:
@@ -41,6 +36,10 @@ def page() -> Console:
 def status(
     cluster: Cluster = None,
     address: Address = None,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_name: TlsName = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show the workers of a running cluster.
@@ -51,17 +50,17 @@ def status(
 
         tandem status --address 10.0.0.5:50051 --json
     """
-    gateway = _gateway(cluster, address)
+    gateways = reach(cluster, address, api_key, tls_ca, tls_certificate, tls_name)
     http = "" if address else run_file.find(cluster).http
 
     async def ask(client: Client) -> ClusterStatus:
         return await client.status()
 
-    found = _with_client(gateway, ask)
+    found = gateways.ask(ask)
     if as_json:
         print(json.dumps(dataclasses.asdict(found) | {"http": http}, indent=2))
     else:
-        page().print(status_table(found, gateway, http))
+        page().print(status_table(found, gateways.address, http))
 
 
 def generate(
@@ -96,6 +95,10 @@ def generate(
     why: Annotated[bool, typer.Option("--why", help="Say on standard error who served it and why.")] = False,
     cluster: Cluster = None,
     address: Address = None,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_name: TlsName = None,
 ) -> None:
     """Stream a generation to standard output.
 
@@ -139,7 +142,7 @@ def generate(
                 if why:
                     print(placement_line(piece.summary), file=sys.stderr)
 
-    _with_client(_gateway(cluster, address), stream, tenant)
+    reach(cluster, address, api_key, tls_ca, tls_certificate, tls_name).ask(stream, tenant=tenant)
 
 
 def explain(
@@ -147,6 +150,10 @@ def explain(
     last: Annotated[int, typer.Option("--last", "-n", min=1, help="Decisions per gateway.")] = 20,
     cluster: Cluster = None,
     address: Address = None,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_name: TlsName = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: with every candidate's terms.")] = False,
 ) -> None:
     """Tell why requests were placed where they were, what else was possible, and how it turned out.
@@ -164,8 +171,9 @@ def explain(
         return await client.explain(request_id, last=last)
 
     found: list[RouteDecision] = []
-    for gateway in _gateway(cluster, address).split(","):  # each knows its own requests only
-        found += _with_client(gateway, ask)
+    gateways = reach(cluster, address, api_key, tls_ca, tls_certificate, tls_name)
+    for gateway in gateways.each():  # each knows its own requests only
+        found += gateway.ask(ask)
     if request_id and not found:
         raise InvalidRequest("request_id", f"no gateway knows a decision on {request_id!r} (any more)")
     if as_json:
@@ -182,6 +190,10 @@ def profile_decisions(
     last: Annotated[int, typer.Option("--last", "-n", min=1, help="Transfers per prefill worker.")] = 20,
     cluster: Cluster = None,
     address: Address = None,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_name: TlsName = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: with every candidate's terms.")] = False,
 ) -> None:
     """Show which profiles the last KV transfers of a running cluster used, and why.
@@ -196,20 +208,11 @@ def profile_decisions(
     async def ask(client: Client) -> list[KvDecision]:
         return await client.kv_decisions(worker, last=last)
 
-    found = _with_client(_gateway(cluster, address), ask)
+    found = reach(cluster, address, api_key, tls_ca, tls_certificate, tls_name).ask(ask)
     if as_json:
         print(json.dumps([{"prefill_worker": one.prefill_worker, **one.details} for one in found], indent=2))
     else:
         page().print(decisions_table(found))
-
-
-def _gateway(cluster: str | None, address: str | None) -> str:
-    if address:
-        return address
-    record = run_file.find(cluster)
-    if not record.is_ready:
-        raise ConfigError(f"cluster {record.cluster} is still coming up")
-    return record.gateway
 
 
 def _quality(text: str) -> str | float:
@@ -218,15 +221,3 @@ def _quality(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
-
-
-def _with_client(address: str, use: Callable[[Client], Coroutine[Any, Any, T]], tenant: str = "") -> T:
-    async def run() -> T:
-        async with Client(address, tenant=tenant, on_retry=_say_retry) as client:
-            return await use(client)
-
-    return asyncio.run(run())
-
-
-def _say_retry(error: ServingError, wait_s: float) -> None:
-    print(f"refused for now: {error}; trying again in {wait_s:.1f} s", file=sys.stderr)
