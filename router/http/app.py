@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from core.errors import InvalidRequest, ServingError
 from core.version import tandem_version
+from router.hints import DESCRIPTIONS
 from router.http import reply_types as replies
 from router.http.chat_request import ChatRequest
 from router.http.completion_request import CompletionRequest
@@ -42,11 +43,7 @@ _log = logging.getLogger(__name__)
 _BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 _Endpoint = Callable[[Request], Awaitable[Response]]
 _TEXT = {"type": "string"}
-_HEADERS = [
-    header("x-request-id", "the id of the request, new among those in flight; absent: one is made", _TEXT),
-    header("x-session-id", "requests of one session go to the same workers while that costs nothing", _TEXT),
-    header("x-tandem-tenant", "on whose account; with access control only an admin may name another", _TEXT),
-]
+_HEADERS = [header(name, description, _TEXT) for name, description in DESCRIPTIONS.items()]
 
 
 def create_app(door: Door, registry: CollectorRegistry) -> FastAPI:

@@ -2,7 +2,7 @@
 
 Chunks are put together as text, not as objects: all but a few bytes of one is the same for every chunk of a choice.
 First comes each choice's role, then pieces of content and of tool calls, a finish for each choice, and, if asked for,
-the usage in a chunk without choices."""
+the usage in a chunk without choices. The last of all tells how the call was served."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -55,9 +55,10 @@ class ChatChunks:
 
     def end(self) -> str:
         """What follows the last piece."""
-        return (
-            event(f'{self._empty_start},"usage":{encode(self._usage.told())}}}') if self._fields.includes_usage else ""
-        )
+        if not self._fields.includes_usage:
+            return ""
+        usage, account = encode(self._usage.told()), encode(self._usage.account())
+        return event(f'{self._empty_start},"usage":{usage},"tandem":{account}}}')
 
     def _piece(self, piece: ChatPiece) -> str:
         self._usage.add(piece.choice, len(piece.tokens), piece.completion)
@@ -87,6 +88,8 @@ class ChatChunks:
         tail = self._tail
         if self._fields.has_continuous_usage:
             tail = f'}}],"usage":{encode(self._usage.told())}}}'
+        elif finish != "null" and self._usage.is_complete and not self._fields.includes_usage:
+            tail = f'}}],"tandem":{encode(self._usage.account())}}}'
         return f'data: {self._starts[index]}{delta},"logprobs":{logprobs or "null"},"finish_reason":{finish}{tail}\n\n'
 
 
@@ -111,6 +114,7 @@ class ChatWhole:
             **self._head.told("chat.completion"),
             "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
             "usage": self._usage.told(),
+            "tandem": self._usage.account(),
         }
         if self._fields.prompt_logprobs is not None:
             scored = self._answer.prompt_tokens[0]

@@ -1,6 +1,6 @@
 """`/v1/chat/completions`: a body to a call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ UNSERVED_CHAT: Mapping[str, Sequence[object]] = {
     "thinking": (),
     "thinking_token_budget": (),
 }
-_EFFORT = "reasoning_effort"
+_EFFORT, _NO_EFFORT = "reasoning_effort", "none"
 
 
 class ChatRequest(SamplingFields):
@@ -74,8 +74,14 @@ class ChatOrder:
         return "max_tokens" if self.fields.max_completion_tokens is None else "max_completion_tokens"
 
 
-def read_chat(body: Mapping[str, Any]) -> ChatOrder:
-    """Raises: InvalidRequest, naming the field."""
+def read_chat(body: Mapping[str, Any], has_variable: Callable[[str], bool]) -> ChatOrder:
+    """
+    Args:
+        has_variable: whether the model's chat template reads a variable.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
     fields = read_fields(ChatRequest, body, UNSERVED_CHAT)
     fields.check_delivery()
     constraint, constraint_field = fields.constraint()
@@ -84,7 +90,7 @@ def read_chat(body: Mapping[str, Any]) -> ChatOrder:
         tools=tuple(read_tool(f"tools[{index}]", one) for index, one in enumerate(fields.tools or ())),
         tool_choice=read_tool_choice(fields.tool_choice),
         parallel_tool_calls=fields.parallel_tool_calls is not False,
-        template_arguments=_template_arguments(fields),
+        template_arguments=_template_arguments(fields, has_variable),
         constraint=constraint,
     )
     return ChatOrder(fields, call, _sampling(fields, constraint), constraint_field)
@@ -106,8 +112,10 @@ def _sampling(fields: ChatRequest, constraint: Constraint | None) -> SamplingPar
     )
 
 
-def _template_arguments(fields: ChatRequest) -> str:
+def _template_arguments(fields: ChatRequest, has_variable: Callable[[str], bool]) -> str:
     arguments = dict(fields.chat_template_kwargs or {})
     if fields.reasoning_effort is not None:
+        if not has_variable(_EFFORT) and fields.reasoning_effort != _NO_EFFORT:
+            raise InvalidRequest(_EFFORT, "is not supported: this model's chat template does not read it")
         arguments.setdefault(_EFFORT, fields.reasoning_effort)
     return dump_json("chat_template_kwargs", arguments) if arguments else ""

@@ -1,4 +1,5 @@
-"""`/v1/completions`: an answer as one object, or as chunks of the same shape. Pure."""
+"""`/v1/completions`: an answer as one object, or as chunks of the same shape, the last of which tells how the call was
+served. Pure."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -98,7 +99,8 @@ class CompletionChunks:
         """What follows the last piece."""
         if not self._fields.includes_usage:
             return ""
-        return event(f'{self._head_text},"choices":[],"usage":{encode(self._choices.usage.told())}}}')
+        usage, account = encode(self._choices.usage.told()), encode(self._choices.usage.account())
+        return event(f'{self._head_text},"choices":[],"usage":{usage},"tandem":{account}}}')
 
     def _piece(self, piece: ChoicePiece) -> str:
         choices = self._choices
@@ -118,6 +120,8 @@ class CompletionChunks:
         tail = self._tail
         if self._fields.has_continuous_usage:
             tail = f'}}],"usage":{encode(self._choices.usage.told())}}}'
+        elif finish != "null" and self._choices.usage.is_complete and not self._fields.includes_usage:
+            tail = f'}}],"tandem":{encode(self._choices.usage.account())}}}'
         return (
             f'data: {self._head_text},"choices":[{{"index":{choice},"text":{encode(text)},'
             f'"logprobs":{logprobs},"finish_reason":{finish}{more}{tail}\n\n'
@@ -149,6 +153,7 @@ class CompletionWhole:
             **self._choices.head.told("text_completion"),
             "choices": [self._choice(index) for index in range(self._choices.num_choices)],
             "usage": self._choices.usage.told(),
+            "tandem": self._choices.usage.account(),
         }
 
     def _choice(self, index: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from router.http.body import read_object
 from router.http.config import HttpConfig
 
 REQUEST_ID = b"x-request-id"
+_REQUEST_IDS = (REQUEST_ID, b"x_request_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class RequestIdentity:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        said = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"").decode("latin-1")
+        said = next((value for name, value in scope["headers"] if name in _REQUEST_IDS), b"").decode("latin-1")
         request_id = _usable(said) or new_request_id()
         scope["state"]["request_id"] = request_id
         header = (REQUEST_ID, request_id.encode())
@@ -68,16 +69,6 @@ class RequestIdentity:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
-
-
-def request_id_of(request: Request) -> RequestId:
-    """Return the id that the response will name.
-
-    Raises:
-        InvalidRequest: the client's own cannot be one.
-    """
-    said = request.headers.get("x-request-id", "")
-    return parse_request_id(said) if said else request.state.request_id
 
 
 def _usable(text: str) -> RequestId | None:

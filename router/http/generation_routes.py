@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
@@ -12,14 +13,15 @@ from core.constraint import ConstraintKind
 from core.errors import InvalidRequest
 from core.ids import parse_request_id
 from core.request import SamplingParams
-from core.service_class import NO_SLO
 from router.access.principal import Principal
 from router.generation.answer import Answer
+from router.generation.metadata import response_headers
+from router.hints import Hints, read_hints, with_hints
 from router.http.chat_reply import ChatChunks, ChatWhole
 from router.http.chat_request import ChatOrder, read_chat
 from router.http.completion_reply import CompletionChunks, CompletionWhole
 from router.http.completion_request import CompletionOrder, read_completion
-from router.http.door import Door, request_id_of
+from router.http.door import Door
 from router.http.fields import rename
 from router.http.logprobs import TokenNames
 from router.http.reply_head import ReplyHead, fingerprint
@@ -41,19 +43,22 @@ class GenerationRoutes:
 
     async def chat(self, request: Request) -> Response:
         principal = await self._door.admit(request)
-        order = read_chat(await self._door.body(request))
-        fields = order.fields
-        self._front.check_model(fields.model or "")
-        session = fields.prompt_cache_key or ""
-        call = self._call(request, principal, fields, order.sampling, None, order.has_max_tokens, session)
+        order = read_chat(await self._door.body(request), self._front.tokenizer.has_template_variable)
+        self._front.check_model(order.fields.model or "")
+        hints = read_hints(request.headers.items())
+        call = self._call(request, principal, hints, order.fields, order.sampling, None)
+        call = replace(call, has_max_tokens=order.has_max_tokens)
+        if not call.service.session_id and order.fields.prompt_cache_key:
+            call = replace(call, service=replace(call.service, session_id=order.fields.prompt_cache_key))
         return WhileConnected(partial(self._send_chat, order, call))
 
     async def completion(self, request: Request) -> Response:
         principal = await self._door.admit(request)
         order = read_completion(await self._door.body(request), self._front.config.max_choices)
         self._front.check_model(order.fields.model or "")
+        hints = read_hints(request.headers.items())
         calls = [
-            self._call(request, principal, order.fields, order.sampling, prompt, True, "") for prompt in order.prompts
+            self._call(request, principal, hints, order.fields, order.sampling, prompt) for prompt in order.prompts
         ]
         return WhileConnected(partial(self._send_completion, order, calls))
 
@@ -64,10 +69,11 @@ class GenerationRoutes:
             answer = await self._front.chat(call, order.call, None)
             try:
                 head = self._head("chatcmpl", answer.answer)
+                headers = partial(response_headers, answer.answer)
                 if fields.stream:
-                    await send_stream(send, answer, ChatChunks(answer.answer, head, fields, names), {})
+                    await send_stream(send, answer, ChatChunks(answer.answer, head, fields, names), headers)
                 else:
-                    await send_whole(send, answer, ChatWhole(answer.answer, head, fields, names), {})
+                    await send_whole(send, answer, ChatWhole(answer.answer, head, fields, names), headers)
             finally:
                 answer.answer.abandon(_GONE)
 
@@ -79,10 +85,11 @@ class GenerationRoutes:
             answer = await self._front.answer(calls, None)
             try:
                 head = self._head("cmpl", answer)
+                headers = partial(response_headers, answer)
                 if fields.stream:
-                    await send_stream(send, answer, CompletionChunks(answer, head, order, names, echoes), {})
+                    await send_stream(send, answer, CompletionChunks(answer, head, order, names, echoes), headers)
                 else:
-                    await send_whole(send, answer, CompletionWhole(answer, head, order, names, echoes), {})
+                    await send_whole(send, answer, CompletionWhole(answer, head, order, names, echoes), headers)
             finally:
                 answer.abandon(_GONE)
 
@@ -97,25 +104,25 @@ class GenerationRoutes:
         self,
         request: Request,
         principal: Principal,
+        hints: Hints,
         fields: SamplingFields,
         sampling: SamplingParams,
         prompt: Prompt | None,
-        has_max_tokens: bool,
-        session_id: str,
     ) -> GenerateCall:
         service_class, priority = fields.service()
-        session_id = request.headers.get("x-session-id", session_id)
-        return GenerateCall(
+        call = GenerateCall(
             model=fields.model or "",
-            request_id=parse_request_id(fields.request_id) if fields.request_id else request_id_of(request),
+            request_id=parse_request_id(fields.request_id) if fields.request_id else "",
             prompt=prompt,
             sampling=sampling,
-            has_max_tokens=has_max_tokens,
+            has_max_tokens=True,
             has_seed=fields.seed is not None,
-            tenant=principal.tenant_for(request.headers.get("x-tandem-tenant", "")),
-            service=ServiceWish(service_class, priority, NO_SLO, session_id),
+            tenant=principal.tenant_for(hints.tenant),
+            service=ServiceWish(service_class, priority),
             n=fields.num_choices,
         )
+        call = with_hints(call, hints)
+        return replace(call, request_id=call.request_id or request.state.request_id)
 
 
 @contextlib.contextmanager

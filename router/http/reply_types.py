@@ -77,12 +77,74 @@ class ChatChoice(BaseModel):
     token_ids: list[int] | None = None
 
 
+class KvAccount(BaseModel):
+    profile: str
+    bytes: int
+    wire_bytes: int
+    tokens_sent: int
+    tokens_held: int
+
+
+class TimingAccount(BaseModel):
+    queue_s: float
+    route_s: float
+    prefill_s: float
+    ttft_s: float
+    transfer_s: float
+    first_decode_s: float
+    tpot_s: float
+    total_s: float
+
+
+class PredictedAccount(BaseModel):
+    ttft_s: float | None
+    tpot_s: float | None
+
+
+class ChoiceAccount(BaseModel):
+    """How one choice was served."""
+
+    index: int
+    prefill_worker: str | None
+    decode_worker: str | None
+    mode: str
+    mode_reason: str
+    binding: str | None
+    reason: str
+    attempts: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    lossless: bool
+    kv: KvAccount | None
+    timing: TimingAccount
+    predicted: PredictedAccount
+    staleness_s: float | None
+
+
+class ProvenanceAccount(BaseModel):
+    weights_version: str
+    dtype: str
+    engine_version: str
+
+
+class Account(BaseModel):
+    """How a call was served, and what computed it."""
+
+    request_id: str
+    model: str
+    seed: int
+    provenance: ProvenanceAccount
+    choices: list[ChoiceAccount]
+
+
 class Reply(BaseModel):
     id: str
     created: int
     model: str
     system_fingerprint: str
     usage: Usage | None = None
+    tandem: Account | None = Field(None, description="of a stream: in its last chunk")
 
 
 class ChatCompletion(Reply):

@@ -3,7 +3,7 @@
 The headers of a stream are sent with the first token, so that whatever goes wrong before is a status of its own. What
 goes wrong later is an event with OpenAI's error object, and the stream ends without `[DONE]`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from starlette.types import Send
@@ -52,15 +52,18 @@ class Whole(Protocol[Q]):
 T = TypeVar("T")
 
 
-async def send_stream(send: Send, answer: Pieces[T], chunks: Chunks[T], headers: dict[str, str]) -> None:
+async def send_stream(send: Send, answer: Pieces[T], chunks: Chunks[T], headers: Callable[[], dict[str, str]]) -> None:
     """Send an answer as it comes.
+
+    Args:
+        headers: what is known with the first token.
 
     Raises:
         ServingError: before anything was sent.
     """
     pieces = await answer.take()
     text = chunks.begin() + chunks.of(pieces)
-    await send_head(send, 200, _HEADERS | headers)
+    await send_head(send, 200, _HEADERS | headers())
     while not answer.is_over:
         if text:  # tokens that are no text yet are told with the next
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
@@ -72,7 +75,7 @@ async def send_stream(send: Send, answer: Pieces[T], chunks: Chunks[T], headers:
     await send({"type": "http.response.body", "body": (text + chunks.end() + DONE).encode()})
 
 
-async def send_whole(send: Send, answer: Pieces[T], whole: Whole[T], headers: dict[str, str]) -> None:
+async def send_whole(send: Send, answer: Pieces[T], whole: Whole[T], headers: Callable[[], dict[str, str]]) -> None:
     """Send an answer once it is complete.
 
     Raises:
@@ -80,4 +83,4 @@ async def send_whole(send: Send, answer: Pieces[T], whole: Whole[T], headers: di
     """
     while not answer.is_over:
         whole.add(await answer.take())
-    await send_json(send, whole.told(), headers=headers)
+    await send_json(send, whole.told(), headers=headers())

@@ -86,6 +86,10 @@ async def test_a_chat_in_one_piece_and_in_chunks(checkpoint: Path) -> None:
         assert said[-1] == {}
         assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
         assert all("usage" not in chunk for chunk in chunks)
+        assert ["tandem" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        for account in (reply["tandem"], chunks[-1]["tandem"]):
+            assert account["choices"][0]["decode_worker"] == "d0"
+            assert account["choices"][0]["completion_tokens"] == 5
 
 
 async def test_a_completion_in_one_piece_and_in_chunks(checkpoint: Path) -> None:
@@ -105,7 +109,8 @@ async def test_usage_comes_last_and_alone(checkpoint: Path, path: str, body: dic
         assert last["choices"] == []
         assert last["usage"]["completion_tokens"] == 10
         assert last["usage"]["total_tokens"] == last["usage"]["prompt_tokens"] + 10
-        assert all(chunk["usage"] is None for chunk in chunks)
+        assert all(chunk["usage"] is None and "tandem" not in chunk for chunk in chunks)
+        assert [choice["index"] for choice in last["tandem"]["choices"]] == [0, 1]
         options = {"include_usage": True, "continuous_usage_stats": True}
         counted = [
             chunk["usage"]["completion_tokens"] for chunk in await stream(client, path, body, stream_options=options)
@@ -237,7 +242,7 @@ async def test_request_ids_are_the_clients_or_new(checkpoint: Path) -> None:
         made = await client.post(TEXTS, json=TEXT)
         assert made.json()["id"] == f"cmpl-{made.headers['x-request-id']}"
         bad = await client.post(TEXTS, json=TEXT, headers={"x-request-id": "a b"})
-        assert (bad.status_code, bad.json()["error"]["param"]) == (400, "request_id")
+        assert (bad.status_code, bad.json()["error"]["param"]) == (400, "x-request-id")
         assert bad.headers["x-request-id"] != "a b"
         failed = await client.get("/nowhere", headers={"x-request-id": "mine-2"})
         assert (failed.status_code, failed.headers["x-request-id"]) == (404, "mine-2")

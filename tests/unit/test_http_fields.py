@@ -22,7 +22,7 @@ TOOL = {"type": "function", "function": {"name": "look", "description": "Looks."
 
 
 def chat(**fields: Any) -> ChatOrder:
-    return read_chat({"messages": HELLO, **fields})
+    return read_chat({"messages": HELLO, **fields}, lambda name: name == "reasoning_effort")
 
 
 def completion(**fields: Any) -> CompletionOrder:
@@ -240,7 +240,7 @@ def test_every_parameter_arrives() -> None:
 
 def test_nothing_said_is_openais_default() -> None:
     nulls = dict.fromkeys(ChatRequest.model_fields, None) | {"messages": HELLO}
-    for order in (chat(), read_chat(nulls)):
+    for order in (chat(), chat(**nulls)):
         assert order.sampling == SamplingParams()
         assert not order.has_max_tokens
     assert chat(top_k=-1).sampling == SamplingParams()
@@ -306,6 +306,16 @@ def test_messages_in_openais_words() -> None:
     assert order.call.tool_choice == ToolChoice(ToolChoiceMode.NAMED, "wait")
     assert not order.call.parallel_tool_calls
     assert order.call.template_arguments == '{"enable_thinking":false}'
+
+
+def test_an_effort_that_the_template_reads_is_handed_on() -> None:
+    assert chat(reasoning_effort="low").call.template_arguments == '{"reasoning_effort":"low"}'
+    both = chat(reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"})
+    assert both.call.template_arguments == '{"reasoning_effort":"high"}'
+    body = {"messages": HELLO, "reasoning_effort": "low"}
+    with pytest.raises(InvalidRequest, match="reasoning_effort: is not supported"):
+        read_chat(body, lambda _: False)
+    read_chat(body | {"reasoning_effort": "none"}, lambda _: False)
 
 
 CONSTRAINTS: dict[str, tuple[dict[str, Any], Constraint | None]] = {
