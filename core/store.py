@@ -17,6 +17,22 @@ class StreamEntry(NamedTuple):
     value: bytes
 
 
+class LeasedAppend(NamedTuple):
+    """An entry for a stream that lives on a lease.
+
+    Attributes:
+        ttl_s: the stream vanishes so long after this entry, unless it is appended to again.
+        max_entries: the oldest beyond about so many are dropped.
+        is_first: the stream begins with this entry; what it held before is dropped. Without, it must be there.
+    """
+
+    stream: str
+    value: bytes
+    ttl_s: float
+    max_entries: int
+    is_first: bool = False
+
+
 class Taken(NamedTuple):
     """Answer to a take. `refused`: which of the buckets makes the caller wait longest; None: all was taken."""
 
@@ -63,6 +79,11 @@ class Store(Protocol):
 
     async def append(self, stream: str, value: bytes, *, max_entries: int) -> str:
         """Append to `stream`, trimming the oldest beyond about `max_entries`. Returns the entry's id."""
+        ...
+
+    async def append_leased(self, appends: Sequence[LeasedAppend]) -> Sequence[bool]:
+        """Append to several streams in one step, in this order. Returns for each whether its stream was there; where it
+        was not (it vanished, or the store forgot it), nothing was appended."""
         ...
 
     async def read(

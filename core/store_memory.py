@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from core.clock import Clock, MonotonicClock
 from core.errors import StoreUnavailable
-from core.store import StreamEntry, Taken
+from core.store import LeasedAppend, StreamEntry, Taken
 from core.token_bucket import BucketTake, TokenBucket
 
 
@@ -21,6 +21,7 @@ class MemoryStore:
         self._clock = clock or MonotonicClock()
         self._values: dict[str, tuple[bytes, float | None]] = {}  # value, when its lease ends
         self._streams: dict[str, deque[tuple[int, bytes]]] = {}
+        self._stream_ends: dict[str, float] = {}  # when the lease of a stream that has one ends
         self._buckets: dict[str, TokenBucket] = {}
         self._slots: dict[str, dict[str, float]] = {}  # when each holder's lease ends
         self._last_entry = 0
@@ -47,6 +48,7 @@ class MemoryStore:
         self._check()
         self._values.pop(key, None)
         self._streams.pop(key, None)
+        self._stream_ends.pop(key, None)
         self._buckets.pop(key, None)
         self._slots.pop(key, None)
 
@@ -71,14 +73,25 @@ class MemoryStore:
 
     async def append(self, stream: str, value: bytes, *, max_entries: int) -> str:
         self._check()
-        self._last_entry += 1
-        entries = self._streams.setdefault(stream, deque())
-        entries.append((self._last_entry, value))
-        while len(entries) > max_entries:
-            entries.popleft()
+        entry_id = self._append(stream, value, max_entries)
         async with self._grown:
             self._grown.notify_all()
-        return str(self._last_entry)
+        return entry_id
+
+    async def append_leased(self, appends: Sequence[LeasedAppend]) -> Sequence[bool]:
+        self._check()
+        self._end_leases()
+        done = []
+        for one in appends:
+            if one.is_first:
+                self._streams.pop(one.stream, None)
+            done.append(one.is_first or one.stream in self._streams)
+            if done[-1]:
+                self._append(one.stream, one.value, one.max_entries)
+                self._stream_ends[one.stream] = self._clock.now() + one.ttl_s
+        async with self._grown:
+            self._grown.notify_all()
+        return done
 
     async def read(
         self, streams: Mapping[str, str], *, max_entries: int, wait_s: float
@@ -139,7 +152,22 @@ class MemoryStore:
         if not self._available:
             raise StoreUnavailable("the store is down (memory store, outage on purpose)")
 
+    def _append(self, stream: str, value: bytes, max_entries: int) -> str:
+        self._last_entry += 1
+        entries = self._streams.setdefault(stream, deque())
+        entries.append((self._last_entry, value))
+        while len(entries) > max_entries:
+            entries.popleft()
+        return str(self._last_entry)
+
+    def _end_leases(self) -> None:
+        now = self._clock.now()
+        for stream in [stream for stream, ends_at in self._stream_ends.items() if now >= ends_at]:
+            del self._stream_ends[stream]
+            self._streams.pop(stream, None)
+
     def _after(self, streams: Mapping[str, str], max_entries: int) -> dict[str, list[StreamEntry]]:
+        self._end_leases()
         found = {}
         for stream, after in streams.items():
             news = [StreamEntry(str(n), value) for n, value in self._streams.get(stream, ()) if n > int(after)]

@@ -19,7 +19,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from core.errors import ConfigError, StoreUnavailable
-from core.store import StreamEntry, Taken
+from core.store import LeasedAppend, StreamEntry, Taken
 from core.store_redis_scripts import COMPARE_AND_SET, HOLD_SLOTS, TAKE_TOKENS
 from core.tls import ClientTls, client_context
 from core.token_bucket import BucketTake
@@ -99,6 +99,30 @@ class RedisStore:
         async with self._translated():
             entry_id = await self._client.xadd(stream, {_FIELD: value}, maxlen=max_entries, approximate=True)
         return cast(bytes, entry_id).decode()
+
+    async def append_leased(self, appends: Sequence[LeasedAppend]) -> Sequence[bool]:
+        if not appends:
+            return []
+        async with self._translated(), self._client.pipeline(transaction=True) as pipeline:
+            for one in appends:
+                if one.is_first:
+                    pipeline.xtrim(one.stream, maxlen=0, approximate=False)  # unlike a deletion, ids then go on
+                pipeline.xadd(
+                    one.stream,
+                    {_FIELD: one.value},
+                    maxlen=one.max_entries,
+                    approximate=True,
+                    nomkstream=not one.is_first,
+                )
+                pipeline.pexpire(one.stream, _at_least_1_ms(one.ttl_s))
+            answers = iter(await pipeline.execute())
+        done = []
+        for one in appends:
+            if one.is_first:
+                next(answers)
+            done.append(next(answers) is not None)
+            next(answers)
+        return done
 
     async def read(
         self, streams: Mapping[str, str], *, max_entries: int, wait_s: float
