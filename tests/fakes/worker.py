@@ -16,7 +16,7 @@ from core.errors import RejectedError, RejectReason, StoreUnavailable
 from core.ids import Epoch, RequestId, WorkerId
 from core.kv_events import BlocksStored, KvEvent, KvEventBatch
 from core.membership import LoadReport, Role, WorkerRecord, WorkerState, kv_event_stream, worker_key
-from core.request import RequestOutput, TokenLogprob, TokenOutput
+from core.request import PromptToken, RequestOutput, TokenLogprob, TokenOutput
 from core.rpc import bind, create_server
 from core.store import Store
 from core.streams import Outbox
@@ -287,7 +287,7 @@ class FakeWorker(Generic[Report]):
         request_id = RequestId(request.request_id)
         self.queued.pop(request_id, None)
         finish = reply.finish if len(reply.token_ids) == 1 else None
-        output = RequestOutput(request_id, self._tokens(request, reply, 0, 1), finish)
+        output = RequestOutput(request_id, self._tokens(request, reply, 0, 1), finish, _scores(request))
         cached = self._cached_tokens(request)
         measured = pb.PrefillComputed(request_id=request_id, queue_s=0.001, compute_s=0.002, cached_tokens=cached)
         return outputs_to_wire([output]), measured
@@ -335,3 +335,13 @@ class FakeWorker(Generic[Report]):
 
     def _load_report(self, load: pb.WorkerLoad) -> Report:
         raise NotImplementedError
+
+
+def _scores(request: pb.WorkRequest) -> tuple[PromptToken, ...]:
+    """The prompt, scored by a model that is the less sure the longer it gets."""
+    if not request.sampling.HasField("prompt_logprobs"):
+        return ()
+    tops = tuple(TokenLogprob(index, -1.0 - index) for index in range(request.sampling.prompt_logprobs))
+    first, *others = request.prompt_token_ids
+    scored = (PromptToken(one, -0.25 * place, tops) for place, one in enumerate(others, start=1))
+    return (PromptToken(first, None), *scored)

@@ -109,6 +109,15 @@ async def test_text_goes_to_ids_and_back(checkpoint: Path) -> None:
             await client.detokenize([-1])
 
 
+async def test_a_scored_prompt_is_handed_out(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, Client(cluster.address) as client:
+        generation = await client.generate_text("hey", max_tokens=2, prompt_logprobs=1)
+        assert [(one.text, one.logprob) for one in generation.prompt_scores] == [("h", None), ("e", -0.25), ("y", -0.5)]
+        assert [len(one.alternatives) for one in generation.prompt_scores] == [0, 1, 1]
+        reply = await client.chat_message([Message("user", "hi")], max_tokens=2, prompt_logprobs=0)
+        assert len(reply.prompt_scores) == reply.summary.usage.prompt_tokens
+
+
 async def test_all_that_is_wrong_reaches_the_caller(checkpoint: Path) -> None:
     async with fake_cluster(checkpoint) as cluster, Client(cluster.address) as client:
         with pytest.raises(InvalidRequest) as refused:

@@ -239,3 +239,20 @@ async def test_the_terms_of_the_transfer_reach_the_prefill_worker(checkpoint: Pa
         assert found == [(0.99, None, ""), (0.97, 0.25, ""), (1.0, None, "bank"), (0.5, None, "")]
         hashes = [tuple(submit.request.block_hashes) for submit in cluster.prefills[0].submits]
         assert hashes[0] == hashes[1] != hashes[2], "a tenant's prefix caches are its own"
+
+
+async def test_a_scored_prompt_is_told_before_the_answer(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster:
+        request = text_request("hey", max_tokens=2, n=2)
+        request.sampling.prompt_logprobs = 2
+        events = [event async for event in cluster.inference.Generate(request)]
+        scores = events[0].started.prompt_logprobs
+        assert [one.token for one in scores] == ["h", "e", "y"]
+        assert [one.logprob for one in scores] == [0.0, -0.25, -0.5]
+        assert [one.HasField("logprob") for one in scores] == [False, True, True]
+        assert [[other.token for other in one.top_logprobs] for one in scores] == [[], ["!", '"'], ["!", '"']]
+        wants = [one.request.sampling.HasField("prompt_logprobs") for one in cluster.prefills[0].submits]
+        assert sorted(wants) == [False, True], "one prompt is scored once"
+        plain = await collect(cluster.inference.Generate(text_request("hey", max_tokens=2)))
+        assert plain.started is not None
+        assert len(plain.started.prompt_logprobs) == 0
