@@ -53,15 +53,19 @@ class KeySources:
         """
         if self._config.keys_file is not None:
             await self._read_file(self._config.keys_file)
-        await self._look(SHARED, self._read_shared)
+        await self._try(SHARED, self._read_shared)
 
     async def run(self) -> None:
         """Keep up, until cancelled."""
         while True:
             await asyncio.sleep(self._config.reload_interval_s)
-            if (path := self._config.keys_file) is not None:
-                await self._look(FILE, partial(self._read_file, path))
-            await self._look(SHARED, self._read_shared)
+            await self.look()
+
+    async def look(self) -> None:
+        """Read what has changed."""
+        if (path := self._config.keys_file) is not None:
+            await self._try(FILE, partial(self._read_file, path))
+        await self._try(SHARED, self._read_shared)
 
     async def create(
         self, name: str, tenant: str, roles: frozenset[Role], lifetime_s: float | None
@@ -77,7 +81,7 @@ class KeySources:
         secret, now = new_key(), self._now()
         key = checked_key(name, tenant, roles, secret, now, lifetime_s)
         await shared.add(key)
-        await self._look(SHARED, self._read_shared)
+        await self._try(SHARED, self._read_shared)
         return key, secret
 
     async def revoke(self, fingerprint: str) -> tuple[str, ApiKeyConfig]:
@@ -89,18 +93,18 @@ class KeySources:
             StoreUnavailable: it may be revoked or not.
         """
         shared = self._require_shared()
-        await self._look(SHARED, self._read_shared)  # it may have been made a moment ago, elsewhere
+        await self._try(SHARED, self._read_shared)  # it may have been made a moment ago, elsewhere
         found = [(source, key) for source, key in self._all() if key.fingerprint == fingerprint]
         if not found:
             raise InvalidRequest("fingerprint", "no API key has it")
         source, key = found[0]
         revoked = await shared.revoke(key)
-        await self._look(SHARED, self._read_shared)
+        await self._try(SHARED, self._read_shared)
         return source, revoked
 
     async def list_all(self) -> list[tuple[str, ApiKeyConfig]]:
         """Return every key with its source, oldest first."""
-        await self._look(SHARED, self._read_shared)  # one may have been made a moment ago, elsewhere
+        await self._try(SHARED, self._read_shared)  # one may have been made a moment ago, elsewhere
         return self._all()
 
     def _all(self) -> list[tuple[str, ApiKeyConfig]]:
@@ -133,7 +137,7 @@ class KeySources:
         self._file_stamp = stamp
         _log.info("%d API keys in %s", len(content.keys), path)
 
-    async def _look(self, source: str, read: Callable[[], Awaitable[None]]) -> None:
+    async def _try(self, source: str, read: Callable[[], Awaitable[None]]) -> None:
         try:
             await read()
         except ServingError as error:
