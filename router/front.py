@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from core.clock import Clock
-from core.errors import Aborted
+from core.errors import Aborted, ServingError
 from core.ids import GatewayId, RequestId
 from core.membership import Role, WorkerRecord, WorkerState
-from router.chat.messages import ChatCall
+from router.chat.messages import ChatCall, chat_size
 from router.chat.plan import plan_chat
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -57,6 +57,7 @@ class Front:
         self.fleet = fleet
         self.dispatcher = dispatcher
         self.clock = clock
+        self._metrics = metrics
         self._intake = intake
         self._desk = AnswerDesk(
             config,
@@ -87,9 +88,15 @@ class Front:
         Raises:
             ServingError: refused; nothing was kept.
         """
-        plan = plan_chat(chat, self.tokenizer.chat_style)
+        try:
+            self.check_model(call.model)
+            size = chat_size(chat.messages, chat.tools, chat.template_arguments)
+            plan = await self._intake.work_on("chat", size, lambda: plan_chat(chat, self.tokenizer.chat_style))
+        except ServingError as error:
+            self._metrics.rejected(error)
+            raise
         sampling = replace(call.sampling, constraint=plan.constraint)
-        call = replace(call, prompt=plan.prompt, sampling=sampling, spoken_tokens=plan.spoken_tokens or {})
+        call = replace(call, prompt=plan.prompt, sampling=sampling, spoken_tokens=plan.spoken_tokens)
         answer = await self.answer([call], timeout_s)
         return ChatAnswer(answer, plan, lambda: secrets.token_hex(_CALL_ID_BYTES))
 

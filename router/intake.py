@@ -205,6 +205,16 @@ class Intake:
                 return self._tokenizer.decode(token_ids)
             return await self._in_thread(lambda: self._tokenizer.decode(token_ids))
 
+    async def work_on(self, name: str, num_bytes: int, work: Callable[[], T]) -> T:
+        """Do what a text of so many bytes needs before it is a prompt, off the event loop if it is large.
+
+        Raises:
+            InvalidRequest: naming `name`: it is larger than any prompt may be.
+            RejectedError: QUEUE_FULL, too many are being prepared.
+        """
+        with self._place():
+            return await self._beside_the_loop(name, num_bytes, work)
+
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
         """Count as one who is being prepared."""
@@ -236,12 +246,16 @@ class Intake:
                 raise InvalidRequest("prompt", "is missing: set text, token_ids or chat")
 
     async def _encode(self, name: str, num_bytes: int, encode: Callable[[], list[int]]) -> list[int]:
-        if num_bytes > self._config.max_prompt_bytes:
-            raise InvalidRequest(name, f"has {num_bytes} bytes, at most {self._config.max_prompt_bytes} are allowed")
-        ids = encode() if num_bytes <= self._config.inline_prompt_bytes else await self._in_thread(encode)
+        ids = await self._beside_the_loop(name, num_bytes, encode)
         if not ids:
             raise InvalidRequest(name, "has no tokens")
         return ids
+
+    async def _beside_the_loop(self, name: str, num_bytes: int, work: Callable[[], T]) -> T:
+        """Do what takes the longer the larger a text is: in a thread, unless that is small."""
+        if num_bytes > self._config.max_prompt_bytes:
+            raise InvalidRequest(name, f"has {num_bytes} bytes, at most {self._config.max_prompt_bytes} are allowed")
+        return work() if num_bytes <= self._config.inline_prompt_bytes else await self._in_thread(work)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

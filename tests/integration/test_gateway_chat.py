@@ -194,3 +194,31 @@ async def test_a_client_that_leaves_a_conversation_ends_it(talkative: Path) -> N
         call.cancel()
         await cluster.wait_idle()
         assert cluster.holds_nothing()
+
+
+async def test_large_conversations_are_planned_beside_the_event_loop(talkative: Path) -> None:
+    """To the same prompt, and to the same refusals."""
+    async with (
+        fake_cluster(talkative, reply=speaking(CALL)) as here,
+        fake_cluster(talkative, reply=speaking(CALL), inline_prompt_bytes=0) as there,
+    ):
+        for cluster in (here, there):
+            events = await read(cluster.inference.Chat(chat_request(tools=[WEATHER])))
+            assert calls_of(events) == [("weather", {"city": "Ulm"})]
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await read(cluster.inference.Chat(chat_request(tools=[pb.Tool(name="a b")])))
+            assert [found for found, _ in field_violations(refused.value)] == ["tools[0].name"]
+        prompts = [cluster.prefills[0].submits[0].request.prompt_token_ids for cluster in (here, there)]
+        assert prompts[0] == prompts[1]
+
+
+async def test_a_conversation_of_another_model_or_of_too_many_bytes_is_refused(talkative: Path) -> None:
+    async with fake_cluster(talkative, max_prompt_bytes=1000) as cluster:
+        for request, code in (
+            (chat_request(model="gpt"), grpc.StatusCode.NOT_FOUND),
+            (chat_request(pb.ChatMessage(role="user", content="x" * 1001)), INVALID),
+            (chat_request(tools=[pb.Tool(name="a", description="x" * 1001)]), INVALID),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await read(cluster.inference.Chat(request))
+            assert refused.value.code() is code
