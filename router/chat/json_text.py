@@ -6,7 +6,7 @@ from typing import Any
 
 from core.errors import InvalidRequest
 
-_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"|[{\[]|[}\]]', re.DOTALL)
+_STRUCTURE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{\[]|[}\]]', re.DOTALL)
 
 
 def depth_of(text: str) -> int:

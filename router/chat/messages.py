@@ -17,6 +17,7 @@ MAX_ROLE_CHARACTERS = 64
 MAX_NAME_CHARACTERS = 256  # of who speaks, and of a call's id
 MAX_DESCRIPTION_BYTES = 65_536
 MAX_PARAMETERS_BYTES = 262_144
+MAX_TOOLS_CHARACTERS = 1_048_576  # of all together
 MAX_TEMPLATE_ARGUMENTS_BYTES = 65_536
 _PART_BYTES = 32  # that a message or tool costs besides its texts, as work
 MAX_DEPTH = 64  # of a tool's schema, and of the template's arguments
@@ -142,6 +143,9 @@ def check_tools(tools: Sequence[Tool]) -> None:
     """Raises: InvalidRequest, naming the field."""
     if len(tools) > MAX_TOOLS:
         raise InvalidRequest("tools", f"has {len(tools)}, at most {MAX_TOOLS} are allowed")
+    num_characters = sum(len(tool.description) + len(tool.parameters) for tool in tools)
+    if num_characters > MAX_TOOLS_CHARACTERS:
+        raise InvalidRequest("tools", f"have {num_characters} characters, at most {MAX_TOOLS_CHARACTERS} are allowed")
     seen: set[str] = set()
     for position, tool in enumerate(tools):
         field = f"tools[{position}]"

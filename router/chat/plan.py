@@ -11,8 +11,7 @@ from router.chat.messages import ChatCall, ToolChoice, ToolChoiceMode, check_cal
 from router.chat.style import ChatStyle
 from router.chat.tool_formats.bare_json import JSON
 from router.chat.tool_formats.format import Offer, Structure, ToolFormat
-from router.chat.tool_formats.structure import either
-from router.chat.tool_formats.structure import text as exactly
+from router.chat.tool_formats.structure import MAX_WHITESPACE, either
 from router.intake import ChatPrompt
 
 _AUTO = ToolChoice(ToolChoiceMode.AUTO)
@@ -61,32 +60,26 @@ def plan_chat(call: ChatCall, style: ChatStyle) -> ChatPlan:
     if not style.shows_tools:
         raise InvalidRequest("tools", "this model's chat template knows no tools")
     prompt = ChatPrompt(call.messages, call.tools, call.template_arguments)
-    special_tokens = frozenset(style.special_tokens)
     if choice.mode is ToolChoiceMode.AUTO:
         if style.tool_format is None:
             raise InvalidRequest("tools", "how this model writes calls is not known here; tool_choice can force one")
         tool_format = style.tool_format
-        offer = Offer(call.tools, call.parallel_tool_calls, special_tokens)
+        offer = Offer(call.tools, call.parallel_tool_calls, style.special_marks(tool_format))
         constraint = _free(tool_format, offer, call.constraint)
     else:
         if call.constraint is not None:
             raise InvalidRequest("tool_choice", "forces a call, so the answer cannot be held to another form, too")
         is_named = choice.mode is ToolChoiceMode.NAMED
         tools = tuple(tool for tool in call.tools if not is_named or tool.name == choice.name)
-        offer = Offer(tools, call.parallel_tool_calls and not is_named, special_tokens)
-        tool_format, structure = _forced(style.tool_format, offer)
+        tool_format = style.tool_format if style.tool_format is not None else JSON
+        offer = Offer(tools, call.parallel_tool_calls and not is_named, style.special_marks(tool_format))
+        structure = tool_format.forced(offer)
+        if structure is None:  # what this format writes has no grammar: plain JSON instead
+            tool_format, structure = JSON, JSON.forced(offer)
         constraint = _tag(structure)
-    spoken = {style.special_tokens[mark]: mark for mark in tool_format.marks if mark in style.special_tokens}
+    spoken = {token_id: mark for mark, token_id in style.special_marks(tool_format).items()}
     reading = ToolReading(tool_format, offer, None if offer.is_parallel else 1)
     return ChatPlan(prompt, constraint, reading, spoken)
-
-
-def _forced(tool_format: ToolFormat | None, offer: Offer) -> tuple[ToolFormat, Structure]:
-    """In the model's own format, or in plain JSON where that has no grammar."""
-    structure = tool_format.forced(offer) if tool_format is not None else None
-    if tool_format is not None and structure is not None:
-        return tool_format, structure
-    return JSON, JSON.forced(offer)
 
 
 def _free(tool_format: ToolFormat, offer: Offer, constraint: Constraint | None) -> Constraint | None:
@@ -99,23 +92,27 @@ def _free(tool_format: ToolFormat, offer: Offer, constraint: Constraint | None) 
     if forced is None or constraint.kind is ConstraintKind.STRUCTURAL_TAG:
         problem = "the answer cannot be held to a form while the model may call tools; set tool_choice"
         raise InvalidRequest("tools", problem)
-    return _tag(either([forced, *_of_constraint(constraint, offer.special_tokens)]))
+    return _tag(either([forced, *_of_constraint(constraint)]))
 
 
-def _of_constraint(constraint: Constraint, special_tokens: frozenset[str]) -> list[Structure]:
+def _of_constraint(constraint: Constraint) -> list[Structure]:
     match constraint.kind:
         case ConstraintKind.JSON_OBJECT:
-            return [{"type": "json_schema", "json_schema": {"type": "object"}}]
+            return [_json({"type": "object"})]
         case ConstraintKind.JSON_SCHEMA:
-            return [{"type": "json_schema", "json_schema": _read(constraint.text)}]
+            return [_json(_read(constraint.text))]
         case ConstraintKind.REGEX:
             return [{"type": "regex", "pattern": constraint.text}]
         case ConstraintKind.CHOICE:
-            return [exactly(one, special_tokens) for one in _read(constraint.text)]
+            return [{"type": "const_string", "value": one} for one in _read(constraint.text)]
         case ConstraintKind.GRAMMAR:
             return [{"type": "grammar", "grammar": constraint.text}]
         case ConstraintKind.STRUCTURAL_TAG:
             raise AssertionError("cannot be a part of another")
+
+
+def _json(schema: Any) -> Structure:
+    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_WHITESPACE}
 
 
 def _read(text: str) -> Any:

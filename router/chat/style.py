@@ -23,6 +23,10 @@ class ChatStyle:
     tool_format: ToolFormat | None = None
     special_tokens: Mapping[str, int] = field(default_factory=dict)
 
+    def special_marks(self, tool_format: ToolFormat) -> dict[str, int]:
+        """Return which marks of a format are special tokens here, with their ids."""
+        return {mark: self.special_tokens[mark] for mark in tool_format.marks if mark in self.special_tokens}
+
 
 def style_of(
     template: ChatTemplate | None, special_tokens: Mapping[str, int], tool_format: ToolFormatName

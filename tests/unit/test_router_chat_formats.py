@@ -55,7 +55,9 @@ def read(made: ChatAssembler, pieces: Sequence[str], finish: FinishReason = Fini
     deltas: list[ChatDelta] = []
     for number, piece in enumerate(pieces):
         deltas += made.push(piece, number == len(pieces) - 1)
-    content, calls, ids = "", [], []
+    content = ""
+    calls: list[tuple[str, str]] = []
+    ids: list[str] = []
     for delta in deltas:
         if isinstance(delta, ContentDelta):
             assert delta.text
@@ -102,8 +104,8 @@ CASES: list[tuple[str, str, str, Message]] = [
         "hermes",
         "two-with-text",
         (
-            f"Let me see.\n\n<tool_call>\n{obj('get_weather', PARIS)}\n</tool_call>\n<tool_call>\n{obj('get_weather', ROME)}\n"
-            "</tool_call>\n"
+            f"Let me see.\n\n<tool_call>\n{obj('get_weather', PARIS)}\n</tool_call>\n"
+            f"<tool_call>\n{obj('get_weather', ROME)}\n</tool_call>\n"
         ),
         called(("get_weather", PARIS), ("get_weather", ROME), content="Let me see."),
     ),
@@ -263,8 +265,8 @@ CASES: list[tuple[str, str, str, Message]] = [
         "two",
         (
             "Now.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>\n"
-            "<tool_call>\n<function=get_weather>\n<parameter=city>\nRöme 🏛️\n</parameter>\n<parameter=days>\n3\n</parameter>"
-            '\n<parameter=near>\n["a}", "b\\"]"]\n</parameter>\n</function>\n</tool_call>'
+            "<tool_call>\n<function=get_weather>\n<parameter=city>\nRöme 🏛️\n</parameter>\n"
+            '<parameter=days>\n3\n</parameter>\n<parameter=near>\n["a}", "b\\"]"]\n</parameter>\n</function>\n</tool_call>'
         ),
         called(("get_weather", PARIS), ("get_weather", ROME), content="Now."),
     ),
@@ -272,8 +274,8 @@ CASES: list[tuple[str, str, str, Message]] = [
         "qwen3_coder",
         "lines",
         (
-            '<function=get_weather>\n<parameter=city>\n\nif x < 1:\n  "a"\n\n</parameter>\n<parameter=exact>\nTrue\n</parameter>'
-            "</function>"
+            '<function=get_weather>\n<parameter=city>\n\nif x < 1:\n  "a"\n\n</parameter>\n'
+            "<parameter=exact>\nTrue\n</parameter></function>"
         ),
         called(("get_weather", {"city": '\nif x < 1:\n  "a"\n', "exact": True})),
     ),

@@ -1,5 +1,6 @@
 """What every way of writing tool calls says of itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,12 +17,12 @@ class Offer:
 
     Attributes:
         is_parallel: several calls may be in one answer.
-        special_tokens: texts of the vocabulary's special tokens: a grammar names them as tokens, not as text.
+        special_tokens: of the vocabulary, id by text: a grammar names them as tokens, they are no text to it.
     """
 
     tools: tuple[Tool, ...]
     is_parallel: bool
-    special_tokens: frozenset[str]
+    special_tokens: Mapping[str, int]
 
     def knows(self, name: str) -> bool:
         return any(tool.name == name for tool in self.tools)

@@ -2,10 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from router.chat.messages import Tool, tool_schema
 from router.chat.tool_formats.format import Offer, Structure
+
+MAX_WHITESPACE = 32  # in a row: a model that may go on with blanks for ever does
 
 
 def sequence(*elements: Structure) -> Structure:
@@ -17,13 +19,15 @@ def either(choices: Sequence[Structure]) -> Structure:
     return choices[0] if len(choices) == 1 else {"type": "or", "elements": list(choices)}
 
 
-def text(exact: str, special_tokens: frozenset[str]) -> Structure:
+def text(exact: str, special_tokens: Mapping[str, int]) -> Structure:
     """Exactly this text; what is a special token in it is named as a token. A sequence, empty for no text."""
     marks = sorted((mark for mark in special_tokens if mark in exact), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, marks))})", exact) if marks else [exact]
     return sequence(
         *(
-            {"type": "token", "token": part} if part in special_tokens else {"type": "const_string", "value": part}
+            {"type": "token", "token": special_tokens[part]}
+            if part in special_tokens
+            else {"type": "const_string", "value": part}
             for part in parts
             if part
         )
@@ -32,7 +36,8 @@ def text(exact: str, special_tokens: frozenset[str]) -> Structure:
 
 def arguments(tool: Tool, *, is_free: bool) -> Structure:
     """The JSON of a tool's arguments; `is_free`: any object."""
-    return {"type": "json_schema", "json_schema": {"type": "object"} if is_free else tool_schema(tool)}
+    schema = {"type": "object"} if is_free else tool_schema(tool)
+    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_WHITESPACE}
 
 
 def one_call(
@@ -66,9 +71,12 @@ def calls(call: Structure, separator: Structure, offer: Offer) -> Structure:
 
 def dispatched(trigger: str, content: Structure, offer: Offer) -> Structure:
     """Free text in which `content` must follow `trigger`."""
-    if trigger in offer.special_tokens:
-        return {"type": "token_dispatch", "rules": [[trigger, content]], "loop": offer.is_parallel}
-    return {"type": "dispatch", "rules": [[trigger, content]], "loop": offer.is_parallel}
+    is_token = trigger in offer.special_tokens
+    return {
+        "type": "token_dispatch" if is_token else "dispatch",
+        "rules": [[offer.special_tokens[trigger] if is_token else trigger, content]],
+        "loop": offer.is_parallel,
+    }
 
 
 def text_not_beginning(characters: str) -> Structure:
