@@ -1,4 +1,4 @@
-"""Ask a question through the model's chat template."""
+"""Ask a question through the model's chat template, then go on with the conversation."""
 
 import asyncio
 import sys
@@ -7,13 +7,16 @@ from tandem_client import Client, Message
 
 
 async def main(address: str) -> str:
+    conversation = [Message("user", "What does len() return?")]
     async with Client(address) as client:
-        answer = await client.generate_text(
-            [Message("user", "What does len() return?")], max_tokens=48, temperature=0.0
-        )
-    print(answer.text)
-    print(f"{answer.summary.usage.completion_tokens} tokens, first after {answer.summary.timing.ttft_s * 1e3:.1f} ms")
-    return answer.text
+        answer = await client.chat_message(conversation, max_tokens=48, temperature=0.0)
+        print(answer.message.content)
+        conversation += [answer.message, Message("user", "And for a dict?")]
+        answer = await client.chat_message(conversation, max_tokens=48, temperature=0.0)
+    print(answer.message.content)
+    usage = answer.summary.usage
+    print(f"{usage.prompt_tokens} prompt tokens, {usage.cached_tokens} of them from the cache of the turn before")
+    return answer.message.content
 
 
 if __name__ == "__main__":

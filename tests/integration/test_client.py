@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 
 import examples.abort
 import examples.chat
+import examples.choices
 import examples.logprobs
+import examples.prompt_scores
+import examples.resumable
 import examples.seeded_sampling
 import examples.stream_text
 from cluster.cli.app import app
@@ -298,6 +301,9 @@ async def test_examples_run(checkpoint: Path) -> None:
         assert len(await examples.stream_text.main(cluster.address)) == 48
         assert len(await examples.chat.main(cluster.address)) == 48
         assert len(await examples.logprobs.main(cluster.address)) == 8
+        assert len(await examples.choices.main(cluster.address)) == 3
+        assert len(await examples.resumable.main(cluster.address)) == 48
+        assert await examples.prompt_scores.main(cluster.address) > 1.0
         first, second = await examples.seeded_sampling.main(cluster.address)
         assert first == second
         cluster.decodes[0].steps_allowed = asyncio.Semaphore(1)
