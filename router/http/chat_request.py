@@ -8,7 +8,7 @@ from pydantic import Field
 
 from core.constraint import Constraint
 from core.errors import InvalidRequest
-from core.request import SamplingParams
+from core.request import MAX_LOGPROBS, SamplingParams
 from router.chat.messages import ChatCall
 from router.http.fields import Integer, TextOrObject, dump_json, read_fields
 from router.http.message_fields import MessageFields, ToolFields, read_message, read_tool, read_tool_choice
@@ -44,13 +44,13 @@ _EFFORT, _NO_EFFORT = "reasoning_effort", "none"
 class ChatRequest(SamplingFields):
     """A conversation whose next message is wanted."""
 
-    messages: list[MessageFields]
+    messages: list[MessageFields] = Field(json_schema_extra={"minItems": 1})
     tools: list[ToolFields] | None = None
     tool_choice: TextOrObject | None = Field(None, description="none, auto, required, or a function by name")
     parallel_tool_calls: bool | None = None
-    max_completion_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = Field(None, json_schema_extra={"minimum": 1})
     logprobs: bool | None = None
-    top_logprobs: Integer | None = None
+    top_logprobs: Integer | None = Field(None, json_schema_extra={"minimum": 0, "maximum": MAX_LOGPROBS})
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
     reasoning_effort: str | None = Field(None, description="handed to the chat template as a variable")
     prompt_cache_key: str | None = Field(None, description="as a session: requests with the same key go together")

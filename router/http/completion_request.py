@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from core.errors import InvalidRequest
-from core.request import SamplingParams
+from core.request import MAX_LOGPROBS, SamplingParams
 from router.http.fields import Integer, read_fields
 from router.http.sampling_fields import UNSERVED, SamplingFields, check_alternatives
 from router.intake import TextPrompt, TokenPrompt
@@ -68,9 +68,15 @@ class CompletionRequest(SamplingFields):
     """One or several prompts that are to be continued."""
 
     prompt: Prompts
-    max_tokens: Integer | None = Field(DEFAULT_MAX_TOKENS, description="0: only what echo tells of the prompt")
+    max_tokens: Integer | None = Field(
+        DEFAULT_MAX_TOKENS, description="0: only what echo tells of the prompt", json_schema_extra={"minimum": 0}
+    )
     echo: bool | None = Field(None, description="the prompt comes first in the text, and in logprobs")
-    logprobs: Integer | None = Field(None, description="of every token, and so many alternatives")
+    logprobs: Integer | None = Field(
+        None,
+        description="of every token, and so many alternatives",
+        json_schema_extra={"minimum": 0, "maximum": MAX_LOGPROBS},
+    )
 
 
 @dataclass(frozen=True, slots=True)

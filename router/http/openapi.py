@@ -46,9 +46,20 @@ def success(model: type[BaseModel], description: str, *, chunk: type[BaseModel] 
         "headers": {"x-request-id": _REQUEST_ID},
     }
     if chunk is not None:
-        events = f"server-sent events: `data:` and a {chunk.__name__} or an Error each, `data: [DONE]` after the last"
-        told["content"] = {"text/event-stream": {"schema": {"type": "string", "description": events}}}
+        told["content"] = {"text/event-stream": {"schema": _event_of(chunk)}}
     return {200: told}
+
+
+def _event_of(chunk: type[BaseModel]) -> dict[str, Any]:
+    """One event of a stream. A stream that fails ends with an Error and without `[DONE]`."""
+    said = [{"$ref": _REF.format(model=chunk.__name__)}, {"$ref": _REF.format(model=Error.__name__)}]
+    data = {
+        "type": "string",
+        "description": f"a {chunk.__name__}, or an Error, which is the last; after the last that is none: [DONE]",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": said},
+    }
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:

@@ -5,11 +5,11 @@ OpenAI's own, and those that vLLM and SGLang added and their clients send."""
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
 from core.constraint import Constraint
 from core.errors import InvalidRequest
-from core.request import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
+from core.request import MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 from core.service_class import ServiceClass
 from router.http.constraint_fields import ConstraintFields
 from router.http.fields import Integer, RequestModel
@@ -66,8 +66,15 @@ def _as_list(value: object) -> object:
 Strings = Annotated[
     list[str],
     BeforeValidator(_as_list),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOP_STRINGS}]}
+    ),
 ]
+
+
+def _between(low: float, high: float) -> dict[str, JsonValue]:
+    """For the document: ranges are checked in one place for all surfaces."""
+    return {"minimum": low, "maximum": high}
 
 
 class StreamOptions(RequestModel):
@@ -82,27 +89,37 @@ class SamplingFields(ConstraintFields):
     """How tokens are chosen, how many answers there are, and how they are delivered."""
 
     model: str | None = Field(None, description="absent: the only model served")
-    temperature: float | None = Field(None, description="0 is greedy")
-    top_p: float | None = None
-    top_k: Integer | None = Field(None, description="0 and -1 keep all tokens")
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="by token id")
-    seed: Integer | None = None
+    temperature: float | None = Field(None, description="0 is greedy", json_schema_extra=_between(0, 100))
+    top_p: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})
+    top_k: Integer | None = Field(None, description="0 and -1 keep all tokens", json_schema_extra={"minimum": -1})
+    min_p: float | None = Field(None, json_schema_extra=_between(0, 1))
+    presence_penalty: float | None = Field(None, json_schema_extra=_between(-2, 2))
+    frequency_penalty: float | None = Field(None, json_schema_extra=_between(-2, 2))
+    repetition_penalty: float | None = Field(None, json_schema_extra=_between(0.01, 100))
+    logit_bias: dict[str, float] | None = Field(
+        None, description="by token id", json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}
+    )
+    seed: Integer | None = Field(None, json_schema_extra=_between(-MAX_SEED, 2 * MAX_SEED - 1))
     stop: Strings | None = None
     stop_token_ids: list[Integer] | None = None
     ignore_eos: bool | None = None
-    max_tokens: Integer | None = None
-    min_tokens: Integer | None = None
-    n: Integer | None = Field(None, description="answers; answer i is sampled with the seed + i")
-    best_of: Integer | None = Field(None, description="only as many as n")
-    prompt_logprobs: Integer | None = Field(None, description="of every prompt token, and so many alternatives")
+    max_tokens: Integer | None = Field(None, json_schema_extra={"minimum": 1})
+    min_tokens: Integer | None = Field(None, json_schema_extra={"minimum": 0})
+    n: Integer | None = Field(
+        None, description="answers; answer i is sampled with the seed + i", json_schema_extra={"minimum": 1}
+    )
+    best_of: Integer | None = Field(None, description="only as many as n", json_schema_extra={"minimum": 1})
+    prompt_logprobs: Integer | None = Field(
+        None, description="of every prompt token, and so many alternatives", json_schema_extra=_between(0, MAX_LOGPROBS)
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     service_tier: ServiceTier | None = Field(None, description="flex is batch")
-    priority: Integer | None = Field(None, description="as in vLLM: a smaller number goes first; -10 to 10")
+    priority: Integer | None = Field(
+        None,
+        description="as in vLLM: a smaller number goes first; -10 to 10",
+        json_schema_extra=_between(-MAX_PRIORITY, MAX_PRIORITY),
+    )
     request_id: str | None = Field(None, description="as the header x-request-id")
     return_token_ids: bool | None = Field(None, description="token ids beside the text")
     return_tokens_as_token_ids: bool | None = Field(None, description="tokens of logprobs as token_id:<id>")
