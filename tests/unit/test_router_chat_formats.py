@@ -266,7 +266,8 @@ CASES: list[tuple[str, str, str, Message]] = [
         (
             "Now.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>\n"
             "<tool_call>\n<function=get_weather>\n<parameter=city>\nRöme 🏛️\n</parameter>\n"
-            '<parameter=days>\n3\n</parameter>\n<parameter=near>\n["a}", "b\\"]"]\n</parameter>\n</function>\n</tool_call>'
+            "<parameter=days>\n3\n</parameter>\n"
+            '<parameter=near>\n["a}", "b\\"]"]\n</parameter>\n</function>\n</tool_call>'
         ),
         called(("get_weather", PARIS), ("get_weather", ROME), content="Now."),
     ),
