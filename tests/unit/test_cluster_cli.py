@@ -19,6 +19,9 @@ COMMANDS = (
     "config schema",
     "config check",
     "profile decisions",
+    "keys create",
+    "keys list",
+    "keys revoke",
 )
 
 
