@@ -78,6 +78,23 @@ async def test_a_reader_that_never_reads_does_not_keep_its_call(checkpoint: Path
         await cluster.wait_idle()
 
 
+async def test_only_a_message_that_waits_counts_not_the_worker_behind_it(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint, write_timeout_s=0.05) as cluster:
+        decode = cluster.decodes[0]
+        decode.script.go.clear()
+        context = StuckContext(lambda message: message.HasField("finished"))
+        call = begin(cluster, context, text_request())
+        await decode.wait_submitted()
+        await asyncio.sleep(0.2)  # several times the patience, and nothing to write
+        assert not call.done()
+        decode.script.go.set()
+        async with asyncio.timeout(PATIENCE_S):
+            await context.stuck.wait()
+        await asyncio.wait([call], timeout=PATIENCE_S)
+        assert context.aborted is grpc.StatusCode.RESOURCE_EXHAUSTED, "now one waits"
+        await cluster.wait_idle()
+
+
 async def test_an_abort_that_comes_while_the_prompt_is_tokenised_is_honoured(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
