@@ -134,7 +134,9 @@ class GenerateRequest:
         prompt_token_ids: at least one.
         block_hashes: chained hash of each FULL prompt block (`core.blocks.block_hashes`), computed once by the
             gateway over the cluster's block size; empty means that the engine computes them.
-        tenant, adapter: part of the hash namespace; carried for accounting.
+        tenant: on whose account; part of the hash namespace, too.
+        adapter: part of the hash namespace.
+        shared_salt: in place of the tenant in the hash namespace, of tenants that share prefix caches; empty: none.
         kv_quality_floor: of the profile that its KV may be transferred under (`core.kv_quality`); 1 is lossless.
         handoff_budget_s: the KV may arrive so long after the first token; None: as soon as it can.
     """
@@ -145,12 +147,18 @@ class GenerateRequest:
     block_hashes: tuple[bytes, ...] = ()
     tenant: str = ""
     adapter: str = ""
+    shared_salt: str = ""
     kv_quality_floor: float = EXACT
     handoff_budget_s: float | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def cache_salt(self) -> str:
+        """What separates its prefix cache from others'."""
+        return self.shared_salt or self.tenant
 
 
 class FinishReason(StrEnum):

@@ -62,7 +62,7 @@ class Intake:
             state=state,
             block_size=self._block_size,
             max_tokens=prompt + max_new_tokens,
-            namespace=hash_namespace(info.weights_version, adapter=request.adapter, tenant_salt=request.tenant),
+            namespace=hash_namespace(info.weights_version, adapter=request.adapter, tenant_salt=request.cache_salt),
             sampling=sampling,
             stops=StopChecker(params, max_new_tokens=max_new_tokens, end_token_ids=sampling.end_token_ids, text=text),
             is_prefill=is_prefill,

@@ -141,6 +141,7 @@ def request_to_wire(request: GenerateRequest) -> worker_pb2.WorkRequest:
         block_hashes=request.block_hashes,
         tenant=request.tenant,
         adapter=request.adapter,
+        shared_salt=request.shared_salt,
     )
 
 
@@ -152,6 +153,7 @@ def request_from_wire(message: worker_pb2.WorkRequest) -> GenerateRequest:
         block_hashes=tuple(message.block_hashes),
         tenant=message.tenant,
         adapter=message.adapter,
+        shared_salt=message.shared_salt,
     )
 
 

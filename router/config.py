@@ -51,6 +51,11 @@ class TenantConfig(ConfigModel):
     kv_quality: KvQuality | None = Field(
         None, description="no transfer of its KV is of less quality than this, whatever its requests ask for"
     )
+    prefix_group: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.:-]{1,64}$",
+        description="tenants of a group share prefix caches, and can tell what others of it asked; absent: of none",
+    )
     weight: float = Field(1.0, gt=0, description="its share of the cluster against other tenants that wait")
     service_class: ServiceClass = Field(
         ServiceClass.INTERACTIVE, description="of requests that ask for none; theirs may ask for any"
@@ -142,3 +147,8 @@ class RouterConfig(ConfigModel):
     def tenant(self, name: str) -> TenantConfig:
         """Return what holds for the tenant of this name."""
         return self.tenants.get(name, self.default_tenant)
+
+    def shared_salt(self, tenant: str) -> str:
+        """Return what the block hashes of the tenant's group are salted with; empty: of no group."""
+        group = self.tenant(tenant).prefix_group
+        return "" if group is None else f"group {group}"  # with a space, so that no tenant is called like that

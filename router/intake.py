@@ -168,10 +168,11 @@ class Intake:
             token_ids,
             replace(sampling, max_tokens=max_tokens, seed=seed),
             tenant=tenant,
+            shared_salt=self._config.shared_salt(tenant),
             kv_quality_floor=terms.quality_floor,
             handoff_budget_s=terms.handoff_budget_s,
         )
-        hashes = PromptHashes(token_ids, tenant=tenant)
+        hashes = PromptHashes(token_ids, salt=request.cache_salt)
         if len(token_ids) * 4 > self._config.inline_prompt_bytes:
             keys = self._hash_keys()
             await self._in_thread(lambda: [hashes.of(key) for key in keys])

@@ -23,10 +23,10 @@ class HashKey(NamedTuple):
 class PromptHashes:
     """Lazy hashes of one prompt."""
 
-    def __init__(self, token_ids: Sequence[int], *, adapter: str = "", tenant: str = "") -> None:
+    def __init__(self, token_ids: Sequence[int], *, adapter: str = "", salt: str = "") -> None:
         self._token_ids = token_ids
         self._adapter = adapter
-        self._tenant = tenant
+        self._salt = salt
         self._computed: dict[HashKey, tuple[bytes, ...]] = {}
 
     @classmethod
@@ -42,6 +42,6 @@ class PromptHashes:
             return ()
         hashes = self._computed.get(key)
         if hashes is None:
-            root = hash_namespace(key.weights_version, adapter=self._adapter, tenant_salt=self._tenant)
+            root = hash_namespace(key.weights_version, adapter=self._adapter, tenant_salt=self._salt)
             hashes = self._computed[key] = block_hashes(self._token_ids, key.block_size, root)
         return hashes

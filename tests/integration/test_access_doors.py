@@ -143,6 +143,18 @@ async def test_the_key_s_tenant_is_what_everything_behind_the_doors_sees(checkpo
         assert hashes[0] != hashes[3]  # equal prompts of two tenants share no block
 
 
+async def test_tenants_of_one_group_share_prefixes_and_nothing_else(checkpoint: Path) -> None:
+    tenants = {"acme": {"prefix_group": "acme"}, "bobs": {"prefix_group": "acme"}}
+    async with doors_of(checkpoint, tenants=tenants) as doors:
+        for name in ("ann", "bob", "root"):
+            await doors.generate(KEYS[name], text_request("what they all ask")).read_all()
+        ann, bob, root = (one.request for one in doors.cluster.prefills[0].submits)
+        assert (ann.tenant, bob.tenant) == ("acme", "bobs")
+        assert list(ann.block_hashes) == list(bob.block_hashes) != []
+        assert ann.shared_salt == bob.shared_salt != root.shared_salt
+        assert not set(ann.block_hashes) & set(root.block_hashes)
+
+
 async def test_nobody_but_an_admin_names_another_tenant(checkpoint: Path) -> None:
     async with doors_of(checkpoint) as doors:
         denied = grpc.StatusCode.PERMISSION_DENIED

@@ -39,6 +39,7 @@ REQUESTS = st.builds(
     sampling=SAMPLING,
     block_hashes=HASHES,
     tenant=st.text(max_size=3),
+    shared_salt=st.text(max_size=3),
     adapter=st.text(max_size=3),
 )
 FINISHES = st.builds(

@@ -1,6 +1,7 @@
 """One engine alone: batching, chunks, preemption, abort, limits, prefix cache, over a model that remembers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,14 @@ def test_tenants_do_not_share() -> None:
     run_to_end(engine)
     assert engine.add(request("b", range(12), tenant="y")) == 0
     assert engine.add(request("c", range(12), tenant="x")) == 8
+
+
+def test_tenants_with_one_salt_share_with_each_other_alone() -> None:
+    engine = fake_engine()
+    engine.add(replace(request("a", range(12), tenant="x"), shared_salt="group g"))
+    run_to_end(engine)
+    assert engine.add(replace(request("b", range(12), tenant="y"), shared_salt="group g")) == 8
+    assert engine.add(request("c", range(12), tenant="x")) == 0
 
 
 def test_hashes_given_with_the_request_are_used() -> None:

@@ -68,7 +68,7 @@ def test_hashes_are_those_of_the_workers_own_caches() -> None:
         assert hashes.of(HashKey("w", size)) == block_hashes(tokens, size, hash_namespace("w"))
         assert hashes.of(HashKey("w", size)) is hashes.of(HashKey("w", size))
     assert hashes.of(HashKey("", 4)) == () == hashes.of(HashKey("w", 0))
-    salted = PromptHashes(tokens, tenant="t")
+    salted = PromptHashes(tokens, salt="t")
     assert not set(salted.of(HashKey("w", 4))) & set(hashes.of(HashKey("w", 4)))
 
 
