@@ -78,5 +78,5 @@ class BareJson:
         return f'{{"name": {quoted(name)}, {quoted(self.key)}: '
 
 
-LLAMA3_JSON = BareJson("llama3_json", ('"parameters"', "tools"), "<|python_tag|>", "parameters", "; ")
+LLAMA3_JSON = BareJson("llama3_json", ('"parameters": dictionary',), "<|python_tag|>", "parameters", "; ")
 JSON = BareJson("json", (), "", "arguments")
