@@ -6,7 +6,8 @@ blanks for ever does. Objects have the properties that their schema names, unles
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +15,52 @@ import xgrammar
 
 from core.constraint import Constraint, ConstraintKind
 from core.vocabulary import Vocabulary
+from grammar.rewriting import rewritten
 
 MAX_WHITESPACE = 32
+_NO_TEXT = b"\xff"  # in no UTF-8, so no grammar of characters matches a token that begins with it
 _SOURCE_PREFIX = re.compile(r"^\[[^]]*\] \S+?:\d+: (?:Check failed: .*? is false: )?", re.DOTALL)
 
 
-def token_texts(path: Path, vocab_size: int, end_token_ids: Collection[int]) -> list[bytes]:
-    """Return what each token of the model is as text, by the tokenizer of the checkpoint in folder `path`.
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of a model, as constraints see them.
 
-    One that gives no text, as special tokens, padding and what ends a generation, is allowed by no constraint.
-
-    Args:
-        vocab_size: of the model; the tokenizer may know fewer or more.
-    Raises:
-        ConfigError: there is no tokenizer.json, or it cannot be read.
+    Attributes:
+        info: their bytes, and one id past them that ends every text: the real end tokens come with each walk.
+        silent: those that give no text (special tokens, padding, what ends a generation). Nothing that is spelled out
+            allows them; a structural tag may name one, and its free text is as free as any.
+        special: the special tokens by their names.
     """
-    vocabulary = Vocabulary.load(path / "tokenizer.json")
-    silent = frozenset(end_token_ids)
-    return [
-        b"" if one in silent or vocabulary.is_special(one) else vocabulary.token_bytes(one) for one in range(vocab_size)
-    ]
+
+    info: xgrammar.TokenizerInfo
+    silent: frozenset[int]
+    special: Mapping[str, int]
+
+    @classmethod
+    def load(cls, path: Path, vocab_size: int, end_token_ids: Collection[int]) -> "Tokens":
+        """Read them from the checkpoint in folder `path`.
+
+        Args:
+            vocab_size: of the model; the tokenizer may know fewer or more.
+        Raises:
+            ConfigError: there is no tokenizer.json, or it cannot be read.
+        """
+        vocabulary = Vocabulary.load(path / "tokenizer.json")
+        silent = {one for one in range(vocab_size) if one in end_token_ids or vocabulary.is_special(one)}
+        texts = [
+            _NO_TEXT + str(one).encode() if one in silent else vocabulary.token_bytes(one) for one in range(vocab_size)
+        ]
+        info = xgrammar.TokenizerInfo(
+            texts, xgrammar.VocabType.RAW, vocab_size=vocab_size + 1, stop_token_ids=[vocab_size]
+        )
+        silent.update(one for one, text in enumerate(texts) if not text)
+        return cls(info, frozenset(silent), vocabulary.special_tokens)
 
 
-def tokenizer_info(tokens: list[bytes]) -> xgrammar.TokenizerInfo:
-    """Return what a compiler knows of the tokens: their bytes, and one id past them that ends every text.
-
-    The real end tokens come with each walk; a request may ignore them all.
-    """
-    return xgrammar.TokenizerInfo(
-        tokens, xgrammar.VocabType.RAW, vocab_size=len(tokens) + 1, stop_token_ids=[len(tokens)]
-    )
-
-
-def compile_constraint(compiler: xgrammar.GrammarCompiler, constraint: Constraint) -> xgrammar.CompiledGrammar:
+def compile_constraint(
+    compiler: xgrammar.GrammarCompiler, constraint: Constraint, tokens: Tokens
+) -> xgrammar.CompiledGrammar:
     """Compile a constraint that passed `grammar.bounds`.
 
     Raises:
@@ -57,7 +71,8 @@ def compile_constraint(compiler: xgrammar.GrammarCompiler, constraint: Constrain
         case ConstraintKind.JSON_OBJECT:
             return compiler.compile_json_schema('{"type": "object"}', max_whitespace_cnt=MAX_WHITESPACE)
         case ConstraintKind.JSON_SCHEMA:
-            return compiler.compile_json_schema(text, max_whitespace_cnt=MAX_WHITESPACE)
+            schema = json.dumps(rewritten(json.loads(text)))
+            return compiler.compile_json_schema(schema, max_whitespace_cnt=MAX_WHITESPACE)
         case ConstraintKind.REGEX:
             return compiler.compile_regex(text)
         case ConstraintKind.CHOICE:
@@ -65,7 +80,7 @@ def compile_constraint(compiler: xgrammar.GrammarCompiler, constraint: Constrain
         case ConstraintKind.GRAMMAR:
             return compiler.compile_grammar(text)
         case ConstraintKind.STRUCTURAL_TAG:
-            return compiler.compile_structural_tag(_whole_tag(json.loads(text)))
+            return compiler.compile_structural_tag(json.dumps(_by_id(_whole_tag(json.loads(text)), tokens.special)))
 
 
 def reason_of(error: Exception) -> str:
@@ -85,7 +100,7 @@ def _escaped(character: str) -> str:
     return character if character.isprintable() else f"\\U{ord(character):08x}"
 
 
-def _whole_tag(tag: dict[str, Any]) -> str:
+def _whole_tag(tag: dict[str, Any]) -> dict[str, Any]:
     """Return a structural tag in its full form; the short one of other servers names structures and triggers."""
     if "structures" in tag:
         tags = [
@@ -97,4 +112,24 @@ def _whole_tag(tag: dict[str, Any]) -> str:
             for one in tag["structures"]
         ]
         tag = {"format": {"type": "triggered_tags", "triggers": tag.get("triggers", []), "tags": tags}}
-    return json.dumps({"type": "structural_tag", **tag})
+    return {"type": "structural_tag", **tag}
+
+
+def _by_id(part: Any, special: Mapping[str, int]) -> Any:
+    """Return a part of a structural tag with special tokens by their ids: the compiler knows them by nothing else."""
+    if isinstance(part, list):
+        return [_by_id(one, special) for one in part]
+    if not isinstance(part, dict):
+        return part
+    found: dict[str, Any] = {}
+    for key, value in part.items():
+        match key, value:
+            case "token", str():
+                found[key] = special.get(value, value)
+            case (("trigger_tokens" | "exclude_tokens"), list()):
+                found[key] = [special.get(one, one) if isinstance(one, str) else one for one in value]
+            case (("json_schema" | "schema"), _):
+                found[key] = rewritten(value)
+            case _:
+                found[key] = _by_id(value, special)
+    return found

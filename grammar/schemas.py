@@ -31,11 +31,9 @@ OF_TYPE: Mapping[str, frozenset[str]] = {
     "boolean": frozenset(),
     "null": frozenset(),
 }
-FORMATS = frozenset(
-    {
-        *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
-        *("uri-reference", "uri-template", "json-pointer", "relative-json-pointer"),
-    }
+FORMATS = (
+    *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
+    *("uri-reference", "uri-template", "json-pointer", "relative-json-pointer"),
 )
 _WHOLE = ("$ref", "enum", "const", "anyOf", "oneOf", "allOf")  # each says all there is to say of its schema
 _INFERRED = {"properties": "object", "items": "array", "prefixItems": "array"}
@@ -165,7 +163,7 @@ class SchemaCheck:
         if not isinstance(required, list):
             self._refuse(path, "required must be a list")
         for name in required:
-            if name not in properties:
+            if not isinstance(name, str) or name not in properties:
                 self._refuse(path, f"required: {name!r} is not among the properties")
         patterns = self._object(schema.get("patternProperties", {}), path, "patternProperties")
         others = [key for key in ("patternProperties", "propertyNames", "additionalProperties") if schema.get(key)]

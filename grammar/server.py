@@ -24,7 +24,7 @@ from pathlib import Path
 from core.constraint import Constraint, ConstraintKind
 from core.errors import ConfigError
 from grammar import wire
-from grammar.compiling import token_texts, tokenizer_info
+from grammar.compiling import Tokens
 from grammar.session import Task, run
 
 _REAP_S = 1.0  # the dead are buried at least so often
@@ -34,10 +34,9 @@ _PR_SET_PDEATHSIG = 1
 class Server:
     """Forks, kills and buries."""
 
-    def __init__(self, control: socket.socket, tokens: list[bytes], max_memory_bytes: int) -> None:
+    def __init__(self, control: socket.socket, tokens: Tokens, max_memory_bytes: int) -> None:
         self._control = control
-        self._info = tokenizer_info(tokens)
-        self._silent = frozenset(token_id for token_id, text in enumerate(tokens) if not text)
+        self._tokens = tokens
         self._max_memory_bytes = max_memory_bytes
         self._children: dict[int, int] = {}  # process id by number
 
@@ -76,7 +75,7 @@ class Server:
             _restrict(self._max_memory_bytes)
             constraint = Constraint(ConstraintKind(str(order["kind"])), str(order["text"]))
             task = Task(constraint, float(str(order["token_timeout_s"])), bool(order["is_followed"]))
-            run(connection, task, self._info, self._silent)
+            run(connection, task, self._tokens)
             status = 0
         except (BrokenPipeError, ConnectionResetError):
             status = 0  # nobody is interested any more
@@ -117,7 +116,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's: whoever started us closes the socket
     with socket.socket(fileno=given.descriptor) as control:
         try:
-            tokens = token_texts(given.model, given.vocab_size, given.end_token_ids)
+            tokens = Tokens.load(given.model, given.vocab_size, given.end_token_ids)
         except ConfigError as error:
             control.sendall(json.dumps({"problem": str(error)}).encode())
             return 1

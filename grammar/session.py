@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from core.constraint import Constraint
 from grammar import wire
-from grammar.compiling import compile_constraint, reason_of
+from grammar.compiling import Tokens, compile_constraint, reason_of
 
 _TRIALS = 2  # random texts that a constraint is tried with
 _TRIAL_TOKENS = 24
@@ -39,15 +39,11 @@ class Task:
 class Session:
     """Follows one grammar."""
 
-    def __init__(self, info: xgrammar.TokenizerInfo, silent: frozenset[int], grammar: xgrammar.CompiledGrammar) -> None:
-        """
-        Args:
-            silent: tokens without text: only these may end a text.
-        """
-        self._silent = silent
-        self._nobody = info.vocab_size - 1  # an id that no model has: ends the text of those that nothing ends
+    def __init__(self, tokens: Tokens, grammar: xgrammar.CompiledGrammar) -> None:
+        self._silent = tokens.silent  # only these may end a text
+        self._nobody = tokens.info.vocab_size - 1  # an id that no model has: ends the texts that nothing else ends
         self._grammar = grammar
-        self._words: NDArray[np.int32] = np.zeros((1, (info.vocab_size + 31) // 32), np.int32)
+        self._words: NDArray[np.int32] = np.zeros((1, (tokens.info.vocab_size + 31) // 32), np.int32)
         self._ends: dict[tuple[int, ...], NDArray[np.int32]] = {}
         self._walks: dict[int, tuple[xgrammar.GrammarMatcher, NDArray[np.int32]]] = {}
 
@@ -55,10 +51,10 @@ class Session:
         ends = tuple(one for one in end_token_ids if one in self._silent) or (self._nobody,)
         matcher = xgrammar.GrammarMatcher(self._grammar, override_stop_tokens=list(ends))
         if ends not in self._ends:
-            words = np.zeros_like(self._words[0])
-            for one in ends:
-                words[one // 32] |= np.int32(np.uint32(1 << (one % 32)).view(np.int32))
-            self._ends[ends] = words
+            bits = np.zeros(32 * self._words.shape[1], np.bool_)
+            bits[list(ends)] = True
+            bits[self._nobody :] = True
+            self._ends[ends] = np.packbits(bits, bitorder="little").view(np.int32)
         self._walks[walk] = matcher, self._ends[ends]
 
     def advance(self, walk: int, token_ids: tuple[int, ...]) -> tuple[wire.Status, bytes]:
@@ -105,16 +101,11 @@ class Session:
         return ""
 
 
-def run(
-    connection: socket.socket,
-    task: Task,
-    info: xgrammar.TokenizerInfo,
-    silent: frozenset[int],
-) -> None:
+def run(connection: socket.socket, task: Task, tokens: Tokens) -> None:
     """Say the verdict over `connection`; then serve until the other end closes."""
     try:
-        compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-        session = Session(info, silent, compile_constraint(compiler, task.constraint))
+        compiler = xgrammar.GrammarCompiler(tokens.info, max_threads=1, cache_enabled=False)
+        session = Session(tokens, compile_constraint(compiler, task.constraint, tokens))
         problem = session.rehearse(task.token_timeout_s)
     except MemoryError:
         problem = "needs too much memory"
