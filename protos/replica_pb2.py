@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/replica.proto\x12\ttandem.v1\x1a\x13protos/worker.proto\"\xda\x01\n\x0bReplicaNews\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08is_whole\x18\x03 \x01(\x08\x12(\n\x07\x63redits\x18\x04 \x03(\x0b\x32\x17.tandem.v1.WorkerCredit\x12+\n\x08\x62indings\x18\x05 \x03(\x0b\x32\x19.tandem.v1.SessionBinding\x12(\n\x08\x62reakers\x18\x06 \x03(\x0b\x32\x16.tandem.v1.BreakerNews\x12\x12\n\nis_leaving\x18\x07 \x01(\x08\"\xae\x01\n\x0cWorkerCredit\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x04 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\x04\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\x12#\n\x04load\x18\x07 \x01(\x0b\x32\x15.tandem.v1.WorkerLoad\"i\n\x0eSessionBinding\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x15\n\rdecode_worker\x18\x03 \x01(\t\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\"R\n\x0b\x42reakerNews\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x12\n\nopen_for_s\x18\x04 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/replica.proto\x12\ttandem.v1\x1a\x13protos/worker.proto\"\xba\x02\n\x0bReplicaNews\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08is_whole\x18\x03 \x01(\x08\x12(\n\x07\x63redits\x18\x04 \x03(\x0b\x32\x17.tandem.v1.WorkerCredit\x12+\n\x08\x62indings\x18\x05 \x03(\x0b\x32\x19.tandem.v1.SessionBinding\x12(\n\x08\x62reakers\x18\x06 \x03(\x0b\x32\x16.tandem.v1.BreakerNews\x12\x12\n\nis_leaving\x18\x07 \x01(\x08\x12+\n\x0c\x61\x62orts_asked\x18\x08 \x03(\x0b\x32\x15.tandem.v1.AbortAsked\x12\x31\n\x0f\x61\x62orts_answered\x18\t \x03(\x0b\x32\x18.tandem.v1.AbortAnswered\"@\n\nAbortAsked\x12\x0e\n\x06\x61sk_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\".\n\rAbortAnswered\x12\x0e\n\x06\x61sk_id\x18\x01 \x01(\t\x12\r\n\x05\x66ound\x18\x02 \x01(\x08\"\xb0\x01\n\x0bResumeBatch\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x10\n\x08window_s\x18\x04 \x01(\x01\x12\x13\n\x0b\x66irst_index\x18\x05 \x01(\x04\x12\x0e\n\x06\x65vents\x18\x06 \x03(\x0c\x12)\n\x07outcome\x18\x07 \x01(\x0b\x32\x18.tandem.v1.ResumeOutcome\x12\x0e\n\x06is_cut\x18\x08 \x01(\x08\"k\n\rResumeOutcome\x12\x11\n\tgrpc_code\x18\x01 \x01(\t\x12\x13\n\x0bhttp_status\x18\x02 \x01(\r\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\"\xae\x01\n\x0cWorkerCredit\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x04 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\x04\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\x12#\n\x04load\x18\x07 \x01(\x0b\x32\x15.tandem.v1.WorkerLoad\"i\n\x0eSessionBinding\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x15\n\rdecode_worker\x18\x03 \x01(\t\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\"R\n\x0b\x42reakerNews\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x12\n\nopen_for_s\x18\x04 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,11 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.replica_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REPLICANEWS']._serialized_start=57
-  _globals['_REPLICANEWS']._serialized_end=275
-  _globals['_WORKERCREDIT']._serialized_start=278
-  _globals['_WORKERCREDIT']._serialized_end=452
-  _globals['_SESSIONBINDING']._serialized_start=454
-  _globals['_SESSIONBINDING']._serialized_end=559
-  _globals['_BREAKERNEWS']._serialized_start=561
-  _globals['_BREAKERNEWS']._serialized_end=643
+  _globals['_REPLICANEWS']._serialized_end=371
+  _globals['_ABORTASKED']._serialized_start=373
+  _globals['_ABORTASKED']._serialized_end=437
+  _globals['_ABORTANSWERED']._serialized_start=439
+  _globals['_ABORTANSWERED']._serialized_end=485
+  _globals['_RESUMEBATCH']._serialized_start=488
+  _globals['_RESUMEBATCH']._serialized_end=664
+  _globals['_RESUMEOUTCOME']._serialized_start=666
+  _globals['_RESUMEOUTCOME']._serialized_end=773
+  _globals['_WORKERCREDIT']._serialized_start=776
+  _globals['_WORKERCREDIT']._serialized_end=950
+  _globals['_SESSIONBINDING']._serialized_start=952
+  _globals['_SESSIONBINDING']._serialized_end=1057
+  _globals['_BREAKERNEWS']._serialized_start=1059
+  _globals['_BREAKERNEWS']._serialized_end=1141
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,8 @@ class ReplicaNews(_message.Message):
     BINDINGS_FIELD_NUMBER: _builtins.int
     BREAKERS_FIELD_NUMBER: _builtins.int
     IS_LEAVING_FIELD_NUMBER: _builtins.int
+    ABORTS_ASKED_FIELD_NUMBER: _builtins.int
+    ABORTS_ANSWERED_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     sequence: _builtins.int
     """of this gateway, from 1"""
@@ -49,6 +51,12 @@ class ReplicaNews(_message.Message):
 
     @_builtins.property
     def breakers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BreakerNews]: ...
+    @_builtins.property
+    def aborts_asked(self) -> _containers.RepeatedCompositeFieldContainer[Global___AbortAsked]:
+        """again with every message until all others have answered"""
+
+    @_builtins.property
+    def aborts_answered(self) -> _containers.RepeatedCompositeFieldContainer[Global___AbortAnswered]: ...
     def __init__(
         self,
         *,
@@ -59,14 +67,152 @@ class ReplicaNews(_message.Message):
         bindings: _abc.Iterable[Global___SessionBinding] | None = ...,
         breakers: _abc.Iterable[Global___BreakerNews] | None = ...,
         is_leaving: _builtins.bool = ...,
+        aborts_asked: _abc.Iterable[Global___AbortAsked] | None = ...,
+        aborts_answered: _abc.Iterable[Global___AbortAnswered] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "breakers", b"breakers", "credits", b"credits", "gateway_id", b"gateway_id", "is_leaving", b"is_leaving", "is_whole", b"is_whole", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts_answered", b"aborts_answered", "aborts_asked", b"aborts_asked", "bindings", b"bindings", "breakers", b"breakers", "credits", b"credits", "gateway_id", b"gateway_id", "is_leaving", b"is_leaving", "is_whole", b"is_whole", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaNews: _TypeAlias = ReplicaNews  # noqa: Y015
+
+@_typing.final
+class AbortAsked(_message.Message):
+    """A client asked this gateway to abort a request that runs at none of its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASK_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    ask_id: _builtins.str
+    """of this one question"""
+    request_id: _builtins.str
+    tenant: _builtins.str
+    """whose request it must be"""
+    def __init__(
+        self,
+        *,
+        ask_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortAsked: _TypeAlias = AbortAsked  # noqa: Y015
+
+@_typing.final
+class AbortAnswered(_message.Message):
+    """What came of it at this gateway."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASK_ID_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    ask_id: _builtins.str
+    found: _builtins.bool
+    def __init__(
+        self,
+        *,
+        ask_id: _builtins.str = ...,
+        found: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "found", b"found"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortAnswered: _TypeAlias = AbortAnswered  # noqa: Y015
+
+@_typing.final
+class ResumeBatch(_message.Message):
+    """Value of one entry of a stream per resumable request: what its gateway has sent to its client, and how it ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    IS_CUT_FIELD_NUMBER: _builtins.int
+    gateway_id: _builtins.str
+    nonce: _builtins.str
+    """tells one admission of a request id from another"""
+    kind: _builtins.str
+    """in whose words the events are"""
+    window_s: _builtins.float
+    first_index: _builtins.int
+    """of the first event here, or of the next one"""
+    is_cut: _builtins.bool
+    """there is more, which is at its gateway only"""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def outcome(self) -> Global___ResumeOutcome:
+        """with the last events"""
+
+    def __init__(
+        self,
+        *,
+        gateway_id: _builtins.str = ...,
+        nonce: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        window_s: _builtins.float = ...,
+        first_index: _builtins.int = ...,
+        events: _abc.Iterable[_builtins.bytes] | None = ...,
+        outcome: Global___ResumeOutcome | None = ...,
+        is_cut: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "first_index", b"first_index", "gateway_id", b"gateway_id", "is_cut", b"is_cut", "kind", b"kind", "nonce", b"nonce", "outcome", b"outcome", "window_s", b"window_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeBatch: _TypeAlias = ResumeBatch  # noqa: Y015
+
+@_typing.final
+class ResumeOutcome(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRPC_CODE_FIELD_NUMBER: _builtins.int
+    HTTP_STATUS_FIELD_NUMBER: _builtins.int
+    RETRYABLE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    grpc_code: _builtins.str
+    """empty: the answer is complete"""
+    http_status: _builtins.int
+    retryable: _builtins.bool
+    reason: _builtins.str
+    """a word of ours"""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        grpc_code: _builtins.str = ...,
+        http_status: _builtins.int = ...,
+        retryable: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_code", b"grpc_code", "http_status", b"http_status", "message", b"message", "reason", b"reason", "retryable", b"retryable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeOutcome: _TypeAlias = ResumeOutcome  # noqa: Y015
 
 @_typing.final
 class WorkerCredit(_message.Message):

@@ -16,6 +16,7 @@ from router.forwarding.config import ForwardingConfig
 from router.http.config import DEFAULT_PORT, HttpConfig
 from router.quotas.config import QuotasConfig
 from router.replicas.config import SharingConfig
+from router.resume.config import ResumeConfig
 from router.routing.config import RoutingConfig
 
 
@@ -130,6 +131,7 @@ class RouterConfig(ConfigModel):
     forwarding: ForwardingConfig = ForwardingConfig()
     sharing: SharingConfig = SharingConfig()
     quotas: QuotasConfig = QuotasConfig()
+    resume: ResumeConfig = ResumeConfig()
 
     @property
     def model_name(self) -> str:

@@ -3,7 +3,7 @@
 Knows no wire format: a surface makes `GenerateCall`s, reads the `Answer`, and says both in its own words."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from core.clock import Clock
@@ -23,6 +23,7 @@ from router.generation.provenance import Provenance
 from router.intake import GenerateCall, Intake, Prompt
 from router.metrics import GatewayMetrics
 from router.quotas.service import Quotas
+from router.resume.port import StreamKeeper
 from router.tokenizer import GatewayTokenizer, ModelFacts
 
 _CALL_ID_BYTES = 12
@@ -48,6 +49,8 @@ class Front:
         quotas: Quotas,
         metrics: GatewayMetrics,
         clock: Clock,
+        resumables: StreamKeeper,
+        abort_elsewhere: Callable[[str, str], Awaitable[bool]],
     ) -> None:
         self.config = config
         self.cluster = cluster
@@ -57,6 +60,8 @@ class Front:
         self.fleet = fleet
         self.dispatcher = dispatcher
         self.clock = clock
+        self.resumables = resumables
+        self._abort_elsewhere = abort_elsewhere
         self._metrics = metrics
         self._intake = intake
         self._desk = AnswerDesk(
@@ -100,9 +105,17 @@ class Front:
         answer = await self.answer([call], timeout_s)
         return ChatAnswer(answer, plan, lambda: secrets.token_hex(_CALL_ID_BYTES))
 
-    def abort(self, request_id: str, reason: str, *, tenant: str) -> bool:
-        """End a tenant's call with all its choices on every worker, or before it gets to any. Returns whether there
-        was one."""
+    async def abort(self, request_id: str, reason: str, *, tenant: str) -> bool:
+        """End a tenant's call with all its choices on every worker, or before it gets to any, at whichever gateway of
+        the cluster it is. Returns whether there was one.
+
+        Raises:
+            StoreUnavailable: it is none of this gateway's, and the others cannot be asked.
+        """
+        return self.abort_here(request_id, reason, tenant=tenant) or await self._abort_elsewhere(request_id, tenant)
+
+    def abort_here(self, request_id: str, reason: str, *, tenant: str) -> bool:
+        """End a tenant's call if it is one of this gateway's. Returns whether it was."""
         return self._desk.abort(request_id, Aborted(reason), tenant=tenant)
 
     def explain(self, request_id: RequestId, last: int) -> list[ExplainedDecision]:

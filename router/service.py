@@ -12,7 +12,7 @@ import time
 
 from core.clock import Clock
 from core.errors import Aborted, ConfigError
-from core.ids import Epoch, WorkerId, new_gateway_id
+from core.ids import Epoch, WorkerId, new_gateway_id, new_nonce
 from core.store import Store
 from core.telemetry import MetricsServer
 from grammar.host import ModelTokens
@@ -32,6 +32,8 @@ from router.metrics import GatewayMetrics
 from router.quotas.service import Quotas
 from router.replicas.gateway_state import GatewayState
 from router.replicas.service import Replicas
+from router.resume.metrics import ResumeMetrics
+from router.resume.service import Resumables
 from router.rpc.server import GatewayServer
 from router.tokenizer import GatewayTokenizer, read_model_facts
 
@@ -67,7 +69,20 @@ class Gateway:
             clock,
             epoch_of=self._epoch_of,
         )
-        self._replicas = Replicas(store, cluster, self._gateway_id, clock, config.sharing, shared)
+        self._replicas = Replicas(
+            store, cluster, self._gateway_id, clock, config.sharing, shared, abort_here=self._abort_here
+        )
+        self._resumables = Resumables(
+            store,
+            cluster,
+            self._gateway_id,
+            clock,
+            config.resume,
+            ResumeMetrics(self._metrics.registry),
+            new_nonce=lambda: new_nonce(self._rng),
+            is_alive=lambda gateway_id: gateway_id in self._replicas.peers,
+            patience_s=2 * config.sharing.whole_interval_s,
+        )
         shared.tell(self._replicas)
         self._quotas = Quotas(
             store,
@@ -124,6 +139,10 @@ class Gateway:
     @property
     def replicas(self) -> Replicas:
         return self._replicas
+
+    @property
+    def resumables(self) -> Resumables:
+        return self._resumables
 
     @property
     def quotas(self) -> Quotas:
@@ -191,6 +210,8 @@ class Gateway:
             quotas=self._quotas,
             metrics=self._metrics,
             clock=self._clock,
+            resumables=self._resumables,
+            abort_elsewhere=self._replicas.abort,
         )
         self._server = server
         self._front = front
@@ -202,6 +223,7 @@ class Gateway:
         self._tasks = [
             asyncio.create_task(self._link.run(self._dispatcher), name="cluster link"),
             asyncio.create_task(self._replicas.run(), name="replicas"),
+            asyncio.create_task(self._resumables.run(), name="resumable streams"),
             asyncio.create_task(self._quotas.run(), name="quotas"),
             asyncio.create_task(self._access.run(), name="access"),
             asyncio.create_task(self._observe(front, server), name="gateway observer"),
@@ -240,6 +262,7 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._resumables.close()
         await self._replicas.leave()
         await self._quotas.close()
         self._access.close()
@@ -265,6 +288,11 @@ class Gateway:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_OBSERVE_S):
                     await news.wait()
+
+    def _abort_here(self, request_id: str, tenant: str) -> bool:
+        """Another gateway's client asks."""
+        reason = "aborted by an Abort call at another gateway"
+        return self._front is not None and self._front.abort_here(request_id, reason, tenant=tenant)
 
     def _epoch_of(self, worker_id: WorkerId) -> Epoch | None:
         record = self._fleet.records.get(worker_id)

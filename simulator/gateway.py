@@ -129,7 +129,7 @@ class SimulatedGateway:
                 loop,
                 epoch_of=lambda worker_id: records[worker_id].epoch if worker_id in records else None,
             )
-            self._replicas = Replicas(store, _CLUSTER, name, loop, SharingConfig(), state)
+            self._replicas = Replicas(store, _CLUSTER, name, loop, SharingConfig(), state, abort_here=lambda *_: False)
             state.tell(self._replicas)
 
     def open(self) -> None:

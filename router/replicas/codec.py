@@ -6,7 +6,7 @@ from core.errors import ProtocolError
 from core.ids import Epoch, GatewayId, WorkerId
 from protos import replica_pb2 as pb
 from protos.codec import load_from_wire, load_to_wire
-from router.replicas.news import BindingNews, BreakerNews, CreditNews, News
+from router.replicas.news import AbortAnswer, AbortAsk, BindingNews, BreakerNews, CreditNews, News
 
 
 def news_to_bytes(news: News) -> bytes:
@@ -41,6 +41,10 @@ def news_to_bytes(news: News) -> bytes:
             for one in news.breakers
         ],
         is_leaving=news.is_leaving,
+        aborts_asked=[
+            pb.AbortAsked(ask_id=one.ask_id, request_id=one.request_id, tenant=one.tenant) for one in news.aborts_asked
+        ],
+        aborts_answered=[pb.AbortAnswered(ask_id=one.ask_id, found=one.found) for one in news.aborts_answered],
     ).SerializeToString()
 
 
@@ -85,4 +89,6 @@ def news_from_bytes(data: bytes) -> News:
             BreakerNews(WorkerId(one.worker_id), Epoch(one.epoch), one.state, one.open_for_s) for one in wire.breakers
         ),
         is_leaving=wire.is_leaving,
+        aborts_asked=tuple(AbortAsk(one.ask_id, one.request_id, one.tenant) for one in wire.aborts_asked),
+        aborts_answered=tuple(AbortAnswer(one.ask_id, one.found) for one in wire.aborts_answered),
     )

@@ -3,6 +3,7 @@ composed, so a hundred changes of one worker's credit are one entry. Bounded by 
 the latest changes are kept while nobody can be told, and whole messages bring the others in their turn."""
 
 from core.ids import GatewayId, WorkerId
+from router.replicas.aborts import AbortRounds
 from router.replicas.news import News
 from router.replicas.shared_state import SharedState
 
@@ -12,9 +13,12 @@ _MAX_SESSIONS = 4096  # that changed and were not told of yet
 class Draft:
     """Of one gateway. Pure but for reading the state."""
 
-    def __init__(self, gateway_id: GatewayId, state: SharedState, *, bindings_per_message: int) -> None:
+    def __init__(
+        self, gateway_id: GatewayId, state: SharedState, aborts: AbortRounds, *, bindings_per_message: int
+    ) -> None:
         self._gateway_id = gateway_id
         self._state = state
+        self._aborts = aborts
         self._bindings_per_message = bindings_per_message
         self._sequence = 0
         self._credits: set[WorkerId] = set()
@@ -24,7 +28,7 @@ class Draft:
 
     @property
     def is_empty(self) -> bool:
-        return not (self._credits or self._sessions or self._breakers)
+        return self._aborts.is_empty and not (self._credits or self._sessions or self._breakers)
 
     @property
     def num_sessions(self) -> int:
@@ -60,6 +64,8 @@ class Draft:
             credits=tuple(state.credit(worker_id) for worker_id in sorted(workers)),
             bindings=tuple(one for one in bindings if one is not None),
             breakers=tuple(state.breaker(worker_id) for worker_id in sorted(suspects)),
+            aborts_asked=self._aborts.asks(),
+            aborts_answered=self._aborts.answers(),
         )
         self._credits = set()
         self._breakers = set()

@@ -60,6 +60,23 @@ class BreakerNews:
 
 
 @dataclass(frozen=True, slots=True)
+class AbortAsk:
+    """Whether anybody has this tenant's request, and may it be aborted."""
+
+    ask_id: str
+    request_id: str
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbortAnswer:
+    """Whether a gateway had it."""
+
+    ask_id: str
+    found: bool
+
+
+@dataclass(frozen=True, slots=True)
 class News:
     """One message.
 
@@ -76,3 +93,5 @@ class News:
     bindings: tuple[BindingNews, ...] = ()
     breakers: tuple[BreakerNews, ...] = ()
     is_leaving: bool = False
+    aborts_asked: tuple[AbortAsk, ...] = ()
+    aborts_answered: tuple[AbortAnswer, ...] = ()

@@ -3,14 +3,19 @@
 from typing import TYPE_CHECKING
 
 from core.errors import InvalidRequest
+from core.ids import parse_request_id, parse_tenant
 from core.rpc import reply_errors
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from router.access.principal import current_principal
 from router.front import Front
+from router.generation.answer import Answer
 from router.hints import Hints, read_hints
+from router.resume.events import StreamKey, StreamKind
 from router.rpc.calls import read_chat, read_generate, read_tokenize
+from router.rpc.field_names import message_paths
 from router.rpc.replies import ChatEvents, GenerateEvents
+from router.rpc.resuming import RESUMED, batches, follow
 from router.rpc.status import model_info
 from router.rpc.writing import stream
 
@@ -33,9 +38,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         async with reply_errors(context, patience_s=patience_s):
             hints = _hints(context)
             tenant = current_principal().tenant_for(request.terms.tenant or hints.tenant)
-            call = read_generate(request, front.max_model_len(), tenant=tenant, hints=hints)
-            answer = await front.answer([call], context.time_remaining())
-            await stream(context, answer, GenerateEvents(answer, front.tokenizer), patience_s)
+            with message_paths():
+                call = read_generate(request, front.max_model_len(), tenant=tenant, hints=hints)
+                window_s = front.resumables.window(call.resume_window_s)
+                answer = await front.answer([call], context.time_remaining())
+            events = GenerateEvents(answer, front.tokenizer)
+            if not window_s:
+                await stream(context, answer, events, patience_s)
+                return
+            told = batches(answer, events)
+            follower = front.resumables.open(_key_of(answer), StreamKind.GENERATE, window_s, told, answer.abort)
+            await follow(context, follower, pb.GenerateResponse.FromString, patience_s)
 
     async def Chat(  # type: ignore[override]  # noqa: N802
         self, request: pb.ChatRequest, context: "_ServicerContext"
@@ -45,15 +58,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         async with reply_errors(context, patience_s=patience_s):
             hints = _hints(context)
             tenant = current_principal().tenant_for(request.terms.tenant or hints.tenant)
-            call, chat = read_chat(request, tenant=tenant, hints=hints)
-            answer = await front.chat(call, chat, context.time_remaining())
-            await stream(context, answer, ChatEvents(answer, front.tokenizer), patience_s)
+            with message_paths():
+                call, chat = read_chat(request, tenant=tenant, hints=hints)
+                window_s = front.resumables.window(call.resume_window_s)
+                answer = await front.chat(call, chat, context.time_remaining())
+            events = ChatEvents(answer, front.tokenizer)
+            if not window_s:
+                await stream(context, answer, events, patience_s)
+                return
+            told, key = batches(answer, events), _key_of(answer.answer)
+            follower = front.resumables.open(key, StreamKind.CHAT, window_s, told, answer.answer.abort)
+            await follow(context, follower, pb.ChatResponse.FromString, patience_s)
 
     async def Resume(  # type: ignore[override]  # noqa: N802
         self, request: pb.ResumeRequest, context: "_ServicerContext"
     ) -> None:
-        async with reply_errors(context):
-            raise InvalidRequest("request_id", "this gateway serves no resumable requests")
+        front = self._front
+        patience_s = front.config.write_timeout_s
+        async with reply_errors(context, patience_s=patience_s):
+            tenant = current_principal().tenant_for(request.tenant or _hints(context).tenant)
+            key = StreamKey(parse_tenant(tenant), parse_request_id(request.request_id))
+            after = request.last_event_index if request.HasField("last_event_index") else None
+            kind, follower = await front.resumables.follow(key, after)
+            if kind not in RESUMED:
+                follower.close()
+                raise InvalidRequest("request_id", "its stream began over HTTP: GET /v1/streams/<request id> goes on")
+            await follow(context, follower, RESUMED[kind], patience_s)
 
     async def Abort(  # noqa: N802
         self, request: pb.AbortRequest, context: "_ServicerContext"
@@ -62,7 +92,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             if not request.request_id:
                 raise InvalidRequest("request_id", "must not be empty")
             tenant = current_principal().tenant_for(request.tenant)
-            found = self._front.abort(request.request_id, "aborted by an Abort call", tenant=tenant)
+            found = await self._front.abort(request.request_id, "aborted by an Abort call", tenant=tenant)
             return pb.AbortResponse(found=found)
 
     async def GetModelInfo(  # noqa: N802
@@ -85,6 +115,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> pb.DetokenizeResponse:
         async with reply_errors(context):
             return pb.DetokenizeResponse(text=await self._front.detokenize(request.model, request.ids))
+
+
+def _key_of(answer: Answer) -> StreamKey:
+    request = answer.requests[0]
+    return StreamKey(request.tenant, request.request_id)
 
 
 def _hints(context: "_ServicerContext") -> Hints:

@@ -34,11 +34,16 @@ class GatewaySeat:
     """One gateway and a channel to it."""
 
     gateway: Gateway
+    address: str
     channel: grpc.aio.Channel
     store: RedisStore
 
+    @property
+    def inference(self) -> "inference_pb2_grpc.InferenceAsyncStub":
+        return inference_pb2_grpc.InferenceStub(self.channel)
+
     def generate(self, request: pb.GenerateRequest) -> Reading:
-        return Reading(inference_pb2_grpc.InferenceStub(self.channel).Generate(request))
+        return Reading(self.inference.Generate(request))
 
     async def wait_live(self, count: int) -> None:
         """Wait until so many workers can be asked."""
@@ -71,7 +76,7 @@ class Gateways:
         self.stack.push_async_callback(gateway.stop, 0.0)
         channel = connect(address)
         self.stack.push_async_callback(channel.close)
-        seat = GatewaySeat(gateway, channel, store)
+        seat = GatewaySeat(gateway, address, channel, store)
         self.seats.append(seat)
         await seat.wait_live(len(self.prefills) + len(self.decodes))
         return seat

@@ -7,6 +7,7 @@ from core.ids import Epoch, GatewayId, WorkerId
 from router.forwarding.affinity import SessionAffinity
 from router.forwarding.breaker import BreakerState, CircuitBreakers
 from router.forwarding.config import AffinityConfig, BreakerConfig
+from router.replicas.aborts import AbortRounds
 from router.replicas.draft import Draft
 from router.replicas.gateway_state import GatewayState
 from router.replicas.news import BreakerNews, CreditNews
@@ -30,7 +31,7 @@ class Side:
             self.world.credit, self.world.table, self.affinity, self.breakers, clock, epoch_of=self.epochs.get
         )
         self.book = PeerBook(3.0)
-        self.draft = Draft(GatewayId(name), self.state, bindings_per_message=10)
+        self.draft = Draft(GatewayId(name), self.state, AbortRounds(lambda *_: False), bindings_per_message=10)
         self.state.tell(self.draft)
 
     def hear(self, other: "Side", *, is_whole: bool = False) -> None:

@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.clock import MonotonicClock
-from core.errors import ProtocolError
+from core.errors import ProtocolError, StoreUnavailable
 from core.ids import Epoch, GatewayId, WorkerId
 from core.membership import LoadReport
 from core.store_memory import MemoryStore
+from router.replicas.aborts import AbortRounds
 from router.replicas.codec import news_from_bytes, news_to_bytes
 from router.replicas.config import SharingConfig
 from router.replicas.draft import Draft
-from router.replicas.news import BindingNews, BreakerNews, CreditNews, News
+from router.replicas.news import AbortAnswer, AbortAsk, BindingNews, BreakerNews, CreditNews, News
 from router.replicas.peers import PeerBook
 from router.replicas.service import Replicas, news_stream
 from tests.fakes.shared_state import FakeSharedState
@@ -50,6 +51,8 @@ def test_news_survives_the_wire() -> None:
         credits=(credit(), replace(nothing(P1, epoch=4), load=LOAD)),
         bindings=(BindingNews("s1", P0, D0, 12.5), BindingNews("s2", None, D0, 0.0)),
         breakers=(BreakerNews(P1, Epoch(3), "open", 1.25),),
+        aborts_asked=(AbortAsk("1", "r", "acme"), AbortAsk("2", "r2", "")),
+        aborts_answered=(AbortAnswer("3", found=True), AbortAnswer("4", found=False)),
     )
     assert news_from_bytes(news_to_bytes(news)) == news
     assert news_from_bytes(news_to_bytes(News(A, 8, is_leaving=True))) == News(A, 8, is_leaving=True)
@@ -65,7 +68,7 @@ def test_what_is_no_news_is_refused(data: bytes) -> None:
 
 def test_a_message_names_what_changed_and_reads_it_late() -> None:
     state = FakeSharedState()
-    draft = Draft(A, state, bindings_per_message=10)
+    draft = Draft(A, state, AbortRounds(nobody), bindings_per_message=10)
     assert draft.is_empty
     draft.note_credit(P0)
     draft.note_credit(P1)
@@ -93,7 +96,7 @@ def test_whole_messages_go_round_all_sessions_and_changed_ones_come_first() -> N
         state.bound[f"s{n}"] = BindingNews(f"s{n}", P0, D0, 9.0)
     state.own[P1] = credit(P1)
     state.breakers[D0] = BreakerNews(D0, Epoch(1), "open", 2.0)
-    draft = Draft(A, state, bindings_per_message=2)
+    draft = Draft(A, state, AbortRounds(nobody), bindings_per_message=2)
     draft.note_session("s0")
     told = []
     for _ in range(4):
@@ -104,7 +107,7 @@ def test_whole_messages_go_round_all_sessions_and_changed_ones_come_first() -> N
 
 
 def test_sessions_that_nobody_can_be_told_of_are_forgotten() -> None:
-    draft = Draft(A, FakeSharedState(), bindings_per_message=2)
+    draft = Draft(A, FakeSharedState(), AbortRounds(nobody), bindings_per_message=2)
     for n in range(100_000):
         draft.note_session(f"s{n}")
     assert draft.num_sessions <= 4096
@@ -112,7 +115,7 @@ def test_sessions_that_nobody_can_be_told_of_are_forgotten() -> None:
 
 def test_a_whole_message_tells_of_a_change_to_nothing_too() -> None:
     state = FakeSharedState()
-    draft = Draft(A, state, bindings_per_message=2)
+    draft = Draft(A, state, AbortRounds(nobody), bindings_per_message=2)
     state.own[P0] = replace(nothing(), load=LOAD)
     draft.note_credit(P0)
     del state.own[P0]
@@ -122,7 +125,7 @@ def test_a_whole_message_tells_of_a_change_to_nothing_too() -> None:
 
 def test_a_burst_of_sessions_is_told_in_pieces() -> None:
     state = FakeSharedState()
-    draft = Draft(A, state, bindings_per_message=2)
+    draft = Draft(A, state, AbortRounds(nobody), bindings_per_message=2)
     for n in range(3):
         state.bound[f"s{n}"] = BindingNews(f"s{n}", P0, D0, 9.0)
         draft.note_session(f"s{n}")
@@ -223,7 +226,17 @@ class Member:
 
     def __init__(self, name: str, store: MemoryStore, config: SharingConfig = CONFIG) -> None:
         self.state = FakeSharedState()
-        self.replicas = Replicas(store, "test", GatewayId(name), MonotonicClock(), config, self.state)
+        self.running: set[tuple[str, str]] = set()  # requests and their tenants
+        self.asked: list[tuple[str, str]] = []
+        self.replicas = Replicas(
+            store, "test", GatewayId(name), MonotonicClock(), config, self.state, abort_here=self.abort
+        )
+
+    def abort(self, request_id: str, tenant: str) -> bool:
+        self.asked.append((request_id, tenant))
+        is_found = (request_id, tenant) in self.running
+        self.running.discard((request_id, tenant))
+        return is_found
 
     def send(self, worker_id: WorkerId, requests: int) -> None:
         """This gateway's own credit with a worker is now for so many requests."""
@@ -341,6 +354,90 @@ async def test_foreign_bytes_in_the_stream_are_passed_over(caplog: pytest.LogCap
         a.send(P0, 1)
         await until(store, lambda: b.state.peers == {P0: credit(P0)})
     assert "is ignored" in caplog.text
+
+
+# --- aborts ---
+
+
+async def test_an_abort_finds_its_request_wherever_it_runs() -> None:
+    store = MemoryStore()
+    a, b, c = Member("gw-a", store), Member("gw-b", store), Member("gw-c", store)
+    c.running.add(("r", "acme"))
+    async with running(a, b, c), asyncio.timeout(PATIENCE_S):
+        await until(store, lambda: all(len(one.replicas.peers) == 2 for one in (a, b, c)))
+        assert not await a.replicas.abort("r", "other"), "it is another tenant's"
+        assert await a.replicas.abort("r", "acme")
+        assert not c.running
+        assert not await b.replicas.abort("r", "acme"), "there is none any more"
+        assert c.asked == [("r", "other"), ("r", "acme"), ("r", "acme")], "each question is asked once"
+
+
+async def test_a_gateway_alone_asks_nobody() -> None:
+    store = MemoryStore()
+    a = Member("gw-a", store)
+    async with running(a), asyncio.timeout(PATIENCE_S):
+        assert not await a.replicas.abort("r", "")
+
+
+async def test_one_that_falls_silent_is_not_waited_for_and_its_requests_ended_with_it() -> None:
+    store = MemoryStore()
+    a, b = Member("gw-a", store), Member("gw-b", store)
+    async with running(a), asyncio.timeout(PATIENCE_S):
+        async with running(b):
+            await until(store, lambda: bool(a.replicas.peers))
+        assert not await a.replicas.abort("r", "")
+        assert not a.replicas.peers
+
+
+async def test_without_the_store_nobody_can_be_asked() -> None:
+    store = MemoryStore()
+    a, b = Member("gw-a", store), Member("gw-b", store)
+    b.running.add(("r", ""))
+    async with running(a, b), asyncio.timeout(PATIENCE_S):
+        b.send(P0, 1)
+        await until(store, lambda: bool(a.state.peers))
+        store.set_available(False)
+        await a.state.wait_until(lambda: not a.state.peers)
+        with pytest.raises(StoreUnavailable):
+            await a.replicas.abort("r", "")
+        store.set_available(True)
+        await until(store, lambda: bool(a.replicas.peers))
+        assert await a.replicas.abort("r", "")
+
+
+def test_a_question_is_answered_once_and_the_same_however_often_it_comes() -> None:
+    found: list[tuple[str, str]] = []
+    rounds = AbortRounds(lambda *names: not found.append(names))  # type: ignore[func-returns-value]
+    ask = AbortAsk("1", "r", "acme")
+    for _ in range(3):
+        rounds.absorb(B, [ask], [])
+        assert not rounds.is_empty
+        assert rounds.answers() == (AbortAnswer("1", found=True),)
+        assert rounds.is_empty
+    assert found == [("r", "acme")]
+
+
+def test_a_question_is_open_until_one_has_found_it_or_all_have_answered() -> None:
+    rounds = AbortRounds(nobody)
+    ask = AbortAsk("1", "r", "")
+    opened = rounds.begin(ask, [A, B])
+    assert (rounds.is_empty, rounds.asks(), rounds.is_empty, rounds.asks()) == (False, (ask,), True, (ask,))
+    rounds.absorb(A, [], [AbortAnswer("1", found=False), AbortAnswer("unknown", found=True)])
+    assert not opened.settled.is_set()
+    rounds.absorb(A, [], [AbortAnswer("1", found=False)])
+    assert not opened.settled.is_set()
+    rounds.note_peers(frozenset())
+    assert opened.settled.is_set()
+    assert not opened.is_found
+    rounds.end(opened)
+    assert rounds.asks() == ()
+    first = rounds.begin(ask, [A, B])
+    rounds.absorb(B, [], [AbortAnswer("1", found=True)])
+    assert (first.settled.is_set(), first.is_found) == (True, True)
+
+
+def nobody(_request_id: str, _tenant: str) -> bool:
+    return False
 
 
 def slowed(**changes: float) -> SharingConfig:
