@@ -85,22 +85,25 @@ class KeySet:
             await self._refresh()
             await asyncio.sleep(self._config.refresh_interval_s if self._keys else self._config.retry_interval_s)
 
-    async def find(self, key_id: str | None, algorithm: str) -> Any | None:
-        """Return the public key of this name that fits this algorithm, or None.
+    async def find(self, key_id: str | None, algorithm: str) -> tuple[Any | None, PublicKeys]:
+        """Return the public key of this name that fits this algorithm, or None; and the set that was looked into.
 
         Raises:
             AccessUnavailable: the issuer's keys are not known, or were known too long ago.
         """
-        found = self._keys.find(key_id, algorithm) if self._is_usable() and self._keys else None
-        if found is None:
+        keys = self.current()
+        found = None if keys is None else keys.find(key_id, algorithm)
+        if keys is None or found is None:
             await self._refresh()
-            if self._keys is None or not self._is_usable():
+            if (keys := self.current()) is None:
                 raise AccessUnavailable(f"the keys of {self._config.issuer} cannot be read now")
-            found = self._keys.find(key_id, algorithm)
-        return found
+            found = keys.find(key_id, algorithm)
+        return found, keys
 
-    def _is_usable(self) -> bool:
-        return self._keys is not None and self._clock.now() - self._fetched_at < self._config.max_stale_s
+    def current(self) -> PublicKeys | None:
+        """Return the set in force, unless there is none or it is too old; a refreshed set is another object."""
+        is_stale = self._clock.now() - self._fetched_at >= self._config.max_stale_s
+        return None if is_stale else self._keys
 
     async def _refresh(self) -> None:
         """Fetch, or wait for who does so already, unless that was tried a moment ago."""

@@ -3,11 +3,13 @@
 import asyncio
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 
 from core.clock import ManualClock
@@ -117,6 +119,41 @@ async def test_a_new_key_of_the_issuer_is_followed_at_once(clock: ManualClock) -
         with pytest.raises(Unauthenticated):  # what is published no more counts no more
             await judge.admit(old)
         assert web.asked == ["/keys"] * 2
+
+
+async def test_a_verdict_is_kept_while_it_holds(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    issuer = Issuer()
+    checked: list[str] = []
+    decode = jwt.decode
+
+    def decode_and_tell(token: str, *arguments: Any, **named: Any) -> Any:
+        if arguments:
+            checked.append(token)
+        return decode(token, *arguments, **named)
+
+    monkeypatch.setattr(jwt, "decode", decode_and_tell)
+    async with web_server() as web:
+        web.publish("/keys", issuer.key_set())
+        judge = judge_of(clock, jwks_url=f"{web.url}/keys", leeway_s=0)
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now)
+        token, other = issuer.token(exp=now + 60), issuer.token(exp=now + 60, sub="bob")
+        for _ in range(3):
+            assert (await judge.admit(token)).name == "ann"
+            assert (await judge.admit(other)).name == "bob"
+        assert checked == [token, other]
+        del issuer.keys["rsa"]  # the issuer takes its word back, and is asked again for another reason
+        web.publish("/keys", issuer.key_set())
+        clock.advance(11)
+        with pytest.raises(Unauthenticated):
+            await judge.admit(issuer.token("ec", header={"kid": "invented"}))
+        with pytest.raises(Unauthenticated):
+            await judge.admit(token)
+        lasting = issuer.token("ec", exp=now + 60)
+        for later_s, count in ((0, 1), (59, 1), (60, 2)):  # the token is judged again when it may have expired
+            monkeypatch.setattr(time, "time", lambda later_s=later_s: now + later_s)
+            await judge.admit(lasting)
+            assert checked.count(lasting) == count
 
 
 async def test_invented_key_names_do_not_make_us_hammer_the_issuer(issuer: Issuer, clock: ManualClock) -> None:
