@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from core.errors import InvalidRequest, ServingError
 from core.version import tandem_version
-from router.hints import DESCRIPTIONS
+from router.hints import DESCRIPTIONS, TENANT
 from router.http import reply_types as replies
 from router.http.chat_request import ChatRequest
 from router.http.completion_request import CompletionRequest
@@ -37,6 +37,7 @@ from router.http.openapi import (
     success,
 )
 from router.http.probe_routes import ProbeRoutes
+from router.http.stream_routes import StreamRoutes
 from router.http.while_connected import json_response
 
 _log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def create_app(door: Door, registry: CollectorRegistry) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(Exception, _on_defect)
     _add_generation(app, GenerationRoutes(door))
+    _add_streams(app, StreamRoutes(door))
     _add_model(app, ModelRoutes(door))
     _add_probes(app, ProbeRoutes(door, registry), door)
     access = door.gatekeeper.config
@@ -87,6 +89,22 @@ def _add_generation(app: FastAPI, routes: GenerationRoutes) -> None:
     _post(app, "/v1/chat/completions", routes.chat, ChatRequest, chat | errors(GENERATION_ERRORS), _HEADERS)
     text = success(replies.Completion, "The prompts, continued", chunk=replies.Completion)
     _post(app, "/v1/completions", routes.completion, CompletionRequest, text | errors(GENERATION_ERRORS), _HEADERS)
+
+
+def _add_streams(app: FastAPI, routes: StreamRoutes) -> None:
+    event = {"type": "object", "properties": {"id": _NUMBER, "data": _TEXT}, "required": ["data"]}
+    told: Responses = {
+        200: {"description": "The events that follow", "content": {"text/event-stream": {"schema": event}}},
+        204: {"description": "Nothing follows"},
+    }
+    last = header("last-event-id", "the id of the last event that arrived; absent: from the beginning", _NUMBER)
+    tenant = header(TENANT[0], DESCRIPTIONS[TENANT[0]], _TEXT)
+    told = told | errors(GENERATION_ERRORS, (410,))
+    _get(app, "/v1/streams/{request_id}", routes.resume, told, [_REQUEST_ID, last, tenant])
+
+
+_REQUEST_ID = {"name": "request_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+_NUMBER = {"type": "string", "pattern": "^[0-9]{1,15}$"}
 
 
 def _add_model(app: FastAPI, routes: ModelRoutes) -> None:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,7 +17,7 @@ from core.request import SamplingParams
 from router.access.principal import Principal
 from router.generation.answer import Answer
 from router.generation.metadata import response_headers
-from router.hints import Hints, read_hints, with_hints
+from router.hints import RESUME_WINDOW_S, Hints, read_hints, with_hints
 from router.http.chat_reply import ChatChunks, ChatWhole
 from router.http.chat_request import ChatOrder, read_chat
 from router.http.completion_reply import CompletionChunks, CompletionWhole
@@ -25,13 +26,16 @@ from router.http.door import Door
 from router.http.fields import rename
 from router.http.logprobs import TokenNames
 from router.http.reply_head import ReplyHead, fingerprint
+from router.http.resuming import Source, batches, send_followed
 from router.http.sampling_fields import SamplingFields
-from router.http.streaming import send_stream, send_whole
+from router.http.streaming import Chunks, Whole, send_stream, send_whole
 from router.http.while_connected import WhileConnected
 from router.intake import GenerateCall, Prompt, TextPrompt, TokenPrompt
+from router.resume.events import StreamKey, StreamKind
 from router.service_terms import ServiceWish
 
 _GONE = "the client went away"
+T = TypeVar("T")
 
 
 class GenerationRoutes:
@@ -66,32 +70,58 @@ class GenerationRoutes:
         fields = order.fields
         names = TokenNames(self._front.tokenizer, as_ids=bool(fields.return_tokens_as_token_ids))
         with _renamed(_chat_names(order)):
-            answer = await self._front.chat(call, order.call, None)
-            try:
-                head = self._head("chatcmpl", answer.answer)
-                headers = partial(response_headers, answer.answer)
-                if fields.stream:
-                    await send_stream(send, answer, ChatChunks(answer.answer, head, fields, names), headers)
-                else:
-                    await send_whole(send, answer, ChatWhole(answer.answer, head, fields, names), headers)
-            finally:
-                answer.answer.abandon(_GONE)
+            window_s = self._window(call, fields)
+            chat = await self._front.chat(call, order.call, None)
+            answer = chat.answer
+            head = self._head("chatcmpl", answer)
+            if fields.stream:
+                await self._stream(send, chat, answer, ChatChunks(answer, head, fields, names), window_s)
+            else:
+                await self._whole(send, chat, answer, ChatWhole(answer, head, fields, names))
 
     async def _send_completion(self, order: CompletionOrder, calls: list[GenerateCall], send: Send) -> None:
         fields = order.fields
         names = TokenNames(self._front.tokenizer, as_ids=bool(fields.return_tokens_as_token_ids))
         with _renamed(_completion_names(order)):
+            window_s = self._window(calls[0], fields)
             echoes = [await self._text(prompt) for prompt in order.prompts] if fields.echo else None
             answer = await self._front.answer(calls, None)
-            try:
-                head = self._head("cmpl", answer)
-                headers = partial(response_headers, answer)
-                if fields.stream:
-                    await send_stream(send, answer, CompletionChunks(answer, head, order, names, echoes), headers)
-                else:
-                    await send_whole(send, answer, CompletionWhole(answer, head, order, names, echoes), headers)
-            finally:
-                answer.abandon(_GONE)
+            head = self._head("cmpl", answer)
+            if fields.stream:
+                chunks = CompletionChunks(answer, head, order, names, echoes)
+                await self._stream(send, answer, answer, chunks, window_s)
+            else:
+                await self._whole(send, answer, answer, CompletionWhole(answer, head, order, names, echoes))
+
+    def _window(self, call: GenerateCall, fields: SamplingFields) -> float:
+        """Return for how long the answer may outlive its connection; 0: not at all.
+
+        Raises:
+            InvalidRequest, RejectedError
+        """
+        window_s = self._front.resumables.window(call.resume_window_s)
+        if window_s and not fields.stream:
+            raise InvalidRequest(RESUME_WINDOW_S[0], "is for streams: set stream to true")
+        return window_s
+
+    async def _stream(self, send: Send, reader: Source[T], answer: Answer, chunks: Chunks[T], window_s: float) -> None:
+        headers = partial(response_headers, answer)
+        if window_s:
+            request = answer.requests[0]
+            key, told = StreamKey(request.tenant, request.request_id), batches(reader, chunks)
+            follower = self._front.resumables.open(key, StreamKind.SSE, window_s, told, answer.abort)
+            await send_followed(send, follower, headers)
+            return
+        try:
+            await send_stream(send, reader, chunks, headers)
+        finally:
+            answer.abandon(_GONE)
+
+    async def _whole(self, send: Send, reader: Source[T], answer: Answer, whole: Whole[T]) -> None:
+        try:
+            await send_whole(send, reader, whole, partial(response_headers, answer))
+        finally:
+            answer.abandon(_GONE)
 
     async def _text(self, prompt: TextPrompt | TokenPrompt) -> str:
         return prompt.text if isinstance(prompt, TextPrompt) else await self._front.detokenize("", prompt.token_ids)
@@ -140,6 +170,7 @@ def _renamed(names: Mapping[str, str]) -> Iterator[None]:
 def _chat_names(order: ChatOrder) -> dict[str, str]:
     names = {
         "sampling": "",
+        "resume_window_s": RESUME_WINDOW_S[0],
         "sampling.logprobs": "top_logprobs",
         "sampling.max_tokens": order.max_tokens_field,
         "chat": "messages",
@@ -150,7 +181,7 @@ def _chat_names(order: ChatOrder) -> dict[str, str]:
 
 
 def _completion_names(order: CompletionOrder) -> dict[str, str]:
-    names = {"sampling": "", "text": "prompt", "token_ids": "prompt"}
+    names = {"sampling": "", "resume_window_s": RESUME_WINDOW_S[0], "text": "prompt", "token_ids": "prompt"}
     return names | _constraint_names(order.constraint_field)
 
 

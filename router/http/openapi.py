@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from router.http.reply_types import Error
+from router.http.sse import DONE_WORD
 
 _REF = "#/components/schemas/{model}"
 SECURITY = "bearer"
@@ -53,13 +54,14 @@ def success(model: type[BaseModel], description: str, *, chunk: type[BaseModel] 
 def _event_of(chunk: type[BaseModel]) -> dict[str, Any]:
     """One event of a stream. A stream that fails ends with an Error and without `[DONE]`."""
     said = [{"$ref": _REF.format(model=chunk.__name__)}, {"$ref": _REF.format(model=Error.__name__)}]
-    data = {
+    told = {
         "type": "string",
-        "description": f"a {chunk.__name__}, or an Error, which is the last; after the last that is none: [DONE]",
+        "description": f"a {chunk.__name__}, or an Error, which is the last",
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": said},
     }
-    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    end = {"const": DONE_WORD, "description": "after the last chunk"}
+    return {"type": "object", "properties": {"data": {"anyOf": [end, told]}}, "required": ["data"]}
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:

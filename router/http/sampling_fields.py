@@ -49,13 +49,14 @@ UNSERVED: Mapping[str, Sequence[object]] = {
 WITHOUT_EFFECT = frozenset({"metadata", "user", "safety_identifier"})
 """Labels of a request that never touch its answer: of stored answers, and of who asks."""
 
-ServiceTier = Literal["auto", "default", "scale", "flex", "priority"]
+ServiceTier = Literal["auto", "default", "scale", "flex", "priority", "fast"]
 _TIERS: Mapping[ServiceTier, tuple[ServiceClass | None, int]] = {
     "auto": (None, 0),
     "default": (None, 0),
     "scale": (None, 0),
     "flex": (ServiceClass.BATCH, 0),
     "priority": (ServiceClass.INTERACTIVE, MAX_PRIORITY // 2),
+    "fast": (ServiceClass.INTERACTIVE, MAX_PRIORITY // 2),
 }
 
 
@@ -114,7 +115,9 @@ class SamplingFields(ConstraintFields):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    service_tier: ServiceTier | None = Field(None, description="flex is batch")
+    service_tier: ServiceTier | None = Field(
+        None, description="flex: of the class batch; priority and fast: ahead of the tenant's others"
+    )
     priority: Integer | None = Field(
         None,
         description="as in vLLM: a smaller number goes first; -10 to 10",

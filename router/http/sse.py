@@ -6,7 +6,8 @@ from typing import Any
 encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 """JSON in one line of ASCII."""
 
-DONE = "data: [DONE]\n\n"
+DONE_WORD = "[DONE]"
+DONE = f"data: {DONE_WORD}\n\n"
 
 
 def event(text: str) -> str:

@@ -15,7 +15,7 @@ from router.http.while_connected import send_head, send_json
 
 P = TypeVar("P", covariant=True)
 Q = TypeVar("Q", contravariant=True)
-_HEADERS = {
+STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # proxies that collect answers would spoil the time to the first token
@@ -63,7 +63,7 @@ async def send_stream(send: Send, answer: Pieces[T], chunks: Chunks[T], headers:
     """
     pieces = await answer.take()
     text = chunks.begin() + chunks.of(pieces)
-    await send_head(send, 200, _HEADERS | headers())
+    await send_head(send, 200, STREAM_HEADERS | headers())
     while not answer.is_over:
         if text:  # tokens that are no text yet are told with the next
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
