@@ -263,7 +263,9 @@ class PrefillRequest:
                 self._times.scheduled(now, cached_tokens)
             case FirstTokenComputed(output) | LastTokenComputed(output):
                 self._first_token_id = output.tokens[0].token_id
-                return [SendOutput(output, cause), self._times.computed(self.request_id, now, cause)]
+                is_whole = isinstance(event, LastTokenComputed)
+                computed = self._times.computed(self.request_id, now, cause, is_whole=is_whole)
+                return [SendOutput(output, cause), computed]
             case TokensProduced(output) | StreamFinished(output):
                 return [SendOutput(output, cause)]
             case Bound(to) if before in (PrefillState.UNBOUND, PrefillState.LEASED):

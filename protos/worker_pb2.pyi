@@ -518,7 +518,7 @@ Global___OutputBatch: _TypeAlias = OutputBatch  # noqa: Y015
 
 @_typing.final
 class PrefillComputed(_message.Message):
-    """The first token left. Its RequestOutput is in the OutputBatch before."""
+    """The first token is there: in the OutputBatch before, or, when it is the last, in the one that follows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -98,6 +98,7 @@ EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
         m.DecodeChosen: S.BINDING,
         m.DecodeUnavailable: S.SEEKING,
         m.SeekDue: S.SEEKING,
+        m.PrefillMeasured: S.SEEKING,  # before a first token that is the last
         m.PrefillProduced: S.HOLDING,
         m.PrefillFinished: S.FINISHED,  # the first token was the last
         m.PrefillLost: S.ROUTING,
@@ -107,12 +108,14 @@ EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
         m.DecodeAccepted: S.PREFILLING,
         m.DecodeRejected: S.SEEKING,
         m.DecodeLost: S.SEEKING,  # nothing was sent to it: the prompt is computed all the same
+        m.PrefillMeasured: S.BINDING,
         m.PrefillProduced: S.PLACING,
         m.PrefillFinished: S.FINISHED,
         m.PrefillLost: S.ROUTING,
         **_ENDS,
     },
     S.PREFILLING: {
+        m.PrefillMeasured: S.PREFILLING,
         m.PrefillProduced: S.HANDING_OVER,
         m.PrefillFinished: S.FINISHED,
         m.PrefillLost: S.ROUTING,
@@ -165,6 +168,7 @@ EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
         **_ENDS,
     },
     S.COMPUTING: {
+        m.PrefillMeasured: S.COMPUTING,
         m.PrefillProduced: S.GENERATING,
         m.DecodeProduced: S.GENERATING,
         m.PrefillFinished: S.FINISHED,

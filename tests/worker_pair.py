@@ -132,7 +132,7 @@ class Pair:
     async def generate(self, request: GenerateRequest) -> list[int]:
         """Return the tokens of a whole request, whose indices must be contiguous across both workers."""
         await self.submit(request)
-        await self.to_prefill.answer("computed", request.request_id)
+        await self.to_prefill.until_output(request.request_id)
         if self.to_prefill.outputs(request.request_id)[-1].finish is not None:
             await self.to_decode.abort(request.request_id)
         else:

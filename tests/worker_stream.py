@@ -113,6 +113,9 @@ class WorkerStream:
                 kinds.append(kind)
         return kinds
 
+    async def until_output(self, request_id: str) -> None:
+        await self.until(lambda report: any(one.request_id == request_id for one in report.outputs.outputs))
+
     async def until_finished(self, request_id: str) -> None:
         await self.until(
             lambda report: any(o.request_id == request_id and o.HasField("finish") for o in report.outputs.outputs)

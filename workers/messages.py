@@ -154,12 +154,14 @@ class SendOutput:
 
 @dataclass(frozen=True, slots=True)
 class SendComputed:
-    """To the gateway, after the first token: how computing the prompt went."""
+    """To the gateway: how computing the prompt went. After the first token, which should not wait for it; before a
+    first token that is the last (`is_whole`), after which the gateway is done with the request."""
 
     request_id: RequestId
     queue_s: float
     compute_s: float
     cached_tokens: int
+    is_whole: bool
     cause: str
 
 

@@ -55,7 +55,7 @@ async def test_a_batch_comes_out_as_of_one_engine_and_its_reports_are_in_order(p
     kinds = stream.kinds("seeded")
     assert kinds[:3] == ["accepted", "outputs", "computed"]
     assert set(kinds[3:]) == {"outputs"}
-    assert stream.kinds("one") == ["accepted", "outputs", "computed"]
+    assert stream.kinds("one") == ["accepted", "computed", "outputs"], "the last token is the last word"
     finish = stream.outputs("greedy")[-1].finish
     assert finish is not None
     assert finish.reason is FinishReason.LENGTH

@@ -115,7 +115,7 @@ async def test_a_first_token_that_is_the_last_needs_no_binding(pair: Pair) -> No
     await pair.to_prefill.answer("computed", "stops")
     await pair.until_idle()
     await pair.until_prefill_heard()  # nothing that was said before is still on its way
-    assert pair.to_prefill.kinds("stops") == ["accepted", "outputs", "computed"]
+    assert pair.to_prefill.kinds("stops") == ["accepted", "computed", "outputs"]
 
 
 async def test_only_the_first_word_counts(pair: Pair) -> None:

@@ -128,7 +128,7 @@ def test_a_prompt_of_its_own_is_accepted_computed_and_generated() -> None:
     assert it.handle(Scheduled(8), 11.0) == []
     assert it.handle(FIRST, 11.5) == [
         SendOutput(FIRST.output, "FirstTokenComputed"),
-        SendComputed(R, 1.0, 0.5, 8, "FirstTokenComputed"),
+        SendComputed(R, 1.0, 0.5, 8, False, "FirstTokenComputed"),
     ]
     assert it.next_deadline() is None
     assert it.handle(MORE, 12.0) == [SendOutput(MORE.output, "TokensProduced")]

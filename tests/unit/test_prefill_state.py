@@ -107,7 +107,7 @@ def test_the_good_way_hands_over_and_tells_so_last() -> None:
     assert it.handle(Scheduled(16), 10.25) == []
     assert it.handle(FIRST, 11.0) == [
         SendOutput(OUTPUT, "FirstTokenComputed"),
-        SendComputed(R, 0.25, 0.75, 16, "FirstTokenComputed"),
+        SendComputed(R, 0.25, 0.75, 16, False, "FirstTokenComputed"),
         CommitTransfer(42, "FirstTokenComputed"),
     ]
     assert it.next_deadline() == 14.0
@@ -170,7 +170,7 @@ def test_alone_it_generates_from_the_prompt_on() -> None:
     assert it.handle(Scheduled(2), 10.5) == []
     assert it.handle(FIRST, 11.0) == [
         SendOutput(OUTPUT, "FirstTokenComputed"),
-        SendComputed(R, 0.5, 0.5, 2, "FirstTokenComputed"),
+        SendComputed(R, 0.5, 0.5, 2, False, "FirstTokenComputed"),
     ]
     assert it.next_deadline() is None
     assert it.handle(END, 12.0) == [SendOutput(END.output, "StreamFinished")]

@@ -59,6 +59,17 @@ def test_a_good_life() -> None:
     assert split.tpot_s == pytest.approx((11.0 - 5.0) / 3)
 
 
+@pytest.mark.parametrize("state", [S.PREFILLING, S.SEEKING, S.BINDING, S.COMPUTING])
+def test_what_was_cached_is_known_when_the_first_token_is_the_last(state: RequestState) -> None:
+    request, effects = walk(*TO[state], m.PrefillMeasured(0.1, 0.2, 48))
+    assert effects == []
+    assert request.state is state
+    is_alone = state is S.COMPUTING
+    end = m.DecodeFinished(tokens(0), END) if is_alone else m.PrefillFinished(tokens(0), END)
+    walk(end, start=request)
+    assert (request.state, request.cached_tokens) == (S.FINISHED, 48)
+
+
 @pytest.mark.parametrize(
     "first",
     [
