@@ -1,12 +1,12 @@
 """What one request's client will read: tokens in order, then the end. Bounded; the writer never waits."""
 
-import asyncio
 from dataclasses import dataclass
 
 from core.errors import ServingError
 from core.ids import RequestId, WorkerId
 from core.request import Finish, PromptToken, TokenOutput
 from router.messages import KvLanded
+from router.reading_turns import Bell
 from router.routing.modes import Binding, Mode, ModeReason
 from router.timeline import TimingSplit
 
@@ -41,7 +41,7 @@ class Completion:
 
 
 class RequestStream:
-    """From the dispatcher to whoever reads the request. The reader shares one event among all streams that it reads,
+    """From the dispatcher to whoever reads the request. The reader shares one bell among all streams that it reads,
     so that a batch of tokens for many of them wakes it once.
 
     Concurrency: one event loop, one writer, one reader.
@@ -57,43 +57,41 @@ class RequestStream:
         self._tokens: list[TokenOutput] = []
         self._completion: Completion | None = None
         self._error: ServingError | None = None
-        self._changed = asyncio.Event()
+        self._bell: Bell | None = None
 
     @property
     def has_news(self) -> bool:
         """`take` has something to return, or an error to raise."""
         return bool(self._tokens) or self._completion is not None or self._error is not None
 
-    def wake(self, changed: asyncio.Event) -> None:
-        """Set this event whenever there is news; at once if there is some already."""
-        self._changed = changed
+    def wake(self, bell: Bell) -> None:
+        """Ring this bell whenever there is news; at once if there is some already."""
+        self._bell = bell
         if self.has_news:
-            changed.set()
-
-    async def wait(self) -> None:
-        """Return once there is news."""
-        while not self.has_news:
-            self._changed.clear()
-            await self._changed.wait()
+            bell.ring()
 
     def push(self, tokens: tuple[TokenOutput, ...], prompt_tokens: tuple[PromptToken, ...] = ()) -> bool:
         """Add tokens. Returns False when more are unread now than may be; the caller then fails the stream."""
         if prompt_tokens:
             self.prompt_tokens = prompt_tokens
         self._tokens.extend(tokens)
-        self._changed.set()
+        self._ring()
         return len(self._tokens) <= self._max_unread_tokens
 
     def finish(self, completion: Completion) -> None:
         self._completion = completion
-        self._changed.set()
+        self._ring()
 
     def fail(self, error: ServingError, *, drop_unread: bool = False) -> None:
         """End with an error, which the reader meets after what is unread."""
         self._error = error
         if drop_unread:
             self._tokens.clear()
-        self._changed.set()
+        self._ring()
+
+    def _ring(self) -> None:
+        if self._bell is not None:
+            self._bell.ring()
 
     def take(self) -> tuple[list[TokenOutput], Completion | None]:
         """Return all unread tokens, and the completion once there is one (then call no more).
@@ -102,6 +100,8 @@ class RequestStream:
             ServingError: how the request failed, after everything before it was taken.
         """
         tokens, self._tokens = self._tokens, []
-        if self._error is not None and not tokens:
-            raise self._error
+        if self._error is not None:
+            if not tokens:
+                raise self._error
+            self._ring()
         return tokens, self._completion

@@ -4,7 +4,6 @@ Life of an answer: its choices are in the dispatcher -> `take` until `is_over` -
 the answer, and the others are aborted; a reader that leaves early abandons it, and all are aborted.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from core.errors import Aborted, ProtocolError, ServingError
 from core.request import GenerateRequest, PromptToken, TokenOutput
 from router.generation.provenance import Provenance
 from router.generation.text import GenerationText
+from router.reading_turns import Bell, ReadingTurns
 from router.stream import Completion, RequestStream
 
 
@@ -35,6 +35,7 @@ class Answer:
 
     Args:
         requests: one per prompt; the seed of the first is the base of all.
+        turns: shared by all answers of the gateway.
         end: ends the request of a stream, if it still runs.
         on_over: told once, when no choice is in flight any more.
 
@@ -47,6 +48,7 @@ class Answer:
         model: str,
         provenance: Provenance,
         *,
+        turns: ReadingTurns,
         end: Callable[[RequestStream, ServingError], None],
         on_over: Callable[[], None],
     ) -> None:
@@ -55,7 +57,7 @@ class Answer:
         self.provenance = provenance
         self._end = end
         self._on_over = on_over
-        self._changed = asyncio.Event()
+        self._bell = Bell(turns)
         self._open: dict[int, _Choice] = {}
         self._scored: list[RequestStream] = []
         self._are_scores_here = False
@@ -76,7 +78,7 @@ class Answer:
         if scores_prompt:
             self._scored.append(stream)
         self._open[len(self._open)] = _Choice(stream, text, scores_prompt)
-        stream.wake(self._changed)
+        stream.wake(self._bell)
 
     async def take(self) -> list[ChoicePiece]:
         """Wait for news of any choice; return all there is. Not to be called once the answer is over.
@@ -85,12 +87,10 @@ class Answer:
             ServingError: how the first choice that failed did; everything before it was taken, and no choice runs on.
         """
         while self._error is None:
+            await self._bell.wait()
             pieces = self._pieces()
             if pieces:
                 return pieces
-            if self._error is None:
-                self._changed.clear()
-                await self._changed.wait()
         self._give_up(Aborted(f"another choice of the same call failed: {self._error}"))
         raise self._error
 

@@ -21,6 +21,7 @@ from router.generation.text import GenerationText
 from router.intake import GenerateCall, Intake, Prepared
 from router.metrics import GatewayMetrics
 from router.quotas.service import QuotaCharge, Quotas
+from router.reading_turns import ReadingTurns
 from router.tokenizer import GatewayTokenizer
 
 
@@ -63,6 +64,7 @@ class AnswerDesk:
         self._provenance = provenance
         self._preparing: dict[str, _Preparation] = {}
         self._answers: dict[str, Answer] = {}
+        self._turns = ReadingTurns()
 
     async def answer(self, calls: Sequence[GenerateCall], timeout_s: float | None) -> Answer:
         """Check calls that differ in nothing but their prompts, and take them in as one.
@@ -162,6 +164,7 @@ class AnswerDesk:
             tuple(one.request for one in prepared),
             self._config.model_name,
             self._provenance(),
+            turns=self._turns,
             end=self._dispatcher.abandon,
             on_over=lambda: self._forget(base_id, answer),
         )

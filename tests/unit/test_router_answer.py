@@ -11,6 +11,7 @@ from core.request import Finish, FinishReason, GenerateRequest, PromptToken, Sam
 from router.generation.answer import Answer, ChoicePiece
 from router.generation.provenance import Provenance
 from router.generation.text import GenerationText
+from router.reading_turns import ReadingTurns
 from router.routing.modes import Mode, ModeReason
 from router.stream import Completion, Placement, RequestStream
 from router.timeline import Timeline
@@ -45,7 +46,7 @@ class Call:
     def __init__(self, num_choices: int, *scored: int) -> None:
         self.ended: list[tuple[RequestId, ServingError]] = []
         self.num_over = 0
-        self.answer = Answer((REQUEST,), "m", Provenance(), end=self._end, on_over=self._over)
+        self.answer = Answer((REQUEST,), "m", Provenance(), turns=ReadingTurns(), end=self._end, on_over=self._over)
         self.streams = [RequestStream(RequestId(f"r.{number}"), 100) for number in range(num_choices)]
         for number, stream in enumerate(self.streams):
             text = GenerationText(lambda _: Letters(), REQUEST)

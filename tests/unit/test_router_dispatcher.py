@@ -13,6 +13,7 @@ from core.service_class import NO_SLO, ServiceClass
 from router import messages as m
 from router.forwarding.breaker import BreakerState
 from router.forwarding.worker_port import DecodeOrder, PrefillOrder
+from router.reading_turns import Bell, ReadingTurns
 from router.service_terms import ServiceTerms
 from router.stream import Completion, RequestStream
 from tests.fakes.worker_port import FakeGateway
@@ -28,9 +29,11 @@ def token(index: int) -> tuple[TokenOutput, ...]:
 
 
 async def read(stream: RequestStream) -> Completion:
+    bell = Bell(ReadingTurns())
+    stream.wake(bell)
     async with asyncio.timeout(10.0):
         while True:
-            await stream.wait()
+            await bell.wait()
             _, completion = stream.take()
             if completion is not None:
                 return completion

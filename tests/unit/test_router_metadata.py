@@ -12,6 +12,7 @@ from router.generation.answer import Answer
 from router.generation.metadata import response_headers, response_metadata
 from router.generation.provenance import Provenance
 from router.messages import KvLanded
+from router.reading_turns import ReadingTurns
 from router.routing.modes import Binding, Mode, ModeReason
 from router.stream import Completion, Placement
 from router.timeline import TimingSplit
@@ -39,7 +40,8 @@ ALONE = replace(
 
 def answer(model: str = "modèle\r\nx: y") -> Answer:
     request = GenerateRequest(RequestId("r"), (1, 2), SamplingParams(seed=2**64 - 1))
-    return Answer((request,), model, Provenance("w1", "bfloat16", ""), end=lambda *_: None, on_over=lambda: None)
+    provenance = Provenance("w1", "bfloat16", "")
+    return Answer((request,), model, provenance, turns=ReadingTurns(), end=lambda *_: None, on_over=lambda: None)
 
 
 def test_the_account_of_every_choice() -> None:
