@@ -7,13 +7,16 @@ import socket
 from pathlib import Path
 
 import cluster
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, TlsConfig
 from cluster.placement import demands, shares
+from core.config import load_config
 from core.errors import ConfigError
+from core.tls import Pem
+from router.access.config import KeysFile
 
 
 def check(config: ClusterConfig) -> None:
-    """Look at the model, the log folder, the cores, and where the gateways are to listen.
+    """Look at the model, the log folder, the cores, certificates and keys, and where the gateways are to listen.
 
     Raises:
         ConfigError: the first problem.
@@ -23,6 +26,9 @@ def check(config: ClusterConfig) -> None:
         _check_length(config.model.path, config.model.max_model_len)
         if config.log_folder is not None:
             _check_log_folder(config.log_folder)
+        _check_certificates(config.tls)
+        if config.router.access.enabled and config.router.access.keys_file is not None:
+            load_config(KeysFile, config.router.access.keys_file)
         # GPUs are counted by Ray, which knows every vendor's.
         shares(demands(config), cpus=len(os.sched_getaffinity(0)), gpus=math.inf, where="this machine")
     gateway = config.gateway()
@@ -76,6 +82,17 @@ def _check_log_folder(folder: Path) -> None:
         raise ConfigError(f"log_folder: cannot make {folder}: {error.strerror or error}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"log_folder: {folder} is not writable")
+
+
+def _check_certificates(tls: TlsConfig) -> None:
+    try:
+        if tls.public is not None:
+            Pem.of_server(tls.public)
+            Pem.of_client(tls.client)
+        if tls.internal is not None:
+            Pem.of_server(tls.internal.server)
+    except ConfigError as error:
+        raise ConfigError(f"the section {error}") from error
 
 
 def _check_length(path: Path, wanted: int | None) -> None:

@@ -30,14 +30,18 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 5_000),
     # It is also how long bytes may go unacknowledged (TCP_USER_TIMEOUT), which takes longer on a wire that KV fills.
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # else a minute, for a peer that is frozen while its machine acknowledges
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 _SERVER_OPTIONS = [
     *_OPTIONS,
+    # Tokens have some kilobytes; gRPC would refuse calls at random from 8 KiB on.
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.absolute_max_metadata_size", 32 * 1024),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ("grpc.so_reuseport", 0),  # a port that is taken is an error, never a silent share
 ]
+_SHARE_PORT = "grpc.so_reuseport"
 _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     *_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -49,12 +53,20 @@ _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
 
 
 def create_server(
-    *, max_receive_bytes: int = MAX_MESSAGE_BYTES, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+    *,
+    max_receive_bytes: int = MAX_MESSAGE_BYTES,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    share_port: bool = False,
 ) -> grpc.aio.Server:
-    """Return a server without services or ports. A larger message is refused as RESOURCE_EXHAUSTED before it is read;
-    a server that strangers reach wants less than what our own processes send each other."""
+    """Return a server without services or ports.
+
+    Args:
+        max_receive_bytes: a larger message is refused as RESOURCE_EXHAUSTED before it is read; a server that strangers
+            reach wants less than what our own processes send each other.
+        share_port: others who say so too may listen on its ports; otherwise one that is taken is an error.
+    """
     options = [option for option in _SERVER_OPTIONS if option[0] != _RECEIVE_LIMIT]
-    options.append((_RECEIVE_LIMIT, max_receive_bytes))
+    options += [(_RECEIVE_LIMIT, max_receive_bytes), (_SHARE_PORT, int(share_port))]
     # A pool of our own, because the default one is never shut down and its threads outlive the server.
     pool = ThreadPoolExecutor(max_workers=1)
     return grpc.aio.server(migration_thread_pool=pool, interceptors=interceptors, options=options)

@@ -84,8 +84,9 @@ def reach(
             private_key=tls_certificate,
             server_name=tls_name or "",
         )
+    api_key = (api_key or "").strip()  # an environment variable filled from a file has a line end
     if address:
-        return Reach(address, api_key or "", tls)
+        return Reach(address, api_key, tls)
     record = run_file.find(cluster)
     if not record.is_ready:
         raise ConfigError(f"cluster {record.cluster} is still coming up")

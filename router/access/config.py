@@ -78,7 +78,9 @@ class JwtConfig(ConfigModel):
 
     issuer: str = Field(min_length=1, description="as it stands in the claim iss")
     audience: str = Field(min_length=1, description="that tokens must name in their claim aud")
-    jwks_file: Path | None = Field(None, description="the issuer's public keys (JWKS), read again when it changes")
+    jwks_file: Path | None = Field(
+        None, description="the issuer's public keys (JWKS); asked for again as those at a URL are"
+    )
     jwks_url: WebAddress | None = Field(
         None, description="where the issuer publishes them; absent, as the file: asked by OpenID Connect discovery"
     )

@@ -1,14 +1,16 @@
 """API keys in the shared store: made, revoked and followed by every gateway of the cluster.
 
-A key of the store per API key, and a counter that grows with every change, so that a gateway which looks once a second
-asks one question and reads everything only after a change. Whoever makes a change counts after it; whoever reads asks
-for the count first: what is missed meanwhile is read at the next look.
+A key of the store per API key, and a random word that is another one after every change, so that a gateway which looks
+once a second asks one question and reads everything only after a change. Whoever makes a change draws the word after
+it; whoever reads asks for the word first: what is missed meanwhile is read at the next look. (A counter would begin
+anew in a store that lost its data, and could come to a number that somebody has seen.)
 
 A store that lost its data (an embedded one that was started again) learns the keys from the gateways, who remember;
 revoked ones too, so that none comes back to life.
 """
 
 import logging
+import secrets
 from collections.abc import Callable
 from datetime import datetime
 
@@ -32,29 +34,30 @@ class SharedKeys:
     def __init__(self, store: Store, cluster: str, now: Callable[[], datetime]) -> None:
         self._store = store
         self._prefix = f"tandem:{cluster}:access:key:"
-        self._version_key = f"tandem:{cluster}:access:version"
+        self._word_key = f"tandem:{cluster}:access:changed"
         self._now = now
-        self._version: bytes | None = None
+        self._word: bytes | None = None
+        self._is_read = False
         self._ring = KeyRing()
 
     async def refresh(self) -> KeyRing | None:
         """Return the keys if something has changed since the last time."""
-        version = await self._store.get(self._version_key)
-        if version is None and len(self._ring):
+        word = await self._store.get(self._word_key)
+        if word is None and len(self._ring):
             await self._remind()
-            version = await self._store.get(self._version_key)
-        if version == self._version:
+            word = await self._store.get(self._word_key)
+        if self._is_read and word == self._word:
             return None
         found = await self._store.scan(self._prefix)
         self._ring = KeyRing(key for name, value in found.items() if (key := _read(name, value)) is not None)
-        self._version = version
+        self._word, self._is_read = word, True
         return self._ring
 
     async def add(self, key: ApiKeyConfig) -> None:
         """Keep a new key. Raises: InvalidRequest, when one of this fingerprint is there."""
         if not await self._store.compare_and_set(self._prefix + key.fingerprint, None, _write(key)):
             raise InvalidRequest("fingerprint", f"there is a key {key.fingerprint} already")
-        await self._store.increment(self._version_key)
+        await self._tell()
 
     async def revoke(self, key: ApiKeyConfig) -> ApiKeyConfig:
         """Mark a key as revoked, wherever it comes from, and return it so. One that is revoked stays as it is."""
@@ -66,16 +69,19 @@ class SharedKeys:
                 return kept
             revoked = kept.model_copy(update={"revoked_at": self._now()})
             if await self._store.compare_and_set(name, held, _write(revoked)):
-                await self._store.increment(self._version_key)
+                await self._tell()
                 return revoked
         raise StoreUnavailable(f"key {key.fingerprint} changes all the time")
+
+    async def _tell(self) -> None:
+        await self._store.put(self._word_key, secrets.token_hex(8).encode())
 
     async def _remind(self) -> None:
         keys = self._ring.all()
         _log.warning("the shared store lost its API keys; it is told %d again", len(keys))
         for key in keys:
             await self._store.compare_and_set(self._prefix + key.fingerprint, None, _write(key))
-        await self._store.increment(self._version_key)
+        await self._tell()
 
 
 def _write(key: ApiKeyConfig) -> bytes:

@@ -34,14 +34,14 @@ class Door:
         Raises:
             Unauthenticated, PermissionDenied
         """
-        principal = await self.identify(request)
-        principal.require(role)
+        principal = await self.identify(request, role)
         set_current_principal(principal)
         return principal
 
-    async def identify(self, request: Request) -> Principal:
-        """Return the caller, whatever it may do. Raises: Unauthenticated."""
-        return await self.gatekeeper.admit(request.headers.getlist("authorization"), request.state.certificate_names)
+    async def identify(self, request: Request, role: Role | None = None) -> Principal:
+        """Return the caller, whatever it may do without `role`. Raises: Unauthenticated, PermissionDenied."""
+        headers, names = request.headers.getlist("authorization"), request.state.certificate_names
+        return await self.gatekeeper.admit(headers, names, role=role)
 
     async def body(self, request: Request) -> Mapping[str, Any]:
         """Raises: HttpProblem, InvalidRequest, Aborted."""

@@ -91,7 +91,7 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
     "no scheme": ([KEYS["ann"]], "malformed_credential"),
     "two headers": ([f"Bearer {KEYS['ann']}"] * 2, "malformed_credential"),
     "two credentials": ([f"Bearer {KEYS['ann']}, Bearer {KEYS['ann']}"], "malformed_credential"),
-    "huge": (["Bearer " + "x" * 8000], "malformed_credential"),
+    "huge": (["Bearer " + "x" * 15_000], "malformed_credential"),
     "unknown": ([f"Bearer {new_key()}"], "invalid_credential"),
     "its hash": ([f"Bearer {hash_of(KEYS['ann'])}"], "invalid_credential"),
     "expired": ([f"Bearer {KEYS['old']}"], "key_expired"),

@@ -120,13 +120,22 @@ async def test_a_store_that_forgot_is_reminded_of_keys_and_of_revocations(tmp_pa
             await fresh.store.close()
 
 
+async def test_keys_are_read_at_first_whatever_else_the_store_lost(redis: RedisProcess) -> None:
+    async with two_doors(redis, "evicted") as (one, _, store):
+        _, secret = await one.sources.create("ann", "", INFERENCE, None)
+        await store.delete("tandem:evicted:access:changed")
+        fresh = Door(store, "evicted")
+        await fresh.sources.load()
+        await fresh.admit(secret)
+
+
 async def test_rubbish_in_the_store_is_passed_over(redis: RedisProcess) -> None:
     async with two_doors(redis, "rubbish") as (one, other, store):
         prefix = "tandem:rubbish:access:key:"
         key, secret = await one.sources.create("ann", "", INFERENCE, None)
         await store.put(prefix + "0" * 12, b"\xff{")
         await store.put(prefix + "1" * 12, key.model_dump_json().encode())  # another key's record
-        await store.increment("tandem:rubbish:access:version")
+        await store.put("tandem:rubbish:access:changed", b"now")
         await other.sources.look()
         await other.admit(secret)
         assert await other.names() == [("shared", "ann")]

@@ -124,6 +124,23 @@ async def test_a_server_s_new_certificate_is_shown_to_the_next_connection(
         assert await reaches(address, client(authority))
 
 
+async def test_a_server_s_new_authority_for_clients_counts_for_the_next_connection(
+    authority: Authority, stranger: Authority, tmp_path: Path
+) -> None:
+    ca = tmp_path / "clients.pem"
+    ca.write_bytes(authority.ca.read_bytes())
+    config = shown(authority.issue("gateway"), client_ca=ca)
+    ours, theirs = authority.issue("worker"), stranger.issue("worker")
+    async with grpc_server(config) as address, socket_server(config) as port:
+        assert await reaches(address, client(authority, ours))
+        assert not await reaches(address, client(authority, theirs))
+        ca.write_bytes(stranger.ca.read_bytes())
+        assert await reaches(address, client(authority, theirs))
+        assert not await reaches(address, client(authority, ours))
+        assert await greeted(port, authority.ca, theirs)
+        assert not await greeted(port, authority.ca, ours)
+
+
 async def test_a_line_shows_its_new_certificate_once_renewed(authority: Authority, stranger: Authority) -> None:
     mine = stranger.issue("worker")
     config = shown(authority.issue("gateway"), client_ca=authority.ca)

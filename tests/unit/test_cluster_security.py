@@ -9,12 +9,14 @@ import pytest
 from cluster.cli.reach import Reach, reach
 from cluster.config import ClusterConfig, load_cluster_config
 from cluster.credentials import OPERATOR, Credentials, with_credentials
+from cluster.preflight import check
 from cluster.run_file import RunRecord, claim, read, run_folder
 from core.config import parse_config
 from core.errors import ConfigError
 from core.tls import ClientTls
 from router.access.gatekeeper import Gatekeeper
 from router.access.principal import Principal, Role
+from tests.certificates import Authority
 
 YAML = """
 model: {path: m}
@@ -118,3 +120,26 @@ def test_another_cluster_is_not_shown_this_one_s_key(tmp_path: Path) -> None:
     pem = tmp_path / "me.pem"
     shown = ClientTls(ca=Path("ca.pem"), certificate=pem, private_key=pem)
     assert reach(None, "far:1", None, "ca.pem", pem, None).tls == shown
+
+
+def test_files_that_cannot_be_used_are_told_before_anything_starts(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    one, other = authority.issue("one"), authority.issue("other")
+    model = {"path": Path(__file__).resolve().parents[2] / "models" / "tiny"}
+    pair = {"certificate": one.certificate, "private_key": one.private_key}
+
+    def parsed(**data: object) -> ClusterConfig:
+        return parse_config(ClusterConfig, {"model": model, "router": {"port": 0}} | data, source="c.yaml")
+
+    check(parsed(tls={"public": pair, "internal": pair | {"ca": authority.ca}}))
+    for data, problem in (
+        ({"tls": {"public": pair | {"private_key": other.private_key}}}, "cannot be used together"),
+        ({"tls": {"public": pair, "client": {"ca": tmp_path / "none.pem"}}}, r"none\.pem: cannot read"),
+        ({"tls": {"internal": pair | {"ca": one.private_key}}}, "no certificate authority"),
+        (
+            {"router": {"port": 0, "access": {"enabled": True, "keys_file": tmp_path / "no.yaml"}}},
+            "no.yaml: cannot read",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            check(parsed(**data))
