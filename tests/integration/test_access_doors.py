@@ -164,22 +164,26 @@ async def test_nobody_but_an_admin_names_another_tenant(checkpoint: Path) -> Non
         for name in TENANT_HEADERS:
             reading = doors.generate(KEYS["ann"], text_request(), **{name.lower(): "bobs"})
             await reading.fails(denied)
-            await doors.post(KEYS["ann"], {name: "bobs"})
-        assert "bobs" not in doors.tenants
-        answer = await doors.post(KEYS["ann"], {"x-tandem-tenant": "bobs"})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "other_tenant")
+            answer = await doors.post(KEYS["ann"], {name: "bobs"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "other_tenant"), name
+            stream = await doors.http.get(
+                "/v1/streams/r", headers={"authorization": f"Bearer {KEYS['ann']}", name: "bobs"}
+            )
+            assert stream.status_code == 403, name
+        assert doors.tenants == []
         metadata = [("authorization", f"Bearer {KEYS['ann']}")]
         chat = doors.cluster.inference.Chat(
             pb.ChatRequest(messages=[pb.ChatMessage(role="user", content="x")], terms=pb.RequestTerms(tenant="bobs")),
             metadata=metadata,
         )
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await anext(aiter(chat))
-        assert caught.value.code() is denied
+        resume = doors.cluster.inference.Resume(pb.ResumeRequest(request_id="r", tenant="bobs"), metadata=metadata)
+        for call in (chat, resume):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await anext(aiter(call))
+            assert caught.value.code() is denied
         with pytest.raises(grpc.aio.AioRpcError) as aborted:
             await doors.cluster.inference.Abort(pb.AbortRequest(request_id="r", tenant="bobs"), metadata=metadata)
         assert aborted.value.code() is denied
-        assert "bobs" not in doors.tenants
 
 
 async def test_quotas_count_the_key_s_tenant(checkpoint: Path) -> None:
@@ -207,6 +211,32 @@ async def test_a_call_is_aborted_by_its_own_tenant_only(checkpoint: Path) -> Non
         assert not await abort(KEYS["root"])
         assert await abort(KEYS["root"], "acme")
         await reading.fails(grpc.StatusCode.CANCELLED)
+
+
+async def test_a_stream_is_resumed_by_its_own_tenant_only(checkpoint: Path) -> None:
+    async with doors_of(checkpoint) as doors:
+        doors.cluster.prefills[0].script.go.clear()
+        begun = doors.generate(KEYS["ann"], text_request(request_id="mine", resume_window_s=30.0))
+        await doors.cluster.prefills[0].wait_submitted()
+        doors.cluster.prefills[0].script.go.set()
+        await begun.read_all()
+
+        async def resume(key: str, tenant: str = "") -> int:
+            request = pb.ResumeRequest(request_id="mine", tenant=tenant)
+            metadata = [("authorization", f"Bearer {key}")]
+            return len([one async for one in doors.cluster.inference.Resume(request, metadata=metadata)])
+
+        async def get(key: str) -> int:
+            return (await doors.http.get("/v1/streams/mine", headers={"authorization": f"Bearer {key}"})).status_code
+
+        for key in (KEYS["bob"], KEYS["root"]):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await resume(key)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            assert await get(key) == 404
+        assert await resume(KEYS["ann"]) > 1
+        assert await resume(KEYS["root"], "acme") > 1
+        assert (await doors.http.get("/v1/streams/mine")).status_code == 401
 
 
 async def test_admin_calls_are_for_admins(checkpoint: Path) -> None:
