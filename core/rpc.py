@@ -39,6 +39,7 @@ _SERVER_OPTIONS = [
     # Tokens have some kilobytes; gRPC would refuse calls at random from 8 KiB on.
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.absolute_max_metadata_size", 32 * 1024),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # TLS and HTTP/2: who connects and says nothing
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
 ]
 _SHARE_PORT = "grpc.so_reuseport"
