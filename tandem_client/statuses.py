@@ -6,7 +6,12 @@ from grpc_status import rpc_status
 
 from core import errors
 
-_NOT_FOUND: dict[str, type[errors.ServingError]] = {"requestnotfound": errors.RequestNotFound}
+# What a status alone would not tell.
+_BY_REASON: dict[str | None, type[errors.ServingError]] = {
+    "eventsgone": errors.RequestNotFound,
+    "requestnotfound": errors.RequestNotFound,
+    "storeunavailable": errors.StoreUnavailable,
+}
 
 
 def error_of(failed: grpc.aio.AioRpcError) -> errors.ServingError:
@@ -14,13 +19,15 @@ def error_of(failed: grpc.aio.AioRpcError) -> errors.ServingError:
     text = failed.details() or failed.code().name
     status = rpc_status.from_call(failed)  # type: ignore[arg-type]
     details = _Details(status)
+    if kind := _BY_REASON.get(details.reason()):
+        return kind(text)
     match failed.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
             return details.invalid(errors.InvalidRequest, text)
         case grpc.StatusCode.OUT_OF_RANGE:
             return details.invalid(errors.PromptTooLong, text)
         case grpc.StatusCode.NOT_FOUND:
-            return _NOT_FOUND.get(details.reason() or "", errors.ModelNotFound)(text)
+            return errors.ModelNotFound(text)
         case grpc.StatusCode.ALREADY_EXISTS:
             return errors.DuplicateRequest(text)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -14,7 +14,15 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
-from core.errors import Aborted, DeadlineExceeded, RejectedError, RequestNotFound, ServingError, WorkerLost
+from core.errors import (
+    Aborted,
+    DeadlineExceeded,
+    RejectedError,
+    RequestNotFound,
+    ServingError,
+    StoreUnavailable,
+    WorkerLost,
+)
 from tandem_client.statuses import error_of, is_told
 
 _BACKOFF_S = 0.05
@@ -60,6 +68,9 @@ class Resumption(Generic[E]):
 
 class _Lost(WorkerLost):
     """The connection to the gateway broke, or there is none: it said nothing."""
+
+
+_UNSURE = (_Lost, StoreUnavailable)  # whether the call lives cannot be told here; another gateway may know
 
 
 class Attempts(Generic[E]):
@@ -162,7 +173,7 @@ class Attempts(Generic[E]):
 
     def _may_be_read_on(self, error: ServingError) -> bool:
         """A gateway may still have what comes after the last event, as far as this side can tell."""
-        if self._resumption is None or not isinstance(error, _Lost):
+        if self._resumption is None or not isinstance(error, _UNSURE):
             return False
         now = self._loop.time()
         if self._lost_at is None:
@@ -175,7 +186,7 @@ class Attempts(Generic[E]):
 
     def _next_call(self, error: ServingError) -> AsyncIterable[Any]:
         """A resumable call that was lost may have begun: to send it again would meet its own id."""
-        self._is_resuming = self._resumption is not None and (self._last is not None or isinstance(error, _Lost))
+        self._is_resuming = self._resumption is not None and (self._last is not None or isinstance(error, _UNSURE))
         if self._resumption is not None and self._is_resuming:
             return self._resumption.resume(self._last, self._left_s())
         return self._begin(self._left_s())

@@ -1,4 +1,4 @@
-"""A TCP proxy that drops its connections when told to: what a client sees of a network that breaks."""
+"""A TCP proxy that drops its connections, or falls silent, when told to: a network that breaks, as both ends see it."""
 
 import asyncio
 import contextlib
@@ -20,6 +20,7 @@ class TcpProxy:
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._pumps: set[asyncio.Task[None]] = set()
         self.num_connections = 0
+        self.is_silent = False  # what is sent from then on arrives nowhere, and neither end is told
 
     @property
     def address(self) -> str:
@@ -55,8 +56,8 @@ class TcpProxy:
         pair = (writer, behind_writer)
         self._pairs.add(pair)
         tasks = [
-            asyncio.create_task(_pump(reader, behind_writer)),
-            asyncio.create_task(_pump(behind_reader, writer)),
+            asyncio.create_task(self._pump(reader, behind_writer)),
+            asyncio.create_task(self._pump(behind_reader, writer)),
         ]
         self._pumps.update(tasks)
         try:
@@ -70,12 +71,12 @@ class TcpProxy:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._pumps.difference_update(tasks)
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65_536):
-            writer.write(data)
-            await writer.drain()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                if not self.is_silent:
+                    writer.write(data)
+                    await writer.drain()
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from core.errors import RejectedError, RejectReason
+from core.errors import RejectedError, RejectReason, StoreUnavailable
 from core.rpc import reply_errors
 from protos import inference_pb2 as pb
 from tandem_client import (
@@ -104,6 +104,17 @@ async def test_a_window_that_is_over_is_the_end() -> None:
         with pytest.raises(WorkerLost, match="Socket closed"):
             await client.generate_text("x", resume_window_s=0.1)
         assert 1 < len(gateway.asked) < 10
+
+
+async def test_a_gateway_that_cannot_tell_is_not_the_last_to_be_asked() -> None:
+    async def cannot_tell(_: ScriptedInference, request: object, context: object) -> None:
+        async with reply_errors(context):  # type: ignore[arg-type]
+            raise StoreUnavailable("whether another gateway has it cannot be told")
+
+    async with scripted_gateway() as (gateway, address), Client(address) as client:
+        gateway.generates = [breaks_after(*events("a", ends=False))]
+        gateway.resumes = [cannot_tell, cannot_tell, says(*resumed(*events("a", "b", first=2)))]
+        assert (await client.generate_text("x", resume_window_s=30.0)).text == "ab"
 
 
 async def test_a_reader_that_leaves_ends_a_resumable_call() -> None:

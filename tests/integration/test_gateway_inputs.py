@@ -70,14 +70,14 @@ BAD_REQUESTS: list[tuple[str, pb.GenerateRequest, grpc.StatusCode, str]] = [
     ("many-stops", sampling(stop=[str(index) for index in range(17)]), INVALID, "sampling.stop"),
     ("stop-id-outside", sampling(stop_token_ids=[VOCAB_SIZE]), INVALID, "sampling.stop_token_ids"),
     ("bias-outside", sampling(logit_bias={VOCAB_SIZE: 1.0}), INVALID, "sampling.logit_bias"),
-    ("unknown-quality", quality(level=cast("pb.KvQualityLevel", 9)), INVALID, "kv_quality"),
-    ("floor-over-1", quality(floor=1.5), INVALID, "kv_quality"),
-    ("floor-below-0", quality(floor=-0.1), INVALID, "kv_quality"),
-    ("floor-not-a-number", quality(floor=float("nan")), INVALID, "kv_quality"),
-    ("negative-budget", text_request(handoff_budget_s=-1.0), INVALID, "handoff_budget_s"),
-    ("endless-budget", text_request(handoff_budget_s=float("inf")), INVALID, "handoff_budget_s"),
-    ("tenant-with-space", text_request(tenant="a b"), INVALID, "tenant"),
-    ("tenant-too-long", text_request(tenant="a" * 65), INVALID, "tenant"),
+    ("unknown-quality", quality(level=cast("pb.KvQualityLevel", 9)), INVALID, "terms.kv_quality"),
+    ("floor-over-1", quality(floor=1.5), INVALID, "terms.kv_quality"),
+    ("floor-below-0", quality(floor=-0.1), INVALID, "terms.kv_quality"),
+    ("floor-not-a-number", quality(floor=float("nan")), INVALID, "terms.kv_quality"),
+    ("negative-budget", text_request(handoff_budget_s=-1.0), INVALID, "terms.handoff_budget_s"),
+    ("endless-budget", text_request(handoff_budget_s=float("inf")), INVALID, "terms.handoff_budget_s"),
+    ("tenant-with-space", text_request(tenant="a b"), INVALID, "terms.tenant"),
+    ("tenant-too-long", text_request(tenant="a" * 65), INVALID, "terms.tenant"),
     ("big-bias", sampling(logit_bias={1: 101.0}), INVALID, "sampling.logit_bias"),
 ]
 
@@ -99,7 +99,7 @@ async def test_everything_that_is_wrong_is_told_at_once(checkpoint: Path) -> Non
         request.sampling.top_p = 2.0
         request.sampling.max_tokens = 0
         error = await fails(cluster.inference.Generate(request), INVALID)
-    fields = ["kv_quality", "priority", "sampling.top_p", "sampling.max_tokens"]
+    fields = ["terms.kv_quality", "terms.priority", "sampling.top_p", "sampling.max_tokens"]
     assert [field for field, _ in field_violations(error)] == fields
     assert all(f"{field}: " in (error.details() or "") for field in fields)
 

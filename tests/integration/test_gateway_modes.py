@@ -225,9 +225,9 @@ async def test_a_request_is_explained_with_what_was_expected_and_what_came(check
 async def test_wrong_service_terms_are_named(checkpoint: Path) -> None:
     async with fake_cluster(checkpoint) as cluster:
         for request, field in (
-            (text_request(priority=99), "priority"),
-            (text_request(slo=pb.Slo(ttft_s=-1.0)), "slo.ttft_s"),
-            (text_request(session_id="x" * 300), "session_id"),
+            (text_request(priority=99), "terms.priority"),
+            (text_request(slo=pb.Slo(ttft_s=-1.0)), "terms.slo.ttft_s"),
+            (text_request(session_id="x" * 300), "terms.session_id"),
         ):
             error = await fails(cluster.inference.Generate(request), grpc.StatusCode.INVALID_ARGUMENT)
             assert field in (error.details() or "")
