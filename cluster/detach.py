@@ -47,11 +47,21 @@ def start_detached(file: Path, tell: Callable[[str], None]) -> int:
 
 
 def become_detached(cluster: str) -> None:
-    """In the detached launcher, once ready: let go of the starter."""
+    """Let go of whoever reads our words, as the detached launcher does once ready."""
     log = log_path(cluster).open("ab")
     with log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
+
+
+def say(line: str, cluster: str) -> None:
+    """Print a line. Once nobody reads any more (the starter was killed, a pager closed), it goes to the log instead:
+    a cluster does not stop because its words are not heard."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        become_detached(cluster)
+        sys.stdout.flush()  # what could not be written was kept
 
 
 def end_launcher(record: RunRecord, deadline_s: float) -> bool:

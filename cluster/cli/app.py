@@ -62,12 +62,12 @@ def up(
     setup_logging("launcher", level="WARNING" if sys.stdout.isatty() else config.log_level)
     console = Console()
     is_live = console.is_terminal and not detached_child
-    progress = LiveProgress(console) if is_live else LineProgress(lambda line: print(line, flush=True))
+    progress = LiveProgress(console) if is_live else LineProgress(lambda line: detach.say(line, config.name))
 
     def on_ready(launcher: Launcher) -> None:
-        print(f"cluster {config.name} is ready at {launcher.gateway_address}", flush=True)
+        detach.say(f"cluster {config.name} is ready at {launcher.gateway_address}", config.name)
         if launcher.http_urls:
-            print(f"OpenAI's API is at {launcher.http_urls}", flush=True)
+            detach.say(f"OpenAI's API is at {launcher.http_urls}", config.name)
         if detached_child:
             detach.become_detached(config.name)
 
