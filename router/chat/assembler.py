@@ -27,7 +27,11 @@ class ChatAssembler:
         self._parsing: Parsing[None] | None = None
         if plan.tools is not None:
             tool_format = plan.tools.tool_format
-            self._telling = Telling(lambda index, name: tool_format.new_id(new_id(), index, name), plan.tools.max_calls)
+            self._telling = Telling(
+                lambda index, name: tool_format.new_id(new_id(), index, name),
+                plan.tools.max_calls,
+                is_forced=plan.tools.is_forced,
+            )
             self._parsing = tool_format.parse(self._reader, self._telling, plan.tools.offer)
 
     def push(self, text: str, is_last: bool = False) -> list[ChatDelta]:

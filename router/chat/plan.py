@@ -20,11 +20,17 @@ _NONE = ToolChoice(ToolChoiceMode.NONE)
 
 @dataclass(frozen=True, slots=True)
 class ToolReading:
-    """How calls are read out of the text: by which format, of which tools, at most how many (None: no bound)."""
+    """How calls are read out of the text.
+
+    Attributes:
+        max_calls: None: no bound.
+        is_forced: the text is calls and nothing else.
+    """
 
     tool_format: ToolFormat
     offer: Offer
     max_calls: int | None
+    is_forced: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,8 @@ def plan_chat(call: ChatCall, style: ChatStyle) -> ChatPlan:
             tool_format, structure = JSON, JSON.forced(offer)
         constraint = _tag(structure)
     spoken = {token_id: mark for mark, token_id in style.special_marks(tool_format).items()}
-    reading = ToolReading(tool_format, offer, None if offer.is_parallel else 1)
+    is_forced = choice.mode is not ToolChoiceMode.AUTO
+    reading = ToolReading(tool_format, offer, None if offer.is_parallel else 1, is_forced)
     return ChatPlan(prompt, constraint, reading, spoken)
 
 

@@ -29,6 +29,9 @@ class Reader:
     """The text not yet taken, and whether more may come.
 
     Its parsing methods take what they recognise and leave the rest.
+
+    Attributes:
+        has_ended: the text was over before a method knew what it wanted to know.
     """
 
     def __init__(self) -> None:
@@ -36,6 +39,7 @@ class Reader:
         self._at = 0
         self._anchor: int | None = None
         self._is_last = False
+        self.has_ended = False
 
     def feed(self, text: str, is_last: bool) -> None:
         """Add text; drop what was taken and will not be given back."""
@@ -65,6 +69,7 @@ class Reader:
         """Return the next character, empty at the end."""
         while self._at == len(self._text):
             if self._is_last:
+                self.has_ended = True
                 return ""
             yield
         return self._text[self._at]
@@ -82,7 +87,8 @@ class Reader:
             yield
 
     def literal(self, *texts: str) -> Parsing[str]:
-        """Take one of these texts, the first listed that is there; empty, and nothing taken, if none is."""
+        """Take one of these texts, the first listed that is there. If none is, empty; then nothing is taken, but for
+        the beginning of one where the text ends."""
         while True:
             could_be = False
             for text in texts:
@@ -92,7 +98,11 @@ class Reader:
                         return text
                 elif text.startswith(self._text[self._at :]):
                     could_be = True
-            if self._is_last or not could_be:
+            if not could_be:
+                return ""
+            if self._is_last:
+                self.has_ended = True
+                self._at = len(self._text)
                 return ""
             yield
 
@@ -102,9 +112,13 @@ class Reader:
         self._at -= len(found)
         return found
 
-    def until(self, marks: Sequence[str], take: Take) -> Parsing[str]:
+    def until(self, marks: Sequence[str], take: Take, take_cut: Take | None = None) -> Parsing[str]:
         """Take text up to the first of `marks`, which is left out and returned; empty when the text ended before.
-        No mark may hold another."""
+
+        Args:
+            marks: none may hold another.
+            take_cut: takes the beginning of a mark, where the text ended with one; by default `take` does.
+        """
         while True:
             places = [(place, mark) for mark in marks if (place := self._text.find(mark, self._at)) >= 0]
             if places:
@@ -112,9 +126,11 @@ class Reader:
                 self._pass_on(place, take)
                 self._at += len(mark)
                 return mark
-            held = 0 if self._is_last else max(_overlap(self._text, self._at, mark) for mark in marks)
+            held = max(_overlap(self._text, self._at, mark) for mark in marks)
             self._pass_on(len(self._text) - held, take)
             if self._is_last:
+                self._pass_on(len(self._text), take_cut or take)
+                self.has_ended = True
                 return ""
             yield
 
@@ -132,6 +148,7 @@ class Reader:
             found = pattern.match(self._text, self._at)
             assert found is not None
             if found.end() < len(self._text) or self._is_last:
+                self.has_ended = self.has_ended or found.end() == len(self._text)
                 self._at = found.end()
                 return found[0]
             yield
@@ -183,6 +200,7 @@ class Reader:
                 return True
             if self._is_last:
                 self._pass_on(len(self._text), take)
+                self.has_ended = True
                 return False
             yield
 
@@ -219,6 +237,7 @@ class Reader:
                 return mark
             if self._is_last:
                 self._pass_on(len(self._text), take)
+                self.has_ended = True
                 return ""
             yield
 
@@ -230,6 +249,7 @@ class Reader:
             is_empty = is_empty and end == self._at
             self._pass_on(end, take)
             if found or self._is_last:
+                self.has_ended = self.has_ended or found is None
                 return found is not None and not is_empty
             yield
 

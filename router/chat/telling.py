@@ -13,11 +13,13 @@ class Telling:
     Args:
         new_id: (index among the calls, name) -> the id of a call.
         max_calls: calls beyond are left out; None: no bound.
+        is_forced: there is nothing but calls; what is not is one that was cut off before it had a name.
     """
 
-    def __init__(self, new_id: Callable[[int, str], str], max_calls: int | None) -> None:
+    def __init__(self, new_id: Callable[[int, str], str], max_calls: int | None, *, is_forced: bool) -> None:
         self._new_id = new_id
         self._max_calls = max_calls
+        self._is_forced = is_forced
         self._deltas: list[ChatDelta] = []
         self._space = ""
         self._index = -1
@@ -30,6 +32,16 @@ class Telling:
         shown = text.rstrip()
         self._space = text[len(shown) :]
         self._add_content(shown)
+
+    def leftover(self, text: str, is_cut: bool) -> None:
+        """What is no part of a call is content. But where the text was cut, what follows a call is the beginning of
+        another one."""
+        if not (is_cut and self.has_calls):
+            self.content(text)
+
+    def cut_mark(self, text: str) -> None:
+        """The text ended with this beginning of a mark."""
+        self.leftover(text, is_cut=True)
 
     def call(self, name: str, call_id: str = "") -> None:
         """A call begins; `call_id`: as the model gave it."""
@@ -67,7 +79,7 @@ class Telling:
         return deltas
 
     def _add_content(self, text: str) -> None:
-        if not text:
+        if not text or self._is_forced:
             return
         last = self._deltas[-1] if self._deltas else None
         if isinstance(last, ContentDelta):

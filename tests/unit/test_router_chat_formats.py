@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -43,9 +43,11 @@ class Message:
     reason: str = "stop"
 
 
-def assembler(tool_format: str, *, is_parallel: bool = True) -> ChatAssembler:
+def assembler(tool_format: str, *, is_parallel: bool = True, is_forced: bool = False) -> ChatAssembler:
     call = ChatCall((ChatMessage("user", "?"),), (WEATHER, CLOCK), parallel_tool_calls=is_parallel)
     plan = plan_chat(call, ChatStyle(True, True, FORMATS[tool_format]))
+    assert plan.tools is not None
+    plan = replace(plan, tools=replace(plan.tools, is_forced=is_forced))
     ids = iter(range(100))
     return ChatAssembler(plan, lambda: str(next(ids)).ljust(24, "x"))
 
@@ -333,7 +335,7 @@ def test_calls_and_content(tool_format: str, text: str, message: Message) -> Non
     assert read(assembler(tool_format), [*text, ""]) == message, "character by character"
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_any_cut_gives_the_same(data: st.DataObject) -> None:
     """Any text, whole or cut off anywhere, in any pieces: what comes of it is what comes of it in one piece."""
@@ -354,6 +356,7 @@ def test_any_cut_gives_the_same(data: st.DataObject) -> None:
     assert read(assembler(tool_format), [*text, ""]) == whole
 
 
+@settings(deadline=None)
 @given(tool_format=st.sampled_from(sorted(FORMATS)), text=st.text(max_size=200))
 @example(tool_format="hermes", text=" \n ")
 def test_text_without_calls_is_content_to_the_letter(tool_format: str, text: str) -> None:
@@ -392,6 +395,19 @@ def test_one_call_where_no_more_are_wanted() -> None:
     expected = called(("get_weather", PARIS), content="Let me see.")
     assert read(assembler("hermes", is_parallel=False), [text]) == expected
     assert read(assembler("hermes", is_parallel=False), [*text, ""]) == expected
+
+
+@pytest.mark.parametrize(("tool_format", "text", "message"), [(one[0], one[2], one[3]) for one in CASES], ids=IDS)
+def test_wherever_calls_are_cut_off_nothing_of_them_is_content(tool_format: str, text: str, message: Message) -> None:
+    """Once a call was told; before, nobody knows that it is one, unless calls were forced."""
+    for end in range(len(text)):
+        seen = read(assembler(tool_format), [text[:end]], FinishReason.LENGTH)
+        if seen.calls:
+            assert message.content.startswith(seen.content)
+        else:
+            assert seen.content == text[:end]
+        forced = read(assembler(tool_format, is_forced=True), [text[:end]], FinishReason.LENGTH)
+        assert (forced.content, forced.calls) == ("", seen.calls)
 
 
 def test_ids_are_as_the_model_knows_them() -> None:

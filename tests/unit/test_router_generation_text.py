@@ -48,7 +48,7 @@ def gateway_text(
     return shown + text.push(tokens[at:], finish)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(parts, stops, st.lists(st.integers(0, 4), max_size=20))
 def test_stop_strings_end_the_text_where_the_engine_ended(
     given_parts: list[list[int]], stop: tuple[str, ...], sizes: list[int]
@@ -71,6 +71,7 @@ def test_stop_strings_end_the_text_where_the_engine_ended(
     assert spoken.replace("<|user|>", "") == shown, "special tokens come beside the text, they do not change it"
 
 
+@settings(deadline=None)
 @given(parts, st.lists(st.integers(0, 4), max_size=20))
 def test_special_tokens_are_spoken_at_their_place(given_parts: list[list[int]], sizes: list[int]) -> None:
     ids = [one for part in given_parts for one in part]

@@ -108,7 +108,7 @@ def test_the_usual_decoders_have_a_fast_way() -> None:
     assert type(Vocabulary(other).detokenizer()) is IncrementalDetokenizer
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(text=mixed, sizes=sizes)
 def test_any_cut_gives_the_text_of_the_whole(both: tuple[Tokenizer, Vocabulary], text: str, sizes: list[int]) -> None:
     core, vocabulary = both
@@ -117,7 +117,7 @@ def test_any_cut_gives_the_text_of_the_whole(both: tuple[Tokenizer, Vocabulary],
     assert shown(vocabulary.detokenizer(), cut(ids, sizes)) == core.decode(ids) == vocabulary.decode(ids)
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(prompt=mixed, text=mixed)
 def test_token_by_token_it_is_what_decoding_windows_gives(
     both: tuple[Tokenizer, Vocabulary], prompt: str, text: str
@@ -137,7 +137,7 @@ def test_token_by_token_it_is_what_decoding_windows_gives(
     assert seen + fast.flush() == expected + reference.flush()
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), sizes=sizes)
 def test_ids_that_are_no_text_are_cut_without_a_difference(
     both: tuple[Tokenizer, Vocabulary], data: st.DataObject, sizes: list[int]
@@ -171,6 +171,7 @@ def test_a_character_that_the_prompt_left_open_is_the_answers(both: tuple[Tokeni
         assert shown(vocabulary.detokenizer(ids[:-at]), [ids[-at:]]) == "☃"
 
 
+@settings(deadline=None)
 @given(text=mixed)
 def test_the_bytes_of_tokens_add_up(both: tuple[Tokenizer, Vocabulary], text: str) -> None:
     core, vocabulary = both

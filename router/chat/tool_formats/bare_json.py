@@ -57,7 +57,7 @@ class BareJson:
             yield from reader.space()
             is_call = yield from read_call(reader, telling, offer, known_only=True)
             rest = reader.give_back()
-        telling.content(rest)
+        telling.leftover(rest, reader.has_ended)
         yield from reader.rest(telling.content)
         telling.end()
 

@@ -42,7 +42,8 @@ class Headed:
         return f"functions.{name}:{index}" if self.has_ids else openai_id(random)
 
     def parse(self, reader: Reader, telling: Telling, offer: Offer) -> Parsing[None]:
-        while mark := (yield from reader.until((self.section_begin, self.begin), telling.content)):
+        starts = (self.section_begin, self.begin)
+        while mark := (yield from reader.until(starts, telling.content, telling.cut_mark)):
             reader.anchor()
             if mark == self.section_begin:
                 yield from reader.space()
@@ -64,7 +65,7 @@ class Headed:
                     case _:
                         rest = reader.give_back()
                         break
-            telling.content(rest)
+            telling.leftover(rest, reader.has_ended)
         telling.end()
 
     def _call(self, reader: Reader, telling: Telling) -> Parsing[bool]:

@@ -34,7 +34,7 @@ class MarkedJson:
         return openai_id(random)
 
     def parse(self, reader: Reader, telling: Telling, offer: Offer) -> Parsing[None]:
-        while (yield from reader.until((self.begin,), telling.content)):
+        while (yield from reader.until((self.begin,), telling.content, telling.cut_mark)):
             reader.anchor()
             yield from reader.space()
             is_call = yield from read_calls(reader, telling, offer)
@@ -49,7 +49,7 @@ class MarkedJson:
                     break
                 is_call = yield from read_call(reader, telling, offer)  # another one between the same marks
                 rest = reader.give_back()
-            telling.content(rest)
+            telling.leftover(rest, reader.has_ended)
         telling.end()
 
     def forced(self, offer: Offer) -> Structure:

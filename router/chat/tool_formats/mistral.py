@@ -30,14 +30,14 @@ class Mistral:
         return random[:_ID_CHARACTERS]
 
     def parse(self, reader: Reader, telling: Telling, offer: Offer) -> Parsing[None]:
-        while (yield from reader.until((_BEGIN,), telling.content)):
+        while (yield from reader.until((_BEGIN,), telling.content, telling.cut_mark)):
             reader.anchor()
             yield from reader.space()
             if (yield from reader.peek()) in ("[", "{"):
                 is_call = yield from read_calls(reader, telling, offer)
             else:
                 is_call = yield from self._named(reader, telling)
-            telling.content(("" if is_call else _BEGIN) + reader.give_back())
+            telling.leftover(("" if is_call else _BEGIN) + reader.give_back(), reader.has_ended)
         telling.end()
 
     def _named(self, reader: Reader, telling: Telling) -> Parsing[bool]:

@@ -35,14 +35,14 @@ class Pythonic:
         reader.anchor()
         yield from reader.space()
         yield from self._list(reader, telling, offer)
-        telling.content(reader.give_back())
+        telling.leftover(reader.give_back(), reader.has_ended)
         if not self.begin:
             yield from reader.rest(telling.content)
-        while self.begin and (yield from reader.until((self.begin,), telling.content)):
+        while self.begin and (yield from reader.until((self.begin,), telling.content, telling.cut_mark)):
             reader.anchor()
             yield from reader.space()
             is_call = yield from self._list(reader, telling, offer)
-            telling.content(("" if is_call else self.begin) + reader.give_back())
+            telling.leftover(("" if is_call else self.begin) + reader.give_back(), reader.has_ended)
         telling.end()
 
     def _list(self, reader: Reader, telling: Telling, offer: Offer) -> Parsing[bool]:

@@ -45,12 +45,12 @@ class Tagged:
 
     def parse(self, reader: Reader, telling: Telling, offer: Offer) -> Parsing[None]:
         starts = (self.outer[0], self.begin) if self.outer else (self.begin,)
-        while mark := (yield from reader.until(starts, telling.content)):
+        while mark := (yield from reader.until(starts, telling.content, telling.cut_mark)):
             reader.anchor()
             yield from reader.space()
             is_begun = mark == self.begin or bool((yield from reader.literal(self.begin)))
             is_call = is_begun and (yield from self._call(reader, telling, offer))
-            telling.content(("" if is_call else mark) + reader.give_back())
+            telling.leftover(("" if is_call else mark) + reader.give_back(), reader.has_ended)
         telling.end()
 
     def _call(self, reader: Reader, telling: Telling, offer: Offer) -> Parsing[bool]:
