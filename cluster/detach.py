@@ -61,7 +61,7 @@ def say(line: str, cluster: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         become_detached(cluster)
-        sys.stdout.flush()  # what could not be written was kept
+        print(line, flush=True)
 
 
 def end_launcher(record: RunRecord, deadline_s: float) -> bool:
