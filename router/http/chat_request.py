@@ -10,7 +10,7 @@ from core.constraint import Constraint
 from core.errors import InvalidRequest
 from core.request import MAX_LOGPROBS, SamplingParams
 from router.chat.messages import ChatCall
-from router.http.fields import Integer, TextOrObject, dump_json, read_fields
+from router.http.fields import Integer, Items, TextOrObject, dump_json, read_fields
 from router.http.message_fields import MessageFields, ToolFields, read_message, read_tool, read_tool_choice
 from router.http.sampling_fields import UNSERVED, SamplingFields, check_alternatives
 
@@ -44,8 +44,8 @@ _EFFORT, _NO_EFFORT = "reasoning_effort", "none"
 class ChatRequest(SamplingFields):
     """A conversation whose next message is wanted."""
 
-    messages: list[MessageFields] = Field(json_schema_extra={"minItems": 1})
-    tools: list[ToolFields] | None = None
+    messages: Items[MessageFields] = Field(json_schema_extra={"minItems": 1})
+    tools: Items[ToolFields] | None = None
     tool_choice: TextOrObject | None = Field(None, description="none, auto, required, or a function by name")
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Integer | None = Field(None, json_schema_extra={"minimum": 1})

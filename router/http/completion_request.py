@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from core.errors import InvalidRequest
 from core.request import MAX_LOGPROBS, SamplingParams
-from router.http.fields import Integer, read_fields
+from router.http.fields import MAX_ITEMS, Integer, read_fields
 from router.http.sampling_fields import UNSERVED, SamplingFields, check_alternatives
 from router.intake import TextPrompt, TokenPrompt
 
@@ -30,6 +30,8 @@ def _read_prompts(value: Any) -> list[TextPrompt | TokenPrompt]:
             raise ValueError("must not be empty")
         case [int(), *_]:
             return [_token_prompt(value)]
+        case [_, *_] if len(value) > MAX_ITEMS and not isinstance(value[0], int):
+            raise ValueError(f"must have at most {MAX_ITEMS} prompts")
         case [str(), *_] if all(type(one) is str for one in value):
             return [TextPrompt(one) for one in value]
         case [list(), *_] if all(type(one) is list for one in value):

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from core.constraint import Constraint, ConstraintKind
 from core.errors import InvalidRequest
-from router.http.fields import RequestModel, TextOrObject, dump_json
+from router.http.fields import Items, RequestModel, TextOrObject, dump_json
 
 _MAX_CHOICES = 4096
 
@@ -24,7 +24,7 @@ class ConstraintFields(RequestModel):
     )
     guided_json: TextOrObject | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     json_schema: str | None = Field(None, description="as in SGLang")
     regex: str | None = Field(None, description="as in SGLang")

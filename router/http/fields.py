@@ -6,11 +6,16 @@ OpenAI's clients expect of a server that is older than they are."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from core.errors import InvalidRequest
+
+_MAX_PROBLEMS = 8  # that one answer tells of
+MAX_ITEMS = 65_536
 
 
 class RequestModel(BaseModel):
@@ -35,6 +40,20 @@ def _text_or_object(value: object) -> object:
 
 TextOrObject = Annotated[str | dict[str, Any], BeforeValidator(_text_or_object)]
 Integer = Annotated[int, BeforeValidator(_whole)]
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounded:
+    """A list that is looked at no further than to its first bad item: a body has room for a million."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        assert schema["type"] == "list"
+        return core_schema.list_schema(schema["items_schema"], max_length=MAX_ITEMS, fail_fast=True)
+
+
+Items = Annotated[list[E], _Bounded()]
 
 
 def read_fields(model: type[M], body: Mapping[str, Any], unserved: Mapping[str, Sequence[object]]) -> M:
@@ -53,7 +72,7 @@ def read_fields(model: type[M], body: Mapping[str, Any], unserved: Mapping[str, 
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise _first_problem(error) from error
+        raise _problems(error) from error
 
 
 def _is_same(value: object, harmless: object) -> bool:
@@ -69,14 +88,20 @@ def _only(harmless: Sequence[object]) -> str:
     return f"; leave it out or send {' or '.join(map(repr, harmless))}" if harmless else ""
 
 
-def _first_problem(error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
+def _problems(error: ValidationError) -> InvalidRequest:
+    found = error.errors(include_url=False, include_context=False, include_input=False)[:_MAX_PROBLEMS]
+    (field, problem), *others = [(path_of(one["loc"]), _problem(one["type"], one["msg"])) for one in found]
+    return InvalidRequest(field, problem, others=tuple(others))
+
+
+def _problem(kind: str, message: str) -> str:
+    if kind == "missing":
+        return "is missing"
+    if kind == "too_long":
+        return f"must have at most {MAX_ITEMS} items"
     if message.startswith("Input should be"):
-        message = "must be" + message.removeprefix("Input should be")
-    elif first["type"] == "missing":
-        message = "is missing"
-    return InvalidRequest(path_of(first["loc"]), message)
+        return "must be" + message.removeprefix("Input should be")
+    return message.removeprefix("Value error, ")
 
 
 def path_of(parts: Sequence[str | int]) -> str:
@@ -88,16 +113,23 @@ def path_of(parts: Sequence[str | int]) -> str:
 
 
 def rename(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
-    """Say a field as this API calls it; the longest known beginning of its name counts.
+    """Say fields as this API calls them; the longest known beginning of a name counts.
 
     Returns:
         An error of the same class; `error` itself where no name applies.
     """
+    renamed = tuple((_renamed(field, names), problem) for field, problem in error.violations)
+    if renamed == error.violations:
+        return error
+    (field, problem), *others = renamed
+    return type(error)(field, problem, others=tuple(others))
+
+
+def _renamed(field: str, names: Mapping[str, str]) -> str:
     for old in sorted(names, key=len, reverse=True):
-        if error.field == old or error.field.startswith((f"{old}.", f"{old}[")):
-            rest, new = error.field[len(old) :], names[old]
-            return type(error)((new + rest).lstrip(".") or "body", error.problem)
-    return error
+        if field == old or field.startswith((f"{old}.", f"{old}[")):
+            return (names[old] + field[len(old) :]).lstrip(".") or "body"
+    return field
 
 
 def dump_json(field: str, value: object) -> str:

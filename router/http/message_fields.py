@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from core.errors import InvalidRequest
 from router.chat.messages import ChatMessage, Tool, ToolCall, ToolChoice, ToolChoiceMode
-from router.http.fields import RequestModel, dump_json
+from router.http.fields import Items, RequestModel, dump_json
 
 _TEXT_PARTS = ("text", "refusal")
 _ROLES = {"developer": "system"}  # OpenAI's newer name; templates of open models know the older one
@@ -61,7 +61,7 @@ class MessageFields(RequestModel):
     content: Content | None = None
     refusal: str | None = None
     name: str | None = None
-    tool_calls: list[ToolCallFields] | None = None
+    tool_calls: Items[ToolCallFields] | None = None
     tool_call_id: str | None = None
     function_call: dict[str, Any] | None = Field(None, description="not supported: use tool_calls")
     audio: dict[str, Any] | None = Field(None, description="not supported")

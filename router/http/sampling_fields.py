@@ -12,7 +12,7 @@ from core.errors import InvalidRequest
 from core.request import MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 from core.service_class import ServiceClass
 from router.http.constraint_fields import ConstraintFields
-from router.http.fields import Integer, RequestModel
+from router.http.fields import Integer, Items, RequestModel
 from router.service_terms import MAX_PRIORITY
 
 MAX_SEED = 2**63
@@ -65,12 +65,18 @@ def _as_list(value: object) -> object:
 
 
 Strings = Annotated[
-    list[str],
+    Items[str],
     BeforeValidator(_as_list),
     WithJsonSchema(
         {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOP_STRINGS}]}
     ),
 ]
+
+
+def _few(biases: object) -> object:
+    if isinstance(biases, dict) and len(biases) > MAX_LOGIT_BIASES:
+        raise ValueError(f"has {len(biases)} entries, at most {MAX_LOGIT_BIASES} are allowed")
+    return biases
 
 
 def _between(low: float, high: float) -> dict[str, JsonValue]:
@@ -97,12 +103,12 @@ class SamplingFields(ConstraintFields):
     presence_penalty: float | None = Field(None, json_schema_extra=_between(-2, 2))
     frequency_penalty: float | None = Field(None, json_schema_extra=_between(-2, 2))
     repetition_penalty: float | None = Field(None, json_schema_extra=_between(0.01, 100))
-    logit_bias: dict[str, float] | None = Field(
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few)] = Field(
         None, description="by token id", json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}
     )
     seed: Integer | None = Field(None, json_schema_extra=_between(-MAX_SEED, 2 * MAX_SEED - 1))
     stop: Strings | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop_token_ids: Items[Integer] | None = None
     ignore_eos: bool | None = None
     max_tokens: Integer | None = Field(None, json_schema_extra={"minimum": 1})
     min_tokens: Integer | None = Field(None, json_schema_extra={"minimum": 0})
@@ -211,8 +217,6 @@ def _read_seed(seed: int | None) -> int:
 
 
 def _read_bias(biases: Mapping[str, float]) -> dict[int, float]:
-    if len(biases) > MAX_LOGIT_BIASES:
-        raise InvalidRequest("logit_bias", f"has {len(biases)} entries, at most {MAX_LOGIT_BIASES} are allowed")
     read: dict[int, float] = {}
     for key, bias in biases.items():
         if not (key.isascii() and key.isdigit() and len(key) < 12):

@@ -200,7 +200,8 @@ async def test_characters_of_several_tokens_and_the_tokens_themselves(checkpoint
         assert reply["choices"][0]["text"] == euro
         assert reply["choices"][0]["logprobs"]["text_offset"] == [0, 0, 0, 1]
         chunks = await stream(client, TEXTS, TEXT, max_tokens=4)
-        assert [chunk["choices"][0]["text"] for chunk in chunks] == ["\u20ac", "!"]  # what is no text yet is not told
+        said = [chunk["choices"][0]["text"] for chunk in chunks]
+        assert said in (["\u20ac", "!"], [euro])  # what is no text yet is not told
         chat = await ask(client, CHATS, CHAT, max_tokens=4, logprobs=True)
         told = chat["choices"][0]["logprobs"]["content"]
         assert bytes(byte for token in told for byte in token["bytes"]).decode() == euro

@@ -34,6 +34,8 @@ REFUSED = {
     "boolean": (b"true", "must be a JSON object, not a boolean"),
     "twice": (b'{"temperature": 0, "temperature": 1}', "'temperature' twice"),
     "twice, inside": (b'{"a": [{"b": 1, "c": 2, "b": 3}]}', "'b' twice"),
+    "many values": (b'{"a": [' + b"0," * 4_000_000 + b"0]}", "more than 1000000 commas"),
+    "many keys": (b'{"a": {' + b",".join(b'"%d":0' % key for key in range(400_001)) + b"}}", "more than 400000 colons"),
     "many objects": (b'{"a": [' + b"{}," * 200_000 + b"{}]}", "more than 100000 objects"),
 }
 

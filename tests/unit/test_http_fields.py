@@ -7,12 +7,13 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
 
 from core.constraint import Constraint, ConstraintKind
-from core.errors import InvalidRequest
+from core.errors import InvalidRequest, PromptTooLong
 from core.request import SamplingParams
 from core.service_class import ServiceClass
 from router.chat.messages import ChatMessage, Tool, ToolCall, ToolChoice, ToolChoiceMode
 from router.http.chat_request import UNSERVED_CHAT, ChatOrder, ChatRequest, read_chat
 from router.http.completion_request import UNSERVED_COMPLETION, CompletionOrder, CompletionRequest, read_completion
+from router.http.fields import rename
 from router.http.sampling_fields import WITHOUT_EFFECT
 from router.intake import TextPrompt, TokenPrompt
 
@@ -195,6 +196,36 @@ def test_a_bad_chat_is_refused_by_field(fields: dict[str, Any], field: str) -> N
     with pytest.raises(InvalidRequest) as refused:
         chat(**fields)
     assert refused.value.field == field
+
+
+def test_every_field_that_is_wrong_is_named() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        chat(temperature="hot", stop=5, messages=[{"role": 7}])
+    assert [field for field, _ in refused.value.violations] == ["temperature", "stop", "messages[0].role"]
+    many = ["temperature", "top_p", "min_p", "stop", "seed", "n", "stream", "logprobs", "echo"]
+    with pytest.raises(InvalidRequest) as refused:
+        completion(**{name: {} for name in many})
+    assert len(refused.value.violations) == 8
+    with pytest.raises(InvalidRequest) as refused:
+        completion(stop=[5] * 1000)
+    assert refused.value.violations == (("stop[0]", "must be a valid string"),)
+    with pytest.raises(InvalidRequest, match=r"^stop: must have at most 65536 items$"):
+        completion(stop=["x"] * 65_537)
+    with pytest.raises(InvalidRequest, match=r"^prompt: must have at most 65536 prompts$"):
+        completion(prompt=[[1]] * 65_537)
+
+
+def test_names_of_other_surfaces_are_said_as_ours() -> None:
+    error = InvalidRequest(
+        "sampling.top_p", "a", others=(("sampling.logprobs", "b"), ("chat[3].role", "c"), ("x", "d"))
+    )
+    names = {"sampling": "", "sampling.logprobs": "top_logprobs", "chat": "messages"}
+    renamed = rename(error, names)
+    assert renamed.violations == (("top_p", "a"), ("top_logprobs", "b"), ("messages[3].role", "c"), ("x", "d"))
+    assert isinstance(rename(PromptTooLong("sampling", "long"), names), PromptTooLong)
+    assert rename(PromptTooLong("sampling", "long"), names).field == "body"
+    unknown = InvalidRequest("samplings", "e")
+    assert rename(unknown, names) is unknown
 
 
 BAD_COMPLETIONS: dict[str, tuple[dict[str, Any], str]] = {
