@@ -259,9 +259,7 @@ class DecodeRequest:
             case Scheduled(cached_tokens) if not self._times.is_computed:
                 self._times.scheduled(now, cached_tokens)
             case FirstTokenComputed(output) | LastTokenComputed(output):
-                is_whole = isinstance(event, LastTokenComputed)
-                computed = self._times.computed(self.request_id, now, cause, is_whole=is_whole)
-                return [SendOutput(output, cause), computed]
+                return [self._times.computed(self.request_id, now, cause), SendOutput(output, cause)]
             case KvLanded():
                 self._landed, self._landed_at = event, now
                 exactness = event.is_lossless, event.dropped_tokens

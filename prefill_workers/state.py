@@ -263,9 +263,7 @@ class PrefillRequest:
                 self._times.scheduled(now, cached_tokens)
             case FirstTokenComputed(output) | LastTokenComputed(output):
                 self._first_token_id = output.tokens[0].token_id
-                is_whole = isinstance(event, LastTokenComputed)
-                computed = self._times.computed(self.request_id, now, cause, is_whole=is_whole)
-                return [SendOutput(output, cause), computed]
+                return [self._times.computed(self.request_id, now, cause), SendOutput(output, cause)]
             case TokensProduced(output) | StreamFinished(output):
                 return [SendOutput(output, cause)]
             case Bound(to) if before in (PrefillState.UNBOUND, PrefillState.LEASED):

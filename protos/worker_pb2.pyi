@@ -518,7 +518,7 @@ Global___OutputBatch: _TypeAlias = OutputBatch  # noqa: Y015
 
 @_typing.final
 class PrefillComputed(_message.Message):
-    """The first token is there: in the OutputBatch before, or, when it is the last, in the one that follows."""
+    """The first token is there, in the OutputBatch that follows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -12,7 +12,8 @@
    for it under the same transfer id (REROUTING). With nobody left to ask it is QUEUED again, in its old place.
 4. The prefill worker's token goes to the client: HANDING_OVER until either worker tells that the KV arrived, then
    DECODING until FINISHED. Or the first token was the last. The two workers' streams are not ordered against each
-   other: news of the decode worker that comes before the first token is kept until that is here.
+   other: news of the decode worker that comes before the first token is kept until that is here. How computing went
+   is told right before the first token: once the KV has landed, nobody listens to the prefill worker any more.
 5. The first token came and no decode worker is bound: HOLDING, the KV waits at the prefill worker; PLACING, a decode
    worker is asked. In the end the prefill worker generates the rest itself: GENERATING.
 6. A worker that is lost before the first token costs an attempt, at most `max_losses` of them (a prompt that kills
@@ -98,7 +99,7 @@ EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
         m.DecodeChosen: S.BINDING,
         m.DecodeUnavailable: S.SEEKING,
         m.SeekDue: S.SEEKING,
-        m.PrefillMeasured: S.SEEKING,  # before a first token that is the last
+        m.PrefillMeasured: S.SEEKING,  # right before the first token
         m.PrefillProduced: S.HOLDING,
         m.PrefillFinished: S.FINISHED,  # the first token was the last
         m.PrefillLost: S.ROUTING,

@@ -248,12 +248,12 @@ class SimulatedWorker:
         )
         if work.num_output_tokens == 1:
             done = m.DecodeFinished if is_decode else m.PrefillFinished
-            work.say.send([(work.work_id, done(_TOKENS[:1], _END))])
+            work.say.send([(work.work_id, measured), (work.work_id, done(_TOKENS[:1], _END))])
             self._on_gaps(work.request.request_id, ())
             self.abort(work.work_id)
             return
         made = m.DecodeProduced if is_decode else m.PrefillProduced
-        work.say.send([(work.work_id, made(_TOKENS[:1])), (work.work_id, measured)])
+        work.say.send([(work.work_id, measured), (work.work_id, made(_TOKENS[:1]))])
         if work.hand_off is None:
             self._decode(work, now)
 

@@ -269,8 +269,7 @@ class RequestDesk(Generic[M, E, F]):
             case m.SendAccepted() | m.SendRejected():
                 self._answer(stream, effect)
             case m.SendComputed():
-                say = self._around.streams.precede if effect.is_whole else self._around.streams.follow
-                say(stream, effect)
+                self._around.streams.precede(stream, effect)
                 self._around.metrics.note_computed(effect, machine.request.num_prompt_tokens)
             case m.SendFailed():
                 self._around.streams.follow(stream, effect)

@@ -154,14 +154,13 @@ class SendOutput:
 
 @dataclass(frozen=True, slots=True)
 class SendComputed:
-    """To the gateway: how computing the prompt went. After the first token, which should not wait for it; before a
-    first token that is the last (`is_whole`), after which the gateway is done with the request."""
+    """To the gateway: how computing the prompt went. Before the first token: after it the gateway may be done with this
+    worker at any moment, when that was the last or another worker says that it has the KV."""
 
     request_id: RequestId
     queue_s: float
     compute_s: float
     cached_tokens: int
-    is_whole: bool
     cause: str
 
 

@@ -17,14 +17,13 @@ class PromptTimes:
         """It got into the batch; so much of it needs no computing."""
         self._scheduled_at, self._cached_tokens = now, cached_tokens
 
-    def computed(self, request_id: RequestId, now: float, cause: str, *, is_whole: bool) -> SendComputed:
-        """The first token is there; `is_whole`: and it is the last."""
+    def computed(self, request_id: RequestId, now: float, cause: str) -> SendComputed:
+        """The first token is there."""
         self.is_computed = True
         return SendComputed(
             request_id,
             queue_s=self._scheduled_at - self._accepted_at,
             compute_s=now - self._scheduled_at,
             cached_tokens=self._cached_tokens,
-            is_whole=is_whole,
             cause=cause,
         )

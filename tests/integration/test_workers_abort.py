@@ -38,7 +38,7 @@ async def to_sending(pair: Pair) -> None:
     """The first token is out, and the decode worker is inside the copying of a frame."""
     pair.decode_side.copying.close()
     await pair.submit(LONG)
-    await pair.to_prefill.answer("computed", "long")
+    await pair.to_prefill.until_output("long")
     await pair.decode_side.copying.until_reached()
 
 

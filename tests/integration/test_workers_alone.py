@@ -53,9 +53,9 @@ async def test_a_batch_comes_out_as_of_one_engine_and_its_reports_are_in_order(p
     await pair.until_idle()
     assert [pair.token_ids(one.request_id) for one in asked] == [reference_tokens(one) for one in asked]
     kinds = stream.kinds("seeded")
-    assert kinds[:3] == ["accepted", "outputs", "computed"]
+    assert kinds[:3] == ["accepted", "computed", "outputs"]
     assert set(kinds[3:]) == {"outputs"}
-    assert stream.kinds("one") == ["accepted", "computed", "outputs"], "the last token is the last word"
+    assert stream.kinds("one") == ["accepted", "computed", "outputs"]
     finish = stream.outputs("greedy")[-1].finish
     assert finish is not None
     assert finish.reason is FinishReason.LENGTH
@@ -114,7 +114,7 @@ async def to_computing(pair: Pair, side: str) -> None:
 async def to_generating(pair: Pair, side: str) -> None:
     side_of(pair, side).computing.close(after=6)  # four steps for the prompt
     await submit(pair, side, LONG)
-    await stream_of(pair, side).answer("computed", "long")
+    await stream_of(pair, side).until_output("long")
     await side_of(pair, side).computing.until_reached()
 
 

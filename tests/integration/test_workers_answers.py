@@ -14,7 +14,7 @@ async def test_a_full_prefill_queue_is_refused_while_a_step_runs() -> None:
         assert reason_of(await pair.to_prefill.answer("rejected", "c")) is RejectReason.QUEUE_FULL
         pair.prefill_side.computing.open()
         for name in ("a", "b"):
-            await pair.to_prefill.answer("computed", name)
+            await pair.to_prefill.until_output(name)
         await pair.submit_decode(request("c", 20))
         await pair.submit_prefill(request("c", 20), attempt=1)
         await pair.to_prefill.answer("accepted", "c")

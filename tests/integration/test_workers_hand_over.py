@@ -14,7 +14,7 @@ async def test_tokens_equal_those_of_one_engine_and_every_report_comes_in_order(
     async with worker_pair() as pair:
         assert await pair.generate(asked) == reference_tokens(asked)
         await pair.until_idle()
-        assert pair.to_prefill.kinds("a") == ["accepted", "outputs", "computed", "handed_over"]
+        assert pair.to_prefill.kinds("a") == ["accepted", "computed", "outputs", "handed_over"]
         kinds = pair.to_decode.kinds("a")
         assert kinds[:3] == ["accepted", "landed", "outputs"]
         assert set(kinds[3:]) == {"outputs"}

@@ -25,7 +25,7 @@ async def test_a_decode_worker_that_is_killed(hold: Hold) -> None:
     """`computing`: it has acknowledged and decodes. `copying`: frames are on their way."""
     async with WorkerProcess("decode", hold) as victim, survivor(victim, "decode") as pair:
         await pair.submit(LONG)
-        await pair.to_prefill.answer("computed", "long")
+        await pair.to_prefill.until_output("long")
         await victim.until_held()
         victim.kill()
         if hold == "copying":

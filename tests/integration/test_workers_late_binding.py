@@ -45,7 +45,7 @@ async def to_computing(pair: Pair, name: str) -> None:
 async def to_leased(pair: Pair, name: str) -> None:
     """The first token is out, and nobody is bound."""
     await pair.submit_prefill(REQUESTS[name], bind_later=True)
-    await pair.to_prefill.answer("computed", name)
+    await pair.to_prefill.until_output(name)
 
 
 REQUESTS = {str(one.request_id): one for one in (LONG, SEEDED, SHARED)}
@@ -71,7 +71,7 @@ async def test_a_request_that_is_bound_late_is_handed_over_whole(pair: Pair, rea
     landed = await pair.to_decode.answer("landed", name)
     held = 0 if name == "seeded" else 20
     assert (landed.kv_tokens_held, landed.kv_tokens_sent) == (held, REQUESTS[name].num_prompt_tokens - held)
-    assert pair.to_prefill.kinds(name) == ["accepted", "outputs", "computed", "handed_over"]
+    assert pair.to_prefill.kinds(name) == ["accepted", "computed", "outputs", "handed_over"]
     await pair.until_idle()
 
 
@@ -85,7 +85,7 @@ async def test_a_request_that_is_kept_is_generated_here_to_its_end(pair: Pair, r
     await pair.to_prefill.until_finished(name)
     assert pair.token_ids(name) == reference_tokens(REQUESTS[name])
     kinds = pair.to_prefill.kinds(name)
-    assert kinds[:3] == ["accepted", "outputs", "computed"]
+    assert kinds[:3] == ["accepted", "computed", "outputs"]
     assert set(kinds[3:]) == {"outputs"}
     await pair.until_idle()
 
@@ -112,7 +112,7 @@ async def test_a_first_token_that_is_the_last_needs_no_binding(pair: Pair) -> No
     await pair.submit_prefill(request("stops", 10, greedy(6, stop_token_ids=(stop_token,))), bind_later=True)
     await pair.to_prefill.until_finished("stops")
     await pair.keep("stops")  # late
-    await pair.to_prefill.answer("computed", "stops")
+    await pair.to_prefill.until_output("stops")
     await pair.until_idle()
     await pair.until_prefill_heard()  # nothing that was said before is still on its way
     assert pair.to_prefill.kinds("stops") == ["accepted", "computed", "outputs"]
@@ -177,7 +177,7 @@ async def test_what_this_pool_cannot_hold_to_its_end_is_not_kept() -> None:
     async with worker_pair(num_blocks=9) as pair:
         large = request("large", 30, greedy(30))
         await pair.submit_prefill(large, bind_later=True)
-        await pair.to_prefill.answer("computed", "large")
+        await pair.to_prefill.until_output("large")
         await pair.keep("large")
         failed = await pair.to_prefill.answer("failed", "large")
         assert (failed.grpc_code, failed.reason) == ("RESOURCE_EXHAUSTED", "too_long")

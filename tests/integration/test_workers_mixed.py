@@ -16,7 +16,7 @@ from tests.worker_pair import Pair, request, worker_pair
 from tests.worker_stream import WorkerStream
 
 MODES = ["remote", "local", "colocated", "late"]
-BINDINGS = ["accepted", "computed"]
+BINDINGS = ["accepted", "outputs"]
 
 
 async def first_of(stream: WorkerStream, request_id: str, *kinds: str) -> str:
@@ -25,8 +25,8 @@ async def first_of(stream: WorkerStream, request_id: str, *kinds: str) -> str:
     def kind_of(report: worker_pb2.PrefillReport | worker_pb2.DecodeReport) -> str:
         kind = report.WhichOneof("report") or ""
         if kind == "outputs":
-            ended = any(o.request_id == request_id and o.HasField("finish") for o in report.outputs.outputs)
-            return "finished" if ended else ""
+            about = [one for one in report.outputs.outputs if one.request_id == request_id]
+            return "finished" if any(one.HasField("finish") for one in about) else kind if about else ""
         return kind if getattr(getattr(report, kind), "request_id", None) == request_id else ""
 
     return kind_of(await stream.until(lambda report: kind_of(report) in kinds))

@@ -36,7 +36,7 @@ async def generate(pair: Pair, one: GenerateRequest, mode: str) -> list[int]:
     else:
         await pair.submit_prefill(one, hand_off=False, bind_later=mode != "colocated")
         if mode.endswith("late"):
-            await pair.to_prefill.answer("computed", name)
+            await pair.to_prefill.until_output(name)
     if mode.startswith("bound"):
         await pair.bind(one)
     elif mode.startswith("kept"):

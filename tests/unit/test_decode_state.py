@@ -127,8 +127,8 @@ def test_a_prompt_of_its_own_is_accepted_computed_and_generated() -> None:
     assert it.next_deadline() == 14.5
     assert it.handle(Scheduled(8), 11.0) == []
     assert it.handle(FIRST, 11.5) == [
+        SendComputed(R, 1.0, 0.5, 8, "FirstTokenComputed"),
         SendOutput(FIRST.output, "FirstTokenComputed"),
-        SendComputed(R, 1.0, 0.5, 8, False, "FirstTokenComputed"),
     ]
     assert it.next_deadline() is None
     assert it.handle(MORE, 12.0) == [SendOutput(MORE.output, "TokensProduced")]
@@ -138,7 +138,7 @@ def test_a_prompt_of_its_own_is_accepted_computed_and_generated() -> None:
 
 def test_a_prompt_of_its_own_may_end_with_its_first_token_or_too_late() -> None:
     it = in_state(DecodeState.GENERATING)
-    assert [type(effect) for effect in it.handle(LAST, 11.0)] == [SendOutput, SendComputed]
+    assert [type(effect) for effect in it.handle(LAST, 11.0)] == [SendComputed, SendOutput]
     assert it.state is DecodeState.CLOSED
     it = in_state(DecodeState.GENERATING)
     assert [type(effect) for effect in it.handle(DeadlinePassed(), 14.0)] == [AbortInEngine]

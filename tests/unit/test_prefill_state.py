@@ -106,8 +106,8 @@ def test_the_good_way_hands_over_and_tells_so_last() -> None:
     assert it.next_deadline() == 15.0
     assert it.handle(Scheduled(16), 10.25) == []
     assert it.handle(FIRST, 11.0) == [
+        SendComputed(R, 0.25, 0.75, 16, "FirstTokenComputed"),
         SendOutput(OUTPUT, "FirstTokenComputed"),
-        SendComputed(R, 0.25, 0.75, 16, False, "FirstTokenComputed"),
         CommitTransfer(42, "FirstTokenComputed"),
     ]
     assert it.next_deadline() == 14.0
@@ -119,7 +119,7 @@ def test_the_good_way_hands_over_and_tells_so_last() -> None:
 def test_a_first_token_that_ends_the_stream_stops_the_transfer_and_keeps_the_prefix() -> None:
     it = machine()
     told = it.handle(LAST, 11.0)
-    assert told[0] == SendOutput(ENDED, "LastTokenComputed")
+    assert told[1] == SendOutput(ENDED, "LastTokenComputed")
     assert told[-1] == StopTransfer(R, T, "LastTokenComputed", "LastTokenComputed")
     assert it.handle(TransferStopped(), 11.0) == [ReleaseBlocks(R, "TransferStopped")]
     assert it.handle(BlocksFreed(), 11.0) == []
@@ -132,7 +132,7 @@ def test_bound_late_it_is_offered_then_committed(words: list[Event]) -> None:
     effects = [effect for at, event in enumerate(words) for effect in it.handle(event, 11.0 + at)]
     assert it.state is PrefillState.SENDING
     assert it.next_deadline() == 15.0  # three seconds for the transfer
-    told = [SendOutput, SendComputed]
+    told = [SendComputed, SendOutput]
     offered = [OfferTransfer, *told] if words[1] is FIRST else [*told, OfferTransfer]
     assert [type(effect) for effect in effects] == [*offered, CommitTransfer]
     assert OfferTransfer(TO, "Bound") in effects
@@ -169,8 +169,8 @@ def test_alone_it_generates_from_the_prompt_on() -> None:
     assert (it.state, it.transfer_id, it.next_deadline()) == (PrefillState.GENERATING, None, 15.0)
     assert it.handle(Scheduled(2), 10.5) == []
     assert it.handle(FIRST, 11.0) == [
+        SendComputed(R, 0.5, 0.5, 2, "FirstTokenComputed"),
         SendOutput(OUTPUT, "FirstTokenComputed"),
-        SendComputed(R, 0.5, 0.5, 2, False, "FirstTokenComputed"),
     ]
     assert it.next_deadline() is None
     assert it.handle(END, 12.0) == [SendOutput(END.output, "StreamFinished")]
@@ -179,7 +179,7 @@ def test_alone_it_generates_from_the_prompt_on() -> None:
 
 def test_alone_one_token_is_all() -> None:
     it = machine(None)
-    assert [type(effect) for effect in it.handle(LAST, 11.0)] == [SendOutput, SendComputed]
+    assert [type(effect) for effect in it.handle(LAST, 11.0)] == [SendComputed, SendOutput]
     assert it.state is PrefillState.CLOSED
 
 
