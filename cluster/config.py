@@ -46,7 +46,11 @@ class GatewayConfig(ConfigModel):
     """The gateways: how many, where they listen, how they admit and route."""
 
     replicas: int = Field(
-        1, ge=1, le=64, description="gateway processes, all alike; each listens one port above the one before"
+        1,
+        ge=1,
+        le=64,
+        description="gateway processes, all alike; each listens one port above the one before, or with `share_port` "
+        "all on the same",
     )
 
 
@@ -160,11 +164,20 @@ class ClusterConfig(ConfigModel):
                 raise ValueError(f"{name}: {error.errors()[0]['msg']}") from error
         gateway, replicas = self.gateway(), self.router.replicas
         http_port = gateway.http_port if gateway.http.enabled else 0
-        ports = (("port", gateway.port), ("http.port", http_port), ("metrics_port", gateway.metrics_port or 0))
-        for key, first in ports:
-            if first + replicas > _MAX_PORT + 1:
-                raise ValueError(f"router.replicas: there are no {replicas} ports from router.{key} on")
+        doors = self.num_gateway_ports
+        for key, first, count in (
+            ("port", gateway.port, doors),
+            ("http.port", http_port, doors),
+            ("metrics_port", gateway.metrics_port or 0, replicas),
+        ):
+            if first + count > _MAX_PORT + 1:
+                raise ValueError(f"router.replicas: there are no {count} ports from router.{key} on")
         return self
+
+    @property
+    def num_gateway_ports(self) -> int:
+        """Ports of one kind, gRPC or HTTP, that the gateways have together."""
+        return 1 if self.gateway().share_port else self.router.replicas
 
     def prefill_worker(self, **filled: object) -> PrefillWorkerConfig:
         """Return the configuration of one prefill worker; `filled` are the fields that the launcher chose."""

@@ -62,12 +62,12 @@ class Launcher:
 
     def __init__(self, config: ClusterConfig, progress: Progress, folder: Path, mark: str) -> None:
         gateway = config.gateway()
-        replicas = config.router.replicas
-        free = free_ports(2 * replicas)
-        ports = range(gateway.port, gateway.port + replicas) if gateway.port else free[:replicas]
+        count, replicas = config.num_gateway_ports, config.router.replicas
+        free = free_ports(2 * count)
+        ports = range(gateway.port, gateway.port + count) if gateway.port else free[:count]
         first = gateway.http_port
-        http_ports = range(first, first + replicas) if first else free[replicas:]
-        self._gateway_ports = tuple(map(GatewayPorts, ports, http_ports))
+        http_ports = range(first, first + count) if first else free[count:]
+        self._gateway_ports = tuple(map(GatewayPorts, ports, http_ports)) * (replicas // count)
         host, http_host = (_ANY.get(one, one) for one in (gateway.host, gateway.http_host))
         self.gateway_addresses = tuple(f"{host}:{port}" for port in ports)
         self.http_addresses = tuple(f"{http_host}:{port}" for port in http_ports) if gateway.http.enabled else ()
@@ -253,9 +253,15 @@ class Launcher:
             async with asyncio.timeout(deadline_s):
                 key, tls = self.credentials.api_key, self.credentials.tls
                 for address in self.gateway_addresses:
-                    async with Client(address, api_key=key, tls=tls) as client:
+                    seen: set[str] = set()
+                    while len(seen) < self._config.router.replicas // len(self.gateway_addresses):
+                        # A connection of its own each time: where a port is shared, that is how to get to the others.
+                        async with Client(address, api_key=key, tls=tls) as client:
+                            status = await client.status()
                         # A gateway offers no watch of its fleet, and its health only tells of one worker per role.
-                        while sum(worker.connected for worker in (await client.status()).workers) < wanted:  # noqa: ASYNC110
+                        if status.gateway_id not in seen and sum(one.connected for one in status.workers) >= wanted:
+                            seen.add(status.gateway_id)
+                        else:
                             await asyncio.sleep(_SEEN_PERIOD_S)
         except TimeoutError:
             raise SpawnError(f"a gateway does not reach every worker within {deadline_s:g} s") from None

@@ -36,7 +36,7 @@ def check(config: ClusterConfig) -> None:
     if gateway.http.enabled:
         doors.append(("router.http", gateway.http_host, gateway.http_port))
     for key, host, first in doors:
-        for port in range(first, first + config.router.replicas) if first else [0]:
+        for port in range(first, first + config.num_gateway_ports) if first else [0]:
             _check_port(key, host, port)
 
 

@@ -71,6 +71,11 @@ class RouterConfig(ConfigModel):
 
     host: str = "127.0.0.1"
     port: int = Field(50051, ge=0, le=65535, description="0 takes a free port")
+    share_port: bool = Field(
+        False,
+        description="gateways of one machine that say so may have the same ports, of gRPC and of HTTP: each new "
+        "connection goes to one of them; absent: a port that is taken is an error",
+    )
     tls: ServerTls | None = Field(None, description="of the doors that clients come to; absent: none")
     worker_tls: PeerTls | None = Field(None, description="towards workers, who ask for it; absent: none")
     model_path: Path = Field(description="checkpoint folder: tokenizer, chat template, config.json")

@@ -1,7 +1,8 @@
 """One gateway process: builds the parts, runs them, stops them.
 
 start: tokenizer and model facts are read, the port is bound, the mirror and the links begin.
-stop: health says NOT_SERVING, new requests are refused, running ones get until the deadline, the rest are aborted.
+stop: health says NOT_SERVING, new requests are refused, running ones get until the deadline, the rest are aborted. A
+port that others share is left first: new connections come to them.
 """
 
 import asyncio
@@ -164,7 +165,7 @@ class Gateway:
             max_prompt_characters=config.max_prompt_bytes,
         )
         await self._access.start()
-        server = GatewayServer(self._access, max_request_bytes=config.max_request_bytes)
+        server = GatewayServer(self._access, max_request_bytes=config.max_request_bytes, share_port=config.share_port)
         try:
             port = server.bind(config.host, config.port, config.tls)
             if config.http.enabled:
@@ -174,6 +175,7 @@ class Gateway:
                     port=config.http_port,
                     tls=config.tls,
                     write_timeout_s=config.write_timeout_s,
+                    share_port=config.share_port,
                 )
             if config.metrics_port is not None:
                 self._metrics_server = MetricsServer(self._metrics.registry, config.metrics_host, config.metrics_port)
@@ -250,13 +252,20 @@ class Gateway:
             return
         self._is_stopping = True
         self._dispatcher.begin_drain()
+        leaving: asyncio.Task[None] | None = None
         if self._server is not None:
             await self._server.drain()
+            if self._config.share_port:
+                leaving = asyncio.create_task(self._server.leave_port(deadline_s), name="leaving the port")
+        if self._http is not None and self._config.share_port:
+            self._http.leave_port()
         if not await self._dispatcher.wait_idle(deadline_s):
             _log.warning("aborting %d requests that did not finish in time", self._dispatcher.num_active)
         self._dispatcher.close(Aborted("the gateway is stopping"))
         if self._server is not None:
             await self._server.stop()
+        if leaving is not None:
+            await leaving
         if self._http is not None:
             await self._http.stop()
         for task in self._tasks:

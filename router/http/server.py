@@ -3,7 +3,7 @@
 Uvicorn's own server is left out: it looks after signals and a life cycle that are the gateway's, and it looks around
 for the end ten times a second. The port is taken when the server is made, before anything else of the gateway starts,
 so that a taken one is an error at once. While the gateway drains the port stays open: probes are told 503, open
-streams finish."""
+streams finish. A port that is shared is left first, so that new connections go to those who share it."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,14 @@ class HttpServer:
     """The HTTP server of one gateway."""
 
     def __init__(
-        self, config: HttpConfig, *, host: str, port: int, tls: ServerTls | None, write_timeout_s: float
+        self,
+        config: HttpConfig,
+        *,
+        host: str,
+        port: int,
+        tls: ServerTls | None,
+        write_timeout_s: float,
+        share_port: bool = False,
     ) -> None:
         """Take the port (0: a free one) and listen; nobody is answered before `start`.
 
@@ -39,14 +46,11 @@ class HttpServer:
         """
         self._bounds = ConnectionBounds(config, write_timeout_s, asyncio.Event())
         self._tls = None if tls is None else server_context(tls)
-        self._socket = _listen(host, port)
+        self._socket = _listen(host, port, share_port=share_port)
+        self.port = int(self._socket.getsockname()[1])
         self._state = ServerState()
         self._listener: asyncio.Server | None = None
         self._dating: asyncio.TimerHandle | None = None
-
-    @property
-    def port(self) -> int:
-        return int(self._socket.getsockname()[1])
 
     async def start(self, app: FastAPI) -> None:
         """Answer from now on."""
@@ -69,18 +73,24 @@ class HttpServer:
             backlog=_BACKLOG,
         )
 
-    async def stop(self) -> None:
-        """Close the port, then all connections; answers that are still being written get a moment."""
-        if self._dating is not None:
-            self._dating.cancel()
+    def leave_port(self) -> None:
+        """Close the port, and every connection as soon as its answer, if there is one, is written. Idempotent."""
         if self._listener is None:
             self._socket.close()
             return
         self._listener.close()
         self._bounds.are_closing = True
-        state, deadline = self._state, asyncio.get_running_loop().time() + _CLOSE_GRACE_S
-        for connection in list(state.connections):
+        for connection in list(self._state.connections):
             connection.shutdown()
+
+    async def stop(self) -> None:
+        """Close the port, then all connections; answers that are still being written get a moment."""
+        if self._dating is not None:
+            self._dating.cancel()
+        self.leave_port()
+        if self._listener is None:
+            return
+        state, deadline = self._state, asyncio.get_running_loop().time() + _CLOSE_GRACE_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 while state.connections:
@@ -100,7 +110,7 @@ class HttpServer:
         self._dating = asyncio.get_running_loop().call_later(_DATE_PERIOD_S, self._tell_date)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, *, share_port: bool) -> socket.socket:
     """Return a listening socket. Raises: ConfigError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
@@ -117,6 +127,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Left alone, the kernel keeps megabytes for a client that reads slowly.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        if share_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
         listener.setblocking(False)

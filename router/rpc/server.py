@@ -24,10 +24,12 @@ _CLOSE_GRACE_S = 1.0
 class GatewayServer:
     """The gRPC server of one gateway."""
 
-    def __init__(self, access: AccessControl, *, max_request_bytes: int) -> None:
+    def __init__(self, access: AccessControl, *, max_request_bytes: int, share_port: bool = False) -> None:
         # Who calls is asked before what they sent is looked at.
         interceptors = [AccessInterceptor(access.gatekeeper, access.audit), DecodingInterceptor()]
-        self._server = create_server(max_receive_bytes=max_request_bytes, interceptors=interceptors)
+        self._server = create_server(
+            max_receive_bytes=max_request_bytes, interceptors=interceptors, share_port=share_port
+        )
         self._access = access
         self._health = health.aio.HealthServicer()
         self._is_serving: bool | None = None
@@ -59,6 +61,11 @@ class GatewayServer:
     async def drain(self) -> None:
         """All services are NOT_SERVING from now on, whatever `set_serving` says."""
         await self._health.enter_graceful_shutdown()
+
+    async def leave_port(self, deadline_s: float) -> None:
+        """Close the port, and tell clients to come back over a new connection; calls that run may finish within
+        `deadline_s`. Returns when they have."""
+        await self._server.stop(deadline_s)
 
     async def stop(self) -> None:
         """Close the port and end all calls."""
