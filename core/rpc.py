@@ -49,6 +49,10 @@ _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),  # when there are several
+    # What is on its way to a reader that is late is bounded: else gRPC lets megabytes of tokens queue up before the
+    # answers that somebody waits for.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 256 * 1024),
     ("grpc.use_local_subchannel_pool", 1),  # one owner, one connection: closing a channel closes its socket
 ]
 

@@ -2,11 +2,13 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import sys
 from pathlib import Path
 
+import uvloop
 from pydantic import Field
 
 from core.clock import MonotonicClock
@@ -41,7 +43,9 @@ async def serve(config: GatewayProcessConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     try:
-        print(f"listening on {await gateway.start()}", flush=True)
+        address = await gateway.start()
+        gc.freeze()  # what is there now stays: no collection need look at it again
+        print(f"listening on {address}", flush=True)
         running = asyncio.create_task(gateway.run(), name="gateway")
         asked = asyncio.create_task(stopping.wait(), name="stop asked")
         await asyncio.wait([running, asked], return_when=asyncio.FIRST_COMPLETED)
@@ -59,7 +63,7 @@ def main() -> int:
     try:
         config = load_config(GatewayProcessConfig, arguments.config)
         setup_logging("gateway", level=config.log_level)
-        asyncio.run(serve(config))
+        uvloop.run(serve(config))
     except ServingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
