@@ -15,6 +15,7 @@ from core.store_memory import MemoryStore
 from router.admission.config import AdmissionConfig, ClassConfig, DoorMode
 from router.config import RouterConfig
 from router.prompt_hashes import HashKey, PromptHashes
+from router.reading_turns import Bell, ReadingTurns
 from router.routing.config import RoutingConfig
 from router.service_terms import ServiceWish, service_terms
 from router.stream import Completion
@@ -92,6 +93,7 @@ class _Cluster:
         self._workers: dict[WorkerId, SimulatedWorker] = {}
         longest = max((request.prompt_tokens for request in traffic), default=1)
         self._prompt = (0,) * longest  # the router reads its length only
+        self._turns = ReadingTurns()
 
     async def run(self) -> Run:
         loop = virtual_loop()
@@ -193,8 +195,10 @@ class _Cluster:
                 timeout_s=config.request_timeout_s,
                 service=service_terms(wish, request.tenant, config),
             )
+            bell = Bell(self._turns)
+            stream.wake(bell)
             while completion is None:
-                await stream.wait()
+                await bell.wait()
                 tokens, completion = stream.take()
                 if tokens and first_at is None:
                     first_at = loop.now()

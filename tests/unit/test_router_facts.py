@@ -11,6 +11,7 @@ from core.membership import LoadReport, Role, WorkerRecord, WorkerState
 from core.request import Finish, FinishReason, TokenOutput
 from router.broadcast import Broadcast
 from router.prompt_hashes import HashKey, PromptHashes
+from router.reading_turns import Bell, ReadingTurns
 from router.record_book import RecordBook
 from router.routing.modes import Mode, ModeReason
 from router.stream import Completion, Placement, RequestStream
@@ -99,18 +100,20 @@ def completion() -> Completion:
     )
 
 
-def test_a_stream_gives_all_that_is_unread_in_one_piece() -> None:
-    stream, changed = RequestStream(RequestId("r"), 3), asyncio.Event()
+async def test_a_stream_gives_all_that_is_unread_in_one_piece() -> None:
+    stream, bell = RequestStream(RequestId("r"), 3), Bell(ReadingTurns())
     assert stream.push(tokens(0))
-    stream.wake(changed)
-    assert changed.is_set(), "there was news before"
+    stream.wake(bell)
+    await bell.wait()  # there was news before
     assert stream.push(tokens(1, 2))
     assert stream.take() == (list(tokens(0, 1, 2)), None)
     assert not stream.has_news
-    changed.clear()
+    await bell.wait()
+    reader = asyncio.create_task(bell.wait())
+    await asyncio.sleep(0)
     assert stream.push(tokens(3))
     stream.finish(completion())
-    assert changed.is_set()
+    await reader
     assert stream.take() == (list(tokens(3)), completion())
 
 
