@@ -131,7 +131,9 @@ def _bed(num_gateways: int, options: argparse.Namespace) -> Iterator[Bed]:
         for number in range(num_gateways):
             router = {
                 "model_path": str(MODEL), "served_model_name": "tiny", "host": "127.0.0.1", "port": grpc_port,
-                "http": {"port": http_port}, "routing": {"modes": [options.mode]},
+                "http": {"port": http_port}, "share_port": num_gateways > 1, "routing": {"modes": [options.mode]},
+                # Replies to new requests come behind all tokens that such workers have sent already.
+                "workers": {"accept_timeout_s": 20.0, "hold_timeout_s": 20.0},
             }  # fmt: skip
             settings = {"cluster": _CLUSTER, "redis_url": url, "log_level": "WARNING", "router": router}
             config = folder / f"gateway-{number}.yaml"
