@@ -103,9 +103,15 @@ class Copies:
             StoreUnavailable: whether there is one cannot be told.
         """
         copy = self._copies.get(name)
-        if copy is None:
+        if copy is None or copy.log.is_over:  # another request may have the name by now
             copy = await self._open(name)
-            copy = self._copies.setdefault(name, copy)
+            running = self._copies.get(name)
+            if running is not None and not running.log.is_over:  # somebody else came meanwhile
+                if running.origin == copy.origin:
+                    copy = running
+                else:
+                    _end(running, _replaced())
+            self._copies[name] = copy
         try:
             follower = copy.log.follow(after, may_be_ahead=True)  # the mirror lags behind
         finally:
@@ -183,7 +189,7 @@ class Copies:
             if batch is None or copy.log.is_over:
                 continue
             if batch.origin != copy.origin:
-                _end(copy, RequestNotFound("another request has this id by now"))
+                _end(copy, _replaced())
                 continue
             _add(copy, batch)
         copy.log.trim(self._config.max_stream_bytes)
@@ -195,7 +201,11 @@ class Copies:
     async def _say_read(self) -> None:
         """Renew the leases."""
         now = self._clock.now()
-        due = [copy for copy in self._copies.values() if now - copy.leased_at >= _LEASE_INTERVAL_S]
+        due = [
+            copy
+            for copy in self._copies.values()
+            if now - copy.leased_at >= min(_LEASE_INTERVAL_S, copy.origin.window_s / 3)
+        ]
         if not due:
             return
         puts = (self._store.put(reader_key(copy.name), b"", ttl_s=copy.origin.window_s) for copy in due)
@@ -241,6 +251,10 @@ def _add(copy: _Copy, batch: Batch) -> None:
         log.end(batch.error)
     elif batch.is_cut:
         _end(copy, EventsGone(f"the stream is too large for the shared store: {copy.origin.gateway_id} has the rest"))
+
+
+def _replaced() -> RequestNotFound:
+    return RequestNotFound("another request has this id by now")
 
 
 def _end(copy: _Copy, error: ServingError) -> None:

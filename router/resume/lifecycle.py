@@ -158,7 +158,7 @@ class StreamLife:
                 effects = [AbortOverflowed(cause)]
             case RoomNeeded():
                 effects = [Forget("made room")]
-        self._is_in_grace = isinstance(event, StoreSilent)
+        self._is_in_grace = isinstance(event, StoreSilent) and target is S.ALONE
         self._set_deadline(event, target, now)
         self.state = target
         return effects
