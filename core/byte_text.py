@@ -20,17 +20,26 @@ class Utf8Detokenizer:
     def __init__(self, token_bytes: Mapping[int, bytes], prompt_tail: Sequence[int] = ()) -> None:
         """`token_bytes`: empty for tokens without text."""
         self._token_bytes = token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._reader = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_open = False  # the reader has the beginning of a character
         self.push(prompt_tail)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add ids, return the text that became certain (perhaps empty)."""
         token_bytes = self._token_bytes
-        return self._decode(b"".join([token_bytes[one] for one in token_ids]))
+        pieces = b"".join([token_bytes[one] for one in token_ids])
+        if not self._is_open:
+            try:
+                return pieces.decode()  # mostly whole characters: several times as fast
+            except UnicodeDecodeError:
+                pass  # the reader can tell what is broken from what is not there yet
+        text = self._reader.decode(pieces)
+        self._is_open = bool(self._reader.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """Return what is left, broken characters included. Call once, at the end."""
-        return self._decode(b"", True)
+        return self._reader.decode(b"", True)
 
 
 class FallbackDetokenizer:

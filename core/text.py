@@ -81,6 +81,7 @@ class StopScanner:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
+        self._inner = frozenset("".join(stop[:-1] for stop in stops))  # what ends with another letter begins no stop
         self._held = ""
         self.matched: str | None = None
 
@@ -91,7 +92,7 @@ class StopScanner:
         """
         if self.matched is not None:
             return ""
-        if not self._stops:
+        if not self._stops or not piece:
             return piece
         text = self._held + piece
         found = [(at, order) for order, stop in enumerate(self._stops) if (at := text.find(stop)) >= 0]
@@ -100,7 +101,7 @@ class StopScanner:
             self.matched = self._stops[order]
             self._held = ""
             return text[:at]
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(_overlap(text, stop) for stop in self._stops) if text[-1] in self._inner else 0
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

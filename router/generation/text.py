@@ -30,6 +30,8 @@ class GenerationText:
     def push(self, tokens: Sequence[TokenOutput], finish: Finish | None) -> str:
         """Add tokens (`finish`: they are the last); return the text that became certain."""
         ids = [token.token_id for token in tokens]
+        if finish is None and not self._by_token:
+            return self._detokenizer.push(ids)
         if finish is not None and isinstance(finish.matched_stop, int) and ids and ids[-1] == finish.matched_stop:
             ids.pop()  # it ended the generation; it is no text
         # The engine looked for stop strings after every token, so the pieces must be the same here.
