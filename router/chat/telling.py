@@ -22,6 +22,7 @@ class Telling:
         self._is_forced = is_forced
         self._deltas: list[ChatDelta] = []
         self._space = ""
+        self._ids: set[str] = set()
         self._index = -1
         self._is_open = False
         self.has_calls = False
@@ -44,13 +45,16 @@ class Telling:
         self.leftover(text, is_cut=True)
 
     def call(self, name: str, call_id: str = "") -> None:
-        """A call begins; `call_id`: as the model gave it."""
+        """A call begins; `call_id`: as the model gave it, and not used if it gave it before."""
         self._space = ""
         self._index += 1
         self._is_open = self._max_calls is None or self._index < self._max_calls
         if self._is_open:
             self.has_calls, self.is_whole = True, False
-            self._deltas.append(ToolCallDelta(self._index, call_id or self._new_id(self._index, name), name, ""))
+            if not call_id or call_id in self._ids:
+                call_id = self._new_id(self._index, name)
+            self._ids.add(call_id)
+            self._deltas.append(ToolCallDelta(self._index, call_id, name, ""))
 
     def arguments(self, text: str) -> None:
         """The next piece of the JSON text of the call's arguments."""

@@ -418,6 +418,9 @@ def test_ids_are_as_the_model_knows_them() -> None:
     }
     assert ids["hermes"] == "call_0" + "x" * 23
     assert (ids["mistral"], ids["kimi_k2"]) == ("0" + "x" * 8, "functions.get_weather:0")
+    twice = "<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>" * 2
+    deltas = assembler("kimi_k2").push(twice, True)
+    assert [one.id for one in deltas if isinstance(one, ToolCallDelta)] == ["functions.f:0", "functions.f:1"]
 
 
 def test_a_generation_that_was_cut_ended_by_its_length() -> None:
