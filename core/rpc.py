@@ -46,7 +46,7 @@ _SHARE_PORT = "grpc.so_reuseport"
 _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     *_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt may take: TLS to a far host needs some round trips
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),  # when there are several
     # What is on its way to a reader that is late is bounded: else gRPC lets megabytes of tokens queue up before the

@@ -352,7 +352,8 @@ async def test_every_admin_action_is_written_down(checkpoint: Path, tmp_path: Pa
         await admin.GetClusterStatus(admin_pb2.GetClusterStatusRequest(), metadata=ops)
         for metadata, request in (
             (ann, admin_pb2.RevokeApiKeyRequest(fingerprint="x")),
-            (None, admin_pb2.RevokeApiKeyRequest(fingerprint='y"\n{}')),
+            (None, admin_pb2.RevokeApiKeyRequest(fingerprint="x")),
+            (ops, admin_pb2.RevokeApiKeyRequest(fingerprint='y"\n{}')),
             (ops, admin_pb2.RevokeApiKeyRequest(fingerprint="z" * 1000)),
         ):
             with pytest.raises(grpc.aio.AioRpcError):
@@ -365,8 +366,9 @@ async def test_every_admin_action_is_written_down(checkpoint: Path, tmp_path: Pa
     assert found == [
         ("ops", "CreateApiKey", made.api_key.fingerprint, "ok"),
         ("ops", "RevokeApiKey", made.api_key.fingerprint, "ok"),
-        ("ann", "RevokeApiKey", "x", "missing_role"),
-        ("", "RevokeApiKey", 'y"\n{}', "missing_credential"),
+        ("ann", "RevokeApiKey", "", "missing_role"),  # what they asked for was not even read
+        ("", "RevokeApiKey", "", "missing_credential"),
+        ("ops", "RevokeApiKey", 'y"\n{}', "invalid_argument"),
         ("ops", "RevokeApiKey", "z" * 200, "invalid_argument"),
         ("ann", "GetClusterStatus", "", "missing_role"),
     ]

@@ -37,7 +37,7 @@ def _look_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def grpc_server(config: ServerTls) -> AsyncIterator[str]:
+async def grpc_server(config: ServerTls | None) -> AsyncIterator[str]:
     server = rpc.create_server()
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     port = rpc.bind(server, "127.0.0.1", 0, config)
@@ -101,6 +101,44 @@ async def test_a_server_that_asks_for_certificates_takes_only_its_authority_s(
         assert not await reaches(address, client(authority))
         assert not await reaches(address, client(authority, stranger.issue("worker")))
         assert not await reaches(address, client(authority, authority.issue("late", days_left=-1)))
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_a_far_server_is_reached_at_the_first_attempt(is_tls: bool, authority: Authority) -> None:
+    config = shown(authority.issue("gateway")) if is_tls else None
+    async with grpc_server(config) as address, far_away(address, one_way_s=0.1) as door:
+        assert await reaches(door, client(authority) if is_tls else None)
+
+
+@asynccontextmanager
+async def far_away(address: str, one_way_s: float) -> AsyncIterator[str]:
+    """Yield an address at which everything takes so long to get to `address`."""
+    host, port = address.split(":")
+    loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+    writers: list[asyncio.StreamWriter] = []
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            loop.call_later(one_way_s, writer.write, data)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there_reader, there_writer = await asyncio.open_connection(host, int(port))
+        writers.extend([writer, there_writer])
+        pairs = ((reader, there_writer), (there_reader, writer))
+        tasks.update(asyncio.create_task(copy(*pair)) for pair in pairs)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
+        await server.wait_closed()
 
 
 async def test_several_hosts_behind_tls_need_one_name(authority: Authority) -> None:
