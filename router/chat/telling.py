@@ -53,6 +53,8 @@ class Telling:
             self.has_calls, self.is_whole = True, False
             if not call_id or call_id in self._ids:
                 call_id = self._new_id(self._index, name)
+            while call_id in self._ids:
+                call_id += "0"
             self._ids.add(call_id)
             self._deltas.append(ToolCallDelta(self._index, call_id, name, ""))
 
