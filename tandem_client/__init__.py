@@ -38,7 +38,7 @@ from tandem_client.cluster_types import (
 )
 from tandem_client.constraints import grammar, json_object, json_schema, one_of, regex, structural_tag
 from tandem_client.keys import KnownKey
-from tandem_client.options import Options, Sampling
+from tandem_client.options import ChatOptions, Options, Sampling
 from tandem_client.types import (
     Alternative,
     ChatPiece,
@@ -66,6 +66,7 @@ from tandem_client.types import (
 __all__ = [
     "Aborted",
     "Alternative",
+    "ChatOptions",
     "ChatPiece",
     "Client",
     "ClientTls",

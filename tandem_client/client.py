@@ -14,10 +14,10 @@ from tandem_client.cluster_types import ClusterStatus, KvDecision, ModelInfo, Ro
 from tandem_client.collecting import Generations, Replies
 from tandem_client.connection import Connection
 from tandem_client.keys import KnownKey
-from tandem_client.options import Options
+from tandem_client.options import ChatOptions, Options
 from tandem_client.requests import Prompt
 from tandem_client.streaming import Retries
-from tandem_client.types import ChatPiece, Generation, Message, Piece, Reply, Started, Tool, ToolChoice
+from tandem_client.types import ChatPiece, Generation, Message, Piece, Reply, Started, Tool
 
 
 class Client:
@@ -108,36 +108,15 @@ class Client:
         return collected.whole()
 
     async def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Tool] = (),
-        tool_choice: ToolChoice | None = None,
-        parallel_tool_calls: bool | None = None,
-        template_arguments: Mapping[str, Any] | None = None,
-        n: int = 1,
-        **options: Unpack[Options],
+        self, messages: Sequence[Message], *, n: int = 1, **options: Unpack[ChatOptions]
     ) -> AsyncGenerator[ChatPiece, None]:
         """Stream the next message of a conversation. Leaving the loop early aborts it, as in `generate`.
 
         Args:
-            tools: that the model may call.
-            tool_choice: None: auto with tools, none without.
-            parallel_tool_calls: False: at most one call.
-            template_arguments: variables for the model's chat template, such as enable_thinking.
             n: answers, numbered by `ChatPiece.choice`.
             options: see `tandem_client.options`.
         """
-        request = requests.chat_request(
-            messages,
-            options,
-            tools=tools,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-            template_arguments=template_arguments,
-            n=n,
-            tenant=self._connection.tenant,
-        )
+        request = requests.chat_request(messages, options, n=n, tenant=self._connection.tenant)
         connection = self._connection
         resumption = connection.resumption(request, lambda response: response.chat)
         started: Started | None = None
@@ -156,30 +135,19 @@ class Client:
                     case other:
                         raise ServingError(f"the gateway sent {other or 'an empty message'} out of place")
 
-    async def chat_message(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Tool] = (),
-        tool_choice: ToolChoice | None = None,
-        parallel_tool_calls: bool | None = None,
-        template_arguments: Mapping[str, Any] | None = None,
-        **options: Unpack[Options],
-    ) -> Reply:
-        """Return the next message of a conversation whole; put it behind the others to go on. As `chat`."""
-        collected = Replies(1)
-        pieces = self.chat(
-            messages,
-            tools=tools,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-            template_arguments=template_arguments,
-            **options,
-        )
-        async for piece in pieces:
-            collected.add(piece)
-        (reply,) = collected.whole()
+    async def chat_message(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Reply:
+        """Return the next message of a conversation whole; put it behind the others to go on."""
+        (reply,) = await self.chat_messages(messages, n=1, **options)
         return reply
+
+    async def chat_messages(
+        self, messages: Sequence[Message], *, n: int, **options: Unpack[ChatOptions]
+    ) -> list[Reply]:
+        """Return n answers to a conversation whole and in order."""
+        collected = Replies(n)
+        async for piece in self.chat(messages, n=n, **options):
+            collected.add(piece)
+        return collected.whole()
 
     async def abort(self, request_id: str) -> bool:
         """End a generation by its name. Returns whether it was running."""

@@ -4,10 +4,10 @@ Ranges are checked by the gateway, which names the offending field.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from core.constraint import Constraint
-from tandem_client.types import Service
+from tandem_client.types import Service, Tool, ToolChoice
 
 
 class Sampling(TypedDict, total=False):
@@ -54,3 +54,19 @@ class Options(Sampling, total=False):
     handoff_budget_s: float | None
     service: Service
     resume_window_s: float | None
+
+
+class ChatOptions(Options, total=False):
+    """Options of a conversation.
+
+    Keys:
+        tools: that the model may call.
+        tool_choice: None: auto with tools, none without.
+        parallel_tool_calls: False: at most one call.
+        template_arguments: variables for the model's chat template, such as enable_thinking.
+    """
+
+    tools: Sequence[Tool]
+    tool_choice: ToolChoice | None
+    parallel_tool_calls: bool | None
+    template_arguments: Mapping[str, Any] | None

@@ -7,7 +7,7 @@ from typing import Any
 from core.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from protos.codec import constraint_to_wire
-from tandem_client.options import Options, Sampling
+from tandem_client.options import ChatOptions, Options, Sampling
 from tandem_client.types import Message, NamedTool, Service, Tool, ToolChoice
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -54,30 +54,21 @@ def generate_request(prompt: Prompt, options: Options, *, n: int, tenant: str) -
     return request
 
 
-def chat_request(
-    messages: Sequence[Message],
-    options: Options,
-    *,
-    tools: Sequence[Tool],
-    tool_choice: ToolChoice | None,
-    parallel_tool_calls: bool | None,
-    template_arguments: Mapping[str, Any] | None,
-    n: int,
-    tenant: str,
-) -> pb.ChatRequest:
+def chat_request(messages: Sequence[Message], options: ChatOptions, *, n: int, tenant: str) -> pb.ChatRequest:
     """Raises: InvalidRequest, for values that the wire has no room for."""
+    arguments = options.get("template_arguments")
     try:
         return pb.ChatRequest(
             model=options.get("model", ""),
             request_id=options.get("request_id", ""),
             messages=messages_to_wire(messages),
-            tools=tools_to_wire(tools),
-            tool_choice=_tool_choice(tool_choice),
-            parallel_tool_calls=parallel_tool_calls,
+            tools=tools_to_wire(options.get("tools", ())),
+            tool_choice=_tool_choice(options.get("tool_choice")),
+            parallel_tool_calls=options.get("parallel_tool_calls"),
             sampling=_sampling(options),
             n=n,
             terms=_terms(options, tenant),
-            chat_template_arguments=json.dumps(template_arguments) if template_arguments else "",
+            chat_template_arguments=json.dumps(arguments) if arguments else "",
         )
     except (TypeError, ValueError) as error:
         raise InvalidRequest("request", f"cannot be sent: {error}") from error

@@ -94,6 +94,8 @@ async def test_messages_come_whole_and_in_pieces(checkpoint: Path) -> None:
         assert [(token.text, len(token.alternatives)) for token in reply.tokens] == [(one, 1) for one in "abcd"]
         assert reply.summary.finish_reason is FinishReason.LENGTH
         pieces = [piece async for piece in client.chat([*conversation, reply.message], max_tokens=3, n=2, seed=0)]
+        replies = await client.chat_messages([*conversation, reply.message], max_tokens=3, n=2, seed=0)
+        assert [one.message.content for one in replies] == ["abc", "bcd"]
         for choice, text in enumerate(("abc", "bcd")):
             own = [piece for piece in pieces if piece.choice == choice]
             assert "".join(piece.content for piece in own) == text
