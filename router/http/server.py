@@ -70,6 +70,7 @@ class HttpServer:
             lambda: BoundedConnection(self._bounds, config, self._state, {}),
             sock=self._socket,
             ssl=self._tls,
+            ssl_handshake_timeout=None if self._tls is None else self._bounds.http.header_timeout_s,
             backlog=_BACKLOG,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2
 
+from tests.certificates import Authority
 from tests.fakes.cluster import FakeCluster, fake_cluster
 from tests.fakes.decode import FakeDecodeWorker
 from tests.fakes.http import CHAT, DONE, TEXT, RawConnection, events_of, http_client, raw_connection
@@ -34,6 +35,16 @@ def allow_steps(worker: FakeDecodeWorker) -> None:
 async def test_a_connection_that_says_nothing_is_closed(checkpoint: Path) -> None:
     async with fake_cluster(checkpoint, http=SHORT) as cluster, raw_connection(cluster) as raw:
         assert await raw.read_to_end() == b""
+
+
+async def test_a_connection_that_does_not_finish_its_handshake_is_closed(checkpoint: Path, tmp_path: Path) -> None:
+    own = Authority(tmp_path, "doors").issue("gateway")
+    tls = {"certificate": own.certificate, "private_key": own.private_key}
+    async with fake_cluster(checkpoint, http=SHORT, tls=tls, is_waited_for=False) as cluster:
+        for said in (b"", b"\x16\x03\x01\x02\x00", PROBE):
+            async with raw_connection(cluster) as raw:
+                raw.say(said)
+                assert b"HTTP/1.1 200" not in await raw.read_to_end()
 
 
 @pytest.mark.parametrize("head", [b"G", b"GET /live HTTP/1.1\r\n", PROBE[:-2], b"\r\n"])
