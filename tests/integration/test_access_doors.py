@@ -121,6 +121,18 @@ async def test_a_bad_credential_opens_neither_door(checkpoint: Path) -> None:
         assert 'tandem_gateway_rejected_total{reason="key_revoked"} 2.0' in exposition
 
 
+async def test_what_strangers_send_is_not_read(checkpoint: Path) -> None:
+    async with doors_of(checkpoint, max_request_bytes=10_000, http={"max_body_bytes": 10_000}) as doors:
+        metadata = [("authorization", f"Bearer {new_key()}")]
+        for content in (b"\xff" * 100, b"x" * 100_000):  # no message; more than may be sent
+            for method in ("Inference/Generate", "Inference/Abort", "Admin/RevokeApiKey"):
+                begin: Any = doors.cluster.channel.stream_stream(f"/tandem.v1.{method}")
+                call = begin(iter([content]), metadata=metadata)
+                assert await call.code() is grpc.StatusCode.UNAUTHENTICATED, method
+            answer = await doors.http.post("/v1/completions", content=content, headers=dict(metadata))
+            assert answer.status_code == 401
+
+
 async def test_unicode_and_line_ends_in_headers_are_refused(checkpoint: Path) -> None:
     async with doors_of(checkpoint) as doors:
         for value in ("Bearer schlüssel".encode(), b"Bearer \xff\xfe", f"Bearer {KEYS['ann']}\tx".encode()):
