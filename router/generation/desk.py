@@ -24,6 +24,8 @@ from router.quotas.service import QuotaCharge, Quotas
 from router.reading_turns import ReadingTurns
 from router.tokenizer import GatewayTokenizer
 
+_AT_ONCE = 8  # choices that are submitted before the event loop looks at what else there is: some milliseconds
+
 
 @dataclass(slots=True, eq=False)
 class _Preparation:
@@ -88,7 +90,7 @@ class AnswerDesk:
             self._metrics.rejected(error)
             raise
         timeout_s = self._config.request_timeout_s if timeout_s is None else timeout_s
-        return self._submit(prepared, first, charge, arrived_at=arrived_at, timeout_s=timeout_s)
+        return await self._submit(prepared, first, charge, arrived_at=arrived_at, timeout_s=timeout_s)
 
     def abort(self, request_id: str, error: Aborted, *, tenant: str) -> bool:
         """End a call of this tenant on every worker, or before it gets to any. Returns whether there was one."""
@@ -148,7 +150,7 @@ class AnswerDesk:
         )
         return await self._quotas.charge(prepared[0].request.tenant, n * num_tokens)
 
-    def _submit(
+    async def _submit(
         self,
         prepared: Sequence[Prepared],
         call: GenerateCall,
@@ -174,6 +176,8 @@ class AnswerDesk:
         self._answers[base_id] = answer
         try:
             for number in range(len(prepared) * n):
+                if number and number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)  # others have their turn
                 prompt, sibling = prepared[number // n], number % n
                 request = _choice(prompt.request, base_id, number, sibling)
                 stream = self._dispatcher.submit(
@@ -186,9 +190,9 @@ class AnswerDesk:
                 )
                 text = GenerationText(self._tokenizer.detokenizer, request, call.spoken_tokens)
                 answer.add(stream, text, scores_prompt=request.sampling.prompt_logprobs is not None)
-        except ServingError as error:
+        except BaseException as error:  # refused, or the client left meanwhile
             bill.tear_up()
-            answer.abandon(f"another choice of the same call was refused: {error}")
+            answer.abandon(f"the call was not taken in whole: {error}")
             self._forget(base_id, answer)
             self._quotas.refund(charge)
             raise

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -10,6 +11,7 @@ from core.errors import InvalidRequest
 from core.request import MAX_SEED, SamplingParams
 from protos import inference_pb2 as pb
 from router.intake import GenerateCall, TextPrompt
+from router.stream import RequestStream
 from tests.fakes.cluster import FakeCluster, fake_cluster, text_request
 from tests.fakes.reading import Reading, refusal_of
 from tests.fakes.script import PATIENCE_S, client_id, refusal
@@ -181,6 +183,40 @@ async def test_several_prompts_are_one_answer(checkpoint: Path) -> None:
         assert prompts == {"batch": 3, "batch.1": 3, "batch.2": 5, "batch.3": 5}
         with pytest.raises(InvalidRequest, match="65 answers to each of 2 prompts are more than the 128"):
             await front.answer([call("one", 65), call("two", 65)], None)
+
+
+async def test_a_client_that_leaves_while_its_choices_are_submitted_leaves_nothing(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenants = {"small": {"max_concurrent_requests": 1, "requests_per_minute": 1}}
+    async with fake_cluster(checkpoint, tenants=tenants) as cluster:
+        sampling = SamplingParams(max_tokens=2)
+        call = GenerateCall(
+            "", "gone", TextPrompt("x"), sampling, has_max_tokens=True, has_seed=False, n=128, tenant="small"
+        )
+        dispatcher, begun = cluster.gateway.dispatcher, asyncio.Event()
+        submit = dispatcher.submit
+
+        def submit_and_tell(*arguments: Any, **named: Any) -> RequestStream:
+            begun.set()
+            return submit(*arguments, **named)
+
+        monkeypatch.setattr(dispatcher, "submit", submit_and_tell)
+        for num_turns in range(3):
+            begun.clear()
+            asking = asyncio.create_task(cluster.gateway.front.answer([call], None))
+            await begun.wait()
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            assert not asking.done(), "the event loop has its turns in between"
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            await cluster.wait_idle()
+            assert cluster.holds_nothing()
+            assert cluster.gateway.quotas.num_held("small") == 0
+        answer = await cluster.gateway.front.answer([call], None)  # neither its name nor its quota is taken
+        answer.abandon("enough")
 
 
 async def test_prompts_without_a_seed_share_the_one_that_is_told(checkpoint: Path) -> None:
