@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -51,7 +51,7 @@ def create_app(door: Door, registry: CollectorRegistry) -> FastAPI:
     """Return the application of one gateway.
 
     Args:
-        registry: what `/metrics` tells.
+        registry: what `/metrics` tells; responses are counted in it.
     """
     app = FastAPI(
         title="Tandem",
@@ -62,7 +62,10 @@ def create_app(door: Door, registry: CollectorRegistry) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.add_middleware(RequestIdentity)
+    responses = Counter(
+        "tandem_gateway_http_responses", "Responses by route and status.", ["route", "status"], registry=registry
+    )
+    app.add_middleware(RequestIdentity, responses=responses)
     app.add_exception_handler(ServingError, _on_serving_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

@@ -181,8 +181,11 @@ class BoundedConnection(HttpToolsProtocol):
             return
         self._is_refused = True
         self._disarm()
-        is_answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        if not is_answering:
+        cycle: RequestResponseCycle | None = self.cycle
+        is_answered = cycle is not None and (cycle.response_started and not cycle.response_complete)
+        if self._reading is _Reading.BODY:  # of the request that the cycle is for: it may have been refused already
+            is_answered = cycle is not None and cycle.response_started
+        if not is_answered:
             body = json.dumps(error_object(status, message)).encode()
             head = (
                 f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import Counter
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,6 +17,7 @@ from router.http.body import read_object
 from router.http.config import HttpConfig
 
 REQUEST_ID = b"x-request-id"
+_NO_ROUTE = "none"  # the path is a client's text, which is no label
 _REQUEST_IDS = (REQUEST_ID, b"x_request_id")
 
 
@@ -49,10 +51,12 @@ class Door:
 
 
 class RequestIdentity:
-    """Gives every request an id, the client's own or a new one, and every response a header that says it."""
+    """Gives every request an id, the client's own or a new one, and every response a header that says it; counts the
+    responses by route and status."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, responses: Counter) -> None:
         self._app = app
+        self._responses = responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,6 +70,8 @@ class RequestIdentity:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), header]
+                route = getattr(scope.get("route"), "path", _NO_ROUTE)
+                self._responses.labels(route, message["status"]).inc()
             await send(message)
 
         await self._app(scope, receive, send_with_id)

@@ -155,6 +155,13 @@ async def test_a_large_body_is_refused_as_it_arrives(checkpoint: Path) -> None:
             assert response.status_code == 413
 
 
+async def test_a_body_that_was_refused_is_told_nothing_more(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint, http=SHORT | {"max_body_bytes": 10}) as cluster, raw_connection(cluster) as raw:
+        raw.post("/v1/completions", b"", "content-length: 100")
+        assert (await raw.answer())[0] == 413
+        assert await raw.read_to_end() == b""
+
+
 async def test_a_body_may_come_in_small_chunks(checkpoint: Path) -> None:
     async with fake_cluster(checkpoint) as cluster, raw_connection(cluster) as raw:
         body = json.dumps(TEXT).encode()
@@ -224,7 +231,8 @@ class TestClientsThatLeave:
             worker = cluster.decodes[0]
             worker.steps_allowed = asyncio.Semaphore(2)
             raw.post("/v1/completions", json.dumps(TEXT | {"stream": True}).encode(), "x-request-id: leaver")
-            await raw.read_until(b'"text":"b')
+            await raw.read_until(b'"text":"a')
+            await worker.wait_submitted()
             if half:
                 raw.writer.write_eof()
             else:

@@ -52,6 +52,31 @@ async def test_metrics_in_both_formats(checkpoint: Path) -> None:
         assert 'tandem_gateway_requests_total{outcome="finished",reason="length"} 1.0\n' in opened.text
 
 
+async def test_responses_are_counted_by_route_and_status(checkpoint: Path) -> None:
+    async with fake_cluster(checkpoint) as cluster, http_client(cluster) as client:
+        for path in ("/v1/models/fake", "/v1/models/other", "/nowhere", "/elsewhere"):
+            await client.get(path)
+        await client.post("/v1/completions", json=TEXT | {"stream": True})
+        await client.get("/v1/completions")
+        count = cluster.gateway.metrics.registry.get_sample_value
+        assert {
+            (route, status): count("tandem_gateway_http_responses_total", {"route": route, "status": status})
+            for route, status in (
+                ("/v1/models/{model:path}", "200"),
+                ("/v1/models/{model:path}", "404"),
+                ("none", "404"),
+                ("/v1/completions", "200"),
+                ("/v1/completions", "405"),
+            )
+        } == {
+            ("/v1/models/{model:path}", "200"): 1.0,
+            ("/v1/models/{model:path}", "404"): 1.0,
+            ("none", "404"): 2.0,
+            ("/v1/completions", "200"): 1.0,
+            ("/v1/completions", "405"): 1.0,
+        }
+
+
 async def test_a_port_that_is_taken_is_an_error(checkpoint: Path) -> None:
     async with fake_cluster(checkpoint) as cluster:
         port = int(cluster.gateway.http_address.rpartition(":")[2])
