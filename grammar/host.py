@@ -36,6 +36,11 @@ class ModelTokens:
     vocab_size: int
     end_token_ids: Sequence[int]
 
+    @property
+    def have_texts(self) -> bool:
+        """Whether it is known what they spell."""
+        return self.path is not None and (self.path / "tokenizer.json").is_file()
+
 
 class _Server:
     """A running server process and our end of its socket."""
@@ -163,8 +168,8 @@ class GrammarHost:
 
     async def _running_server(self) -> _Server:
         """Raises: InvalidRequest, when this model's text cannot be constrained. ServingError: it does not start."""
-        if self._tokens.path is None:
-            raise InvalidRequest(FIELD, "this model has no tokenizer, so its text cannot be constrained")
+        if self._tokens.path is None or not self._tokens.have_texts:
+            raise InvalidRequest(FIELD, "this model has no tokenizer.json, so its text cannot be constrained")
         async with self._starting:
             if self._is_closed:
                 raise WorkerLost("the grammar server has been closed")

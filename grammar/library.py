@@ -52,8 +52,6 @@ class GrammarLibrary:
     def _settle(self, constraint: Constraint, done: asyncio.Task[Grammar]) -> None:
         if done.cancelled() or done.exception() is not None:
             self._grammars.pop(constraint, None)
-        while len(self._grammars) > self._config.max_grammars:
-            oldest = next((one for one, task in self._grammars.items() if task.done()), None)
-            if oldest is None:
-                return
-            del self._grammars[oldest]
+        ready = [one for one, task in self._grammars.items() if task.done()]
+        for one in ready[: max(0, len(ready) - self._config.max_grammars)]:
+            del self._grammars[one]

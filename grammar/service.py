@@ -59,11 +59,9 @@ class GrammarService:
         return None
 
     def _settle(self, constraint: Constraint, done: asyncio.Task[InvalidRequest | None]) -> None:
-        """Forget what is no verdict, and the oldest verdicts."""
+        """Forget what is no verdict, and the verdicts that were not asked for longest."""
         if done.cancelled() or done.exception() is not None:
             self._verdicts.pop(constraint, None)
-        while len(self._verdicts) > self._config.max_verdicts:
-            oldest = next((one for one, task in self._verdicts.items() if task.done()), None)
-            if oldest is None:
-                return
-            del self._verdicts[oldest]
+        known = [one for one, task in self._verdicts.items() if task.done()]
+        for one in known[: max(0, len(known) - self._config.max_verdicts)]:
+            del self._verdicts[one]

@@ -121,7 +121,7 @@ def everything() -> list[GenerateRequest]:
     """Constrained requests of every kind, greedy and seeded, with and without penalties, and plain ones between."""
     wanted = []
     for seed, constraint in enumerate([*ALL.values(), None] * 2):
-        changes = {"seed": seed, "max_tokens": 40, "temperature": 0.8 if seed % 3 else 0.0}
+        changes: dict[str, object] = {"seed": seed, "max_tokens": 40, "temperature": 0.8 if seed % 3 else 0.0}
         if seed % 2:
             changes |= {"repetition_penalty": 1.3, "top_k": 40, "logit_bias": {seed: 2.0}}
         wanted.append(request(constraint, PROMPT + (seed + 7,) * (seed % 5), **changes))
@@ -227,7 +227,7 @@ def finish_prefill(
         source.supply(one.request_id, grammars[one.sampling.constraint])
     for _ in range(100):
         for output in source.step():
-            return [([token.token_id for token in output.tokens], output.finish and output.finish.reason)]
+            return [([token.token_id for token in output.tokens], output.finish.reason if output.finish else None)]
     raise AssertionError("no first token")
 
 

@@ -6,6 +6,7 @@ Here xgrammar runs in the test's own process; that it has processes of its own i
 import json
 import random
 import re
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -70,7 +71,7 @@ def test_every_complete_text_is_valid(name: str) -> None:
         assert_valid(ALL[name], text)
 
 
-SCHEMAS = {
+SCHEMAS: dict[str, dict[str, Any]] = {
     "integer bounds": {"type": "integer", "minimum": -17, "exclusiveMaximum": 203},
     "number bounds": {"type": "number", "exclusiveMinimum": -2.5, "maximum": 10.25},
     "multiples": {"type": "integer", "multipleOf": 7},
