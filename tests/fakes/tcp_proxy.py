@@ -18,7 +18,7 @@ class TcpProxy:
         self._port = int(port)
         self._server: asyncio.Server | None = None
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
-        self._pumps: set[asyncio.Task[None]] = set()
+        self._joined: set[asyncio.Task[None]] = set()
         self.num_connections = 0
         self.is_silent = False  # what is sent from then on arrives nowhere, and neither end is told
 
@@ -41,35 +41,36 @@ class TcpProxy:
         """Drop all, and let nobody in any more."""
         if self._server is not None:
             self._server.close()
-        self.drop()
-        for task in list(self._pumps):
+        for _ in range(3):  # connections that were accepted, and whose tasks begin in the next turns of the loop
+            await asyncio.sleep(0)
+        for task in list(self._joined):
             task.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await asyncio.gather(*self._joined, return_exceptions=True)
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._joined.add(task)
         try:
             behind_reader, behind_writer = await asyncio.open_connection(self._host, self._port)
-        except OSError:
-            writer.transport.abort()
-            return
-        pair = (writer, behind_writer)
-        self._pairs.add(pair)
-        tasks = [
-            asyncio.create_task(self._pump(reader, behind_writer)),
-            asyncio.create_task(self._pump(behind_reader, writer)),
-        ]
-        self._pumps.update(tasks)
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            pair = (writer, behind_writer)
+            self._pairs.add(pair)
+            pumps = (self._pump(reader, behind_writer), self._pump(behind_reader, writer))
+            tasks = [asyncio.create_task(pump) for pump in pumps]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self._pairs.discard(pair)
+                for pump in tasks:
+                    pump.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await _abort(behind_writer)
+        except (OSError, asyncio.CancelledError):
+            pass  # nobody is there, or the end of the test
         finally:
-            for task in tasks:
-                task.cancel()
-            for end in pair:
-                end.transport.abort()
-            self._pairs.discard(pair)
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._pumps.difference_update(tasks)
+            await _abort(writer)
+            self._joined.discard(task)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -77,6 +78,12 @@ class TcpProxy:
                 if not self.is_silent:
                     writer.write(data)
                     await writer.drain()
+
+
+async def _abort(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 @asynccontextmanager
