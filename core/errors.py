@@ -156,6 +156,9 @@ class NoWorkers(RejectedError):
         super().__init__(RejectReason.NO_WORKERS, detail)
 
 
+TRANSFER_CANCELLED = "cancelled"  # reason of a TransferError: an owner ended it, and says itself why
+
+
 class TransferError(ServingError):
     """A KV transfer ended without an ACK. `reason` is a `NackReason` value or the link's own word."""
 

@@ -7,6 +7,8 @@ The machines are `sender.session` and `receiver.session`; they meet only through
 
 from enum import StrEnum
 
+from core.errors import TRANSFER_CANCELLED
+
 
 class NackReason(StrEnum):
     """Why a transfer ended without an ACK. The value crosses the wire and labels the failure metrics."""
@@ -30,7 +32,7 @@ class NackReason(StrEnum):
     PEER_DOWN = "peer_down"  # it could not be reached a moment ago, and is not tried again yet
     TOO_MANY_LINKS = "too_many_links"  # every link that this side may keep open is busy
     RECEIVER_FULL = "receiver_full"
-    CANCELLED = "cancelled"  # by the owner on either side
+    CANCELLED = TRANSFER_CANCELLED  # by the owner on either side
     POOL = "pool"  # reading from, or writing into, the KV pool was refused
     PROTOCOL = "protocol"  # the peer said what it may not say now
     CLOSED = "closed"  # this side is shutting down

@@ -30,11 +30,12 @@ class EarlyNews:
         """There are tokens, which were checked to follow one token of the prefill worker."""
         return self._num_tokens > 0
 
-    def keep(self, event: m.KvLanded | m.DecodeProduced | m.DecodeFinished) -> None:
+    def keep(self, event: m.EarlyEvent) -> None:
         """Raises: ProtocolError, when it does not follow what was kept; nothing changed."""
-        if isinstance(event, m.KvLanded) is bool(self._events):
+        is_first = isinstance(event, m.KvLanded | m.TransferCancelled)
+        if is_first is bool(self._events):
             raise ProtocolError("a decode worker's news must begin with the landing of the KV, and have it once")
-        if not isinstance(event, m.KvLanded):
+        if isinstance(event, m.DecodeProduced | m.DecodeFinished):
             check_order(event.tokens, first=1 + self._num_tokens)
             self._num_tokens += len(event.tokens)
         self._events.append(event)

@@ -12,8 +12,9 @@
    for it under the same transfer id (REROUTING). With nobody left to ask it is QUEUED again, in its old place.
 4. The prefill worker's token goes to the client: HANDING_OVER until either worker tells that the KV arrived, then
    DECODING until FINISHED. Or the first token was the last. The two workers' streams are not ordered against each
-   other: news of the decode worker that comes before the first token is kept until that is here. How computing went
-   is told right before the first token: once the KV has landed, nobody listens to the prefill worker any more.
+   other: news of the decode worker that comes before the first token is kept until that is here. (Even that the
+   transfer was cancelled: when the first token is the last, the decode worker may be the first to tell.) How computing
+   went is told right before the first token: once the KV has landed, nobody listens to the prefill worker any more.
 5. The first token came and no decode worker is bound: HOLDING, the KV waits at the prefill worker; PLACING, a decode
    worker is asked. In the end the prefill worker generates the rest itself: GENERATING.
 6. A worker that is lost before the first token costs an attempt, at most `max_losses` of them (a prompt that kills
@@ -55,7 +56,7 @@ S = RequestState
 TERMINAL = frozenset({S.FINISHED, S.FAILED, S.ABORTED})
 ASKING = frozenset({S.RESERVING, S.DISPATCHING, S.STARTING, S.BINDING, S.PLACING, S.ENGAGING})  # an answer is due
 ALL_EVENTS: tuple[type[m.Event], ...] = m.Event.__args__
-EARLY_NEWS: tuple[type[m.Event], ...] = (m.KvLanded, m.DecodeProduced, m.DecodeFinished)
+EARLY_NEWS: tuple[type[m.Event], ...] = (m.KvLanded, m.DecodeProduced, m.DecodeFinished, m.TransferCancelled)
 _ENDS: Mapping[type[m.Event], RequestState] = {m.RequestFailed: S.FAILED, m.AbortRequested: S.ABORTED}
 
 EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
@@ -146,6 +147,7 @@ EDGES: Mapping[RequestState, Mapping[type[m.Event], RequestState]] = {
         m.KvHandedOver: S.DECODING,  # either news may be the first
         m.KvLanded: S.DECODING,
         m.PrefillLost: S.FAILED,
+        m.TransferCancelled: S.FAILED,
         m.DecodeLost: S.FAILED,
         **_ENDS,
     },

@@ -193,6 +193,13 @@ class DecodeLost:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferCancelled:
+    """The decode worker let go, because the prefill worker ended the transfer; why, that one tells itself."""
+
+    error: ServingError
+
+
+@dataclass(frozen=True, slots=True)
 class RequestFailed:
     """It cannot succeed: the deadline passed, a worker says so for good, a peer broke the protocol."""
 
@@ -232,9 +239,13 @@ Event = (
     | DecodeFinished
     | PrefillLost
     | DecodeLost
+    | TransferCancelled
     | RequestFailed
     | AbortRequested
 )
+
+EarlyEvent = KvLanded | DecodeProduced | DecodeFinished | TransferCancelled
+"""What a decode worker may tell before the first token is here."""
 
 WorkEvents = list[tuple[str, Event]]
 """What one worker told at once: pairs of work id and event, in order."""

@@ -212,7 +212,7 @@ class RequestMachine:
                 return self._refused_by_decode(error)
             case m.PrefillRejected(error):
                 return self._refused_by_prefill(error)
-            case m.KvLanded() | m.DecodeProduced() | m.DecodeFinished() if self._overtakes:
+            case m.KvLanded() | m.DecodeProduced() | m.DecodeFinished() | m.TransferCancelled() if self._overtakes:
                 self._keep(event)
                 return []
             case m.PrefillProduced() | m.DecodeProduced():
@@ -230,7 +230,7 @@ class RequestMachine:
                 return self._release_prefill()
             case m.PrefillLost(error) | m.DecodeLost(error):
                 return self._lost(event, error)
-            case m.RequestFailed(error) | m.AbortRequested(error):
+            case m.RequestFailed(error) | m.AbortRequested(error) | m.TransferCancelled(error):
                 return [*self._free_workers(str(error)), m.Conclude(error=error)]
             case _:
                 raise AssertionError(f"{type(event).__name__} has an edge but no effect")
@@ -321,7 +321,7 @@ class RequestMachine:
             m.ChooseWorkers(self._round.refused),
         ]
 
-    def _keep(self, event: m.KvLanded | m.DecodeProduced | m.DecodeFinished) -> None:
+    def _keep(self, event: m.EarlyEvent) -> None:
         if self.decode is None:
             raise ProtocolError(f"{type(event).__name__} of a request that no decode worker has")
         self._early.keep(event)

@@ -4,7 +4,15 @@ A failure that another worker may not have becomes "lost" (tried elsewhere befor
 would have, or that must not be tried twice, ends the request.
 """
 
-from core.errors import DeadlineExceeded, InvalidRequest, PromptTooLong, ProtocolError, ServingError, WorkerLost
+from core.errors import (
+    TRANSFER_CANCELLED,
+    DeadlineExceeded,
+    InvalidRequest,
+    PromptTooLong,
+    ProtocolError,
+    ServingError,
+    WorkerLost,
+)
 from core.membership import LoadReport
 from protos import worker_pb2
 from protos.codec import load_from_wire, outputs_from_wire, rejection_from_wire
@@ -100,6 +108,8 @@ def read_decode_report(report: worker_pb2.DecodeReport) -> WorkEvents | LoadRepo
             return [_measured(report.computed)]
         case "failed":
             error, is_transient = read_failure(report.failed)
+            if report.failed.reason == TRANSFER_CANCELLED:
+                return [(report.failed.request_id, m.TransferCancelled(error))]
             return [(report.failed.request_id, m.DecodeLost(error) if is_transient else m.RequestFailed(error))]
         case "load":
             return load_from_wire(report.load)

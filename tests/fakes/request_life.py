@@ -63,6 +63,7 @@ SAMPLES: dict[type[m.Event], m.Event] = {
         m.DecodeFinished(tokens(1), END),
         m.PrefillLost(LOST),
         m.DecodeLost(LOST),
+        m.TransferCancelled(LOST),
         FAILURE,
         ABORT,
     )

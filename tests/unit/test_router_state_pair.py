@@ -59,6 +59,28 @@ def test_a_good_life() -> None:
     assert split.tpot_s == pytest.approx((11.0 - 5.0) / 3)
 
 
+def test_a_transfer_cancelled_because_the_first_token_is_the_last_is_no_loss() -> None:
+    cancelled = m.TransferCancelled(WorkerLost("cancelled: LastTokenComputed"))
+    request, effects = walk(*TO[S.PREFILLING], cancelled)
+    assert (request.state, effects) == (S.PREFILLING, [])
+    request, effects = walk(m.PrefillFinished(tokens(0), END), start=request)
+    assert request.state is S.FINISHED
+    assert effects[0] == m.Deliver(tokens(0))
+    assert effects[-1] == m.Conclude(finish=END)
+    assert request.num_asked == 1
+
+
+def test_a_transfer_cancelled_for_another_reason_is_what_the_prefill_worker_says() -> None:
+    cancelled = m.TransferCancelled(WorkerLost("cancelled: EngineFailed"))
+    request, _ = walk(*TO[S.PREFILLING], cancelled)
+    _, effects = walk(m.PrefillLost(LOST), start=request)
+    assert effects[-1] == m.ChooseWorkers(frozenset({P1})), "tried elsewhere; the decode worker is not to blame"
+    request, _ = walk(*TO[S.PREFILLING], cancelled)
+    _, effects = walk(m.PrefillProduced(tokens(0)), start=request)
+    assert request.state is S.FAILED, "after the first token nothing is tried again"
+    assert effects[-1] == m.Conclude(error=cancelled.error)
+
+
 @pytest.mark.parametrize("state", [S.PREFILLING, S.SEEKING, S.BINDING, S.COMPUTING])
 def test_what_was_cached_is_known_when_the_first_token_is_the_last(state: RequestState) -> None:
     request, effects = walk(*TO[state], m.PrefillMeasured(0.1, 0.2, 48))

@@ -128,7 +128,7 @@ class Cluster(RuleBasedStateMachine):
             S.STARTING: [lambda: m.PrefillAccepted(0), lambda: m.PrefillRejected(rejected())],
             S.SEEKING: [*decodes, *first],
             S.BINDING: [lambda: m.DecodeAccepted(0), *refusals, *first],
-            S.PREFILLING: first,
+            S.PREFILLING: [*first, self.cancelled],
             S.HOLDING: [*decodes, m.HoldExpired],
             S.PLACING: [lambda: m.DecodeAccepted(0), *refusals],
             S.HANDING_OVER: [m.KvHandedOver, lambda: LANDED],
@@ -137,6 +137,10 @@ class Cluster(RuleBasedStateMachine):
             S.COMPUTING: [lambda: self.of_lone(m.DecodeProduced(tokens(0)), m.PrefillProduced(tokens(0)))],
             S.GENERATING: [self.next_token, self.last_token, lambda: m.PrefillMeasured(0.1, 0.1, 0)],
         }
+
+    def cancelled(self) -> m.Event:
+        """The prefill worker ended the transfer, and has told of that already, or is about to."""
+        return m.TransferCancelled(LOST) if not self.request._early else m.PrefillLost(LOST)
 
     def free_decode(self) -> WorkerId:
         return D2 if D1 in self.request._round.refused else D1

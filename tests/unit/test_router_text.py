@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from core.errors import (
     RejectedError,
     RejectReason,
     ServingError,
+    TransferError,
     WorkerLost,
 )
 from core.ids import RequestId
@@ -36,7 +38,7 @@ from core.request import (
 from grammar.host import ModelTokens
 from grammar.service import GrammarService
 from protos import inference_pb2, worker_pb2
-from protos.codec import load_to_wire
+from protos.codec import failure_to_wire, load_to_wire
 from router import messages as m
 from router.chat.messages import ChatMessage
 from router.config import RouterConfig
@@ -282,6 +284,16 @@ def test_reports_become_events() -> None:
     ]
     load = LoadReport(num_running=3)
     assert read_decode_report(worker_pb2.DecodeReport(load=load_to_wire(load))) == load
+
+
+def test_a_cancelled_transfer_is_not_the_decode_workers_loss() -> None:
+    failed = failure_to_wire(RequestId("a"), TransferError("cancelled", "LastTokenComputed"))
+    ((name, event),) = cast(m.WorkEvents, read_decode_report(worker_pb2.DecodeReport(failed=failed)))
+    assert name == "a"
+    assert isinstance(event, m.TransferCancelled)
+    lost = failure_to_wire(RequestId("a"), TransferError("link_lost", ""))
+    ((_, event),) = cast(m.WorkEvents, read_decode_report(worker_pb2.DecodeReport(failed=lost)))
+    assert isinstance(event, m.DecodeLost)
 
 
 @pytest.mark.parametrize("read", [read_prefill_report, read_decode_report])
