@@ -1,6 +1,7 @@
 """What gRPC clients are sent: the beginning, text and tokens with log-probabilities, the closing account. Pure."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from core.request import PromptToken, SamplingParams, TokenLogprob, TokenOutput
 from protos import inference_pb2 as pb
@@ -10,6 +11,9 @@ from router.generation.answer import Answer, ChoicePiece
 from router.generation.chat_answer import ChatAnswer, ChatPiece
 from router.stream import Completion
 from router.tokenizer import GatewayTokenizer
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 
 class GenerateEvents:
@@ -29,8 +33,11 @@ class GenerateEvents:
         events = []
         for piece in pieces:
             if piece.tokens or piece.text:
-                delta = pb.TokenDelta(text=piece.text, tokens=self._words.tokens(piece.tokens), choice=piece.choice)
-                events.append(self._numbered(pb.GenerateResponse(delta=delta)))
+                event = pb.GenerateResponse()
+                delta = event.delta  # filled in place: a message put into another is copied
+                delta.text, delta.choice = piece.text, piece.choice
+                self._words.add_tokens(delta.tokens, piece.tokens)
+                events.append(self._numbered(event))
             if piece.completion is not None:
                 end = finished(piece.completion, piece.choice)
                 events.append(self._numbered(pb.GenerateResponse(finished=end)))
@@ -59,10 +66,13 @@ class ChatEvents:
         events = []
         for piece in pieces:
             if piece.tokens or piece.deltas:
-                delta = pb.ChatDelta(choice=piece.choice, tokens=self._words.tokens(piece.tokens))
+                event = pb.ChatResponse()
+                delta = event.delta
+                delta.choice = piece.choice
                 for part in piece.deltas:
                     _add_delta(delta, part)
-                events.append(self._numbered(pb.ChatResponse(delta=delta)))
+                self._words.add_tokens(delta.tokens, piece.tokens)
+                events.append(self._numbered(event))
             if piece.completion is not None:
                 end = finished(piece.completion, piece.choice)
                 if piece.finish_reason == "tool_calls":
@@ -91,19 +101,21 @@ class TokenWords:
         self._text = tokenizer.token_text
         self._has_logprobs = sampling.logprobs is not None
 
-    def tokens(self, tokens: Sequence[TokenOutput]) -> list[pb.GeneratedToken]:
+    def add_tokens(
+        self, wire: "RepeatedCompositeFieldContainer[pb.GeneratedToken]", tokens: Sequence[TokenOutput]
+    ) -> None:
         if not self._has_logprobs:
-            return [pb.GeneratedToken(index=one.index, token_id=one.token_id) for one in tokens]
-        return [
-            pb.GeneratedToken(
+            for one in tokens:
+                wire.add(index=one.index, token_id=one.token_id)
+            return
+        for one in tokens:
+            wire.add(
                 index=one.index,
                 token_id=one.token_id,
                 logprob=one.logprob,
                 top_logprobs=self._alternatives(one.top_logprobs),
                 token=self._text(one.token_id),
             )
-            for one in tokens
-        ]
 
     def prompt(self, tokens: Sequence[PromptToken]) -> list[pb.PromptToken]:
         return [
