@@ -137,6 +137,24 @@ async def test_an_echoed_prompt_is_scored(client: openai.AsyncOpenAI) -> None:
     assert offsets == sorted(offsets)
 
 
+async def test_a_prompt_is_scored_as_vllm_tells_it(client: openai.AsyncOpenAI) -> None:
+    said = {"prompt_logprobs": 2}
+    chat = await client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=2, temperature=0, extra_body=said
+    )
+    scores = (chat.model_extra or {})["prompt_logprobs"]
+    assert chat.usage is not None
+    assert len(scores) == chat.usage.prompt_tokens
+    assert scores[0] is None
+    assert all(len(one) in (2, 3) and all(top["logprob"] <= 0 for top in one.values()) for one in scores[1:])
+    text = await client.completions.create(
+        model=MODEL, prompt="Return the path.", max_tokens=2, temperature=0, extra_body=said
+    )
+    told = (text.choices[0].model_extra or {})["prompt_logprobs"]
+    assert told[0] is None
+    assert all(told[1:])
+
+
 async def test_the_sync_client(cluster: ClusterProcess) -> None:
     with ThreadPoolExecutor(1) as thread:
         await asyncio.get_running_loop().run_in_executor(thread, use_sync_client, cluster.record.http)
