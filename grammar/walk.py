@@ -197,8 +197,8 @@ def await_answers(walks: Iterable[Walk], timeout_s: float, clock: Clock) -> None
         grammar.receive()
     while waiting := [walk for walk in waiting if not walk.is_ready]:
         left = deadline - clock.now()
-        if left <= 0:
+        readable, _, _ = select.select({walk.grammar for walk in waiting}, [], [], left) if left > 0 else ((), (), ())
+        if not readable:
             return
-        readable, _, _ = select.select({walk.grammar for walk in waiting}, [], [], left)
         for grammar in readable:
             grammar.receive()
