@@ -156,7 +156,7 @@ async def test_the_key_s_tenant_is_what_everything_behind_the_doors_sees(checkpo
 
 
 async def test_tenants_of_one_group_share_prefixes_and_nothing_else(checkpoint: Path) -> None:
-    tenants = {"acme": {"prefix_group": "acme"}, "bobs": {"prefix_group": "acme"}}
+    tenants = {"acme": {"prefix_group": "roots"}, "bobs": {"prefix_group": "roots"}}  # a tenant is called like that
     async with doors_of(checkpoint, tenants=tenants) as doors:
         for name in ("ann", "bob", "root"):
             await doors.generate(KEYS[name], text_request("what they all ask")).read_all()

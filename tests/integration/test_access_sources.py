@@ -134,10 +134,11 @@ async def test_rubbish_in_the_store_is_passed_over(redis: RedisProcess) -> None:
         prefix = "tandem:rubbish:access:key:"
         key, secret = await one.sources.create("ann", "", INFERENCE, None)
         await store.put(prefix + "0" * 12, b"\xff{")
-        await store.put(prefix + "1" * 12, key.model_dump_json().encode())  # another key's record
+        promoted = key.model_copy(update={"roles": frozenset(Role)})
+        await store.put(prefix + "f" * 12, promoted.model_dump_json().encode())  # under another key's name
         await store.put("tandem:rubbish:access:changed", b"now")
         await other.sources.look()
-        await other.admit(secret)
+        assert (await other.admit(secret)).roles == INFERENCE
         assert await other.names() == [("shared", "ann")]
 
 
