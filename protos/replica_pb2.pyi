@@ -145,6 +145,7 @@ class ResumeBatch(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     IS_CUT_FIELD_NUMBER: _builtins.int
+    IS_FIRST_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     nonce: _builtins.str
     """tells one admission of a request id from another"""
@@ -155,6 +156,8 @@ class ResumeBatch(_message.Message):
     """of the first event here, or of the next one"""
     is_cut: _builtins.bool
     """there is more, which is at its gateway only"""
+    is_first: _builtins.bool
+    """the stream begins with this entry"""
     @_builtins.property
     def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     @_builtins.property
@@ -172,10 +175,11 @@ class ResumeBatch(_message.Message):
         events: _abc.Iterable[_builtins.bytes] | None = ...,
         outcome: Global___ResumeOutcome | None = ...,
         is_cut: _builtins.bool = ...,
+        is_first: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "first_index", b"first_index", "gateway_id", b"gateway_id", "is_cut", b"is_cut", "kind", b"kind", "nonce", b"nonce", "outcome", b"outcome", "window_s", b"window_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "first_index", b"first_index", "gateway_id", b"gateway_id", "is_cut", b"is_cut", "is_first", b"is_first", "kind", b"kind", "nonce", b"nonce", "outcome", b"outcome", "window_s", b"window_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

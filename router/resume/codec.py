@@ -28,6 +28,7 @@ class Batch:
         first_number: of the first event, or of the one that comes next.
         is_over: nothing follows; `error`: how it failed.
         is_cut: something follows, but not here.
+        is_first: the mirror begins with this entry.
     """
 
     origin: StreamOrigin
@@ -36,6 +37,7 @@ class Batch:
     is_over: bool = False
     error: ServingError | None = None
     is_cut: bool = False
+    is_first: bool = False
 
 
 def mirror_key(cluster: str, key: StreamKey) -> str:
@@ -59,6 +61,7 @@ def batch_to_bytes(batch: Batch) -> bytes:
         first_index=batch.first_number,
         events=batch.events,
         is_cut=batch.is_cut,
+        is_first=batch.is_first,
     )
     if batch.is_over:
         wire.outcome.CopyFrom(_outcome(batch.error))
@@ -83,6 +86,7 @@ def batch_from_bytes(data: bytes) -> Batch:
         is_over=wire.HasField("outcome"),
         error=_error(wire.outcome) if wire.outcome.grpc_code else None,
         is_cut=wire.is_cut,
+        is_first=wire.is_first,
     )
 
 

@@ -102,16 +102,14 @@ class Copies:
             EventsGone, InvalidRequest: it does not hold what comes after `after`.
             StoreUnavailable: whether there is one cannot be told.
         """
-        copy = self._copies.get(name)
-        if copy is None or copy.log.is_over:  # another request may have the name by now
-            copy = await self._open(name)
-            running = self._copies.get(name)
-            if running is not None and not running.log.is_over:  # somebody else came meanwhile
-                if running.origin == copy.origin:
-                    copy = running
-                else:
-                    _end(running, _replaced())
-            self._copies[name] = copy
+        copy = await self._open(name)
+        running = self._copies.get(name)
+        if running is not None and not running.log.is_over:
+            if running.origin == copy.origin:
+                copy = running
+            else:  # another request has the name by now
+                _end(running, _replaced())
+        self._copies[name] = copy
         try:
             follower = copy.log.follow(after, may_be_ahead=True)  # the mirror lags behind
         finally:
@@ -153,10 +151,11 @@ class Copies:
                 batch = _decode(entry)
                 if batch is None or batch.origin.gateway_id == self._gateway_id:  # ours, and forgotten here
                     continue
-                if copy is None or batch.origin != copy.origin:
+                if copy is None or (batch.is_first and batch.origin != copy.origin):
                     copy = _Copy(name, batch.origin, EventLog(batch.first_number), cursor, now, now)
                 copy.cursor = cursor
-                _add(copy, batch)
+                if batch.origin == copy.origin:  # an older one of this name may still be written
+                    _add(copy, batch)
             if not entries:
                 break
         if copy is None:
@@ -188,10 +187,10 @@ class Copies:
             batch = _decode(entry)
             if batch is None or copy.log.is_over:
                 continue
-            if batch.origin != copy.origin:
+            if batch.origin == copy.origin:
+                _add(copy, batch)
+            elif batch.is_first:  # another stream begins
                 _end(copy, _replaced())
-                continue
-            _add(copy, batch)
         copy.log.trim(self._config.max_stream_bytes)
         if not self._has_room():
             copy.log.trim(0)
@@ -250,7 +249,10 @@ def _add(copy: _Copy, batch: Batch) -> None:
     if batch.is_over:
         log.end(batch.error)
     elif batch.is_cut:
-        _end(copy, EventsGone(f"the stream is too large for the shared store: {copy.origin.gateway_id} has the rest"))
+        _end(
+            copy,
+            EventsGone(f"the stream is too large for the shared store: gateway {copy.origin.gateway_id} has the rest"),
+        )
 
 
 def _replaced() -> RequestNotFound:

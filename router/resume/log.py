@@ -85,7 +85,7 @@ class EventLog:
         """Read what comes after event `after`; None: from the beginning. Whoever follows closes in the end.
 
         Args:
-            may_be_ahead: `after` may be an event that has not come yet.
+            may_be_ahead: `after` may be an event that has not come here, yet or at all.
 
         Raises:
             EventsGone: some of it is kept no longer.
@@ -94,7 +94,8 @@ class EventLog:
         first = 0 if after is None else after + 1
         if first < self.first_index:
             raise EventsGone(f"events {first} to {self.first_index - 1} are kept no longer")
-        if first > self.next_index and not (may_be_ahead and not self.is_over):
+        is_whole = self.is_over and self.error is None
+        if first > self.next_index and (is_whole or not may_be_ahead):
             raise _no_such_event(first, self.next_index)
         follower = LogFollower(self, first)
         self._followers.add(follower)

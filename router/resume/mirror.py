@@ -48,7 +48,6 @@ class Mirrored:
         """The store lost it."""
         self.next_number = None
         self.is_end_written = self.is_cut = False
-        self.num_bytes = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,6 @@ class _Step:
 
     stream: Mirrored
     batch: Batch
-    is_first: bool
 
 
 class Mirror:
@@ -73,6 +71,7 @@ class Mirror:
         self._dropped: dict[str, None] = {}
         self._changed = asyncio.Event()
         self._writing = asyncio.Lock()
+        self._num_bytes = 0  # of all streams
         self._is_store_away = False
 
     def add(self, stream: Mirrored) -> None:
@@ -92,6 +91,7 @@ class Mirror:
         """Remove it from the store, unless another one has its name by now."""
         self._streams.discard(stream)
         self._dirty.pop(stream, None)
+        self._count(stream, 0)
         if not any(one.name == stream.name for one in self._streams):
             self._dropped[stream.name] = None
             self._changed.set()
@@ -143,25 +143,26 @@ class Mirror:
         for stream in list(self._dirty):
             if size >= _WRITE_BYTES:
                 break
-            step = self._step(stream)
+            step = self._step(stream, self._config.max_mirror_bytes - self._num_bytes - size)
             steps.append(step)
             size += sum(map(len, step.batch.events))
         return steps
 
-    def _step(self, stream: Mirrored) -> _Step:
+    def _step(self, stream: Mirrored, room_bytes: int) -> _Step:
         log = stream.log
         is_first = stream.next_number is None
         number = log.first_index if stream.next_number is None else stream.next_number
         if number < log.first_index:  # trimmed before it was written: only its own gateway can go on
             stream.is_cut = True
         if stream.is_cut:
-            return _Step(stream, Batch(stream.origin, number, is_cut=True), is_first)
+            return _Step(stream, Batch(stream.origin, number, is_cut=True, is_first=is_first))
         events = tuple(log.since(number, _BATCH_BYTES))
-        if stream.num_bytes + sum(map(len, events)) > self._config.max_stream_bytes and not is_first:
-            return _Step(stream, Batch(stream.origin, number, is_cut=True), is_first)
+        size = sum(map(len, events))
+        if stream.num_bytes + size > self._config.max_stream_bytes or size > room_bytes:
+            return _Step(stream, Batch(stream.origin, number, is_cut=True, is_first=is_first))
         is_last = log.is_over and number + len(events) == log.next_index
-        batch = Batch(stream.origin, number, events, is_over=is_last, error=log.error if is_last else None)
-        return _Step(stream, batch, is_first)
+        error = log.error if is_last else None
+        return _Step(stream, Batch(stream.origin, number, events, is_last, error, is_first=is_first))
 
     async def _write(self, steps: list[_Step]) -> None:
         appends = [
@@ -170,7 +171,7 @@ class Mirror:
                 batch_to_bytes(step.batch),
                 step.stream.origin.window_s + _TTL_MARGIN_S,
                 _MAX_ENTRIES,
-                is_first=step.is_first,
+                is_first=step.batch.is_first,
             )
             for step in steps
         ]
@@ -180,12 +181,13 @@ class Mirror:
                 self._wrote(step, now)
             else:
                 step.stream.begin_again()  # and it stays among those with news
+                self._count(step.stream, 0)
 
     def _wrote(self, step: _Step, now: float) -> None:
         stream, batch = step.stream, step.batch
         stream.written_at = now
         stream.next_number = batch.first_number + len(batch.events)
-        stream.num_bytes += sum(map(len, batch.events))
+        self._count(stream, stream.num_bytes + sum(map(len, batch.events)))
         stream.is_end_written = stream.is_end_written or batch.is_over
         stream.is_cut = stream.is_cut or batch.is_cut
         stream.is_known.set()
@@ -193,3 +195,8 @@ class Mirror:
         has_more = stream.next_number < log.next_index or (log.is_over and not stream.is_end_written)
         if not has_more or stream.is_cut:
             self._dirty.pop(stream, None)
+
+    def _count(self, stream: Mirrored, num_bytes: int) -> None:
+        """The store has so much of a stream now."""
+        self._num_bytes += num_bytes - stream.num_bytes
+        stream.num_bytes = num_bytes

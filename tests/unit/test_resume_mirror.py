@@ -123,7 +123,7 @@ async def read(follower: Follower, count: int | None = None) -> str:
     [
         Batch(ORIGIN, 0),
         Batch(ORIGIN, 7, (b"", b"\xff\x00"), is_over=True),
-        Batch(ORIGIN, 2**40, (b"x",), is_cut=True),
+        Batch(ORIGIN, 2**40, (b"x",), is_cut=True, is_first=True),
     ],
 )
 def test_a_batch_survives_the_store(batch: Batch) -> None:
@@ -294,6 +294,55 @@ async def test_a_stream_larger_than_the_mirror_may_be_is_its_own_gateways() -> N
             await both.a.follow(0)
         assert await read(await both.a.follow(60)) == f"{61:031} {62:031} {63:031}"
         assert both.a.resumables.num_bytes <= 1024
+
+
+async def test_the_store_is_not_filled_up() -> None:
+    async with pair(CONFIG.model_copy(update={"max_mirror_bytes": 1024})) as both:
+        calls = [Call() for _ in range(3)]
+        keys = [StreamKey("", str(number)) for number in range(3)]
+        own = [both.a.open(call, key) for call, key in zip(calls, keys, strict=True)]
+        for call, follower in zip(calls, own, strict=True):
+            call.tell("x" * 400)
+            assert await read(follower, 1)
+        assert await read(await both.b.follow(key=keys[0]), 1)
+        assert await read(await both.b.follow(key=keys[1]), 1)
+        for follower in (await both.b.follow(key=keys[2]), await both.b.follow(0, key=keys[2])):
+            with pytest.raises(EventsGone, match="gateway gw-a has the rest"):
+                await read(follower)
+        assert await read(await both.a.follow(key=keys[2]), 1), "its own gateway has it"
+        calls[0].end()
+        assert await read(own[0]) == ""
+        again = Call()
+        new = both.a.open(again, keys[0])  # the old one's room is free
+        again.tell("y" * 300)
+        assert await read(new, 1)
+        assert await read(await both.b.follow(key=keys[0]), 1) == "y" * 300
+        for call in (*calls[1:], again):
+            call.end()
+
+
+async def test_two_gateways_with_one_name_at_a_time() -> None:
+    async with pair() as both:
+        first, second = Call(), Call()
+        own = both.a.open(first)
+        first.tell("a0")
+        assert await read(own, 1) == "a0"
+        other = both.b.open(second)
+        second.tell("b0")
+        assert await read(other, 1) == "b0"
+        third = Side("gw-c", both.store, both.alive)
+        running = asyncio.create_task(third.resumables.run())
+        reader = await third.follow()
+        first.tell("a1")
+        second.tell("b1")
+        assert await read(own, 1) == "a1"
+        assert await read(reader, 2) == "b0 b1", "the newer one"
+        first.end()
+        second.end()
+        assert [await read(one) for one in (own, other, reader)] == ["", "b1", ""]
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await third.resumables.close()
 
 
 async def _read_until_it_fails(both: Pair) -> ServingError | None:
