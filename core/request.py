@@ -121,7 +121,8 @@ def _within(
     found: Violations, name: str, value: float, low: float, high: float, *, low_open: bool = False, instead: str = ""
 ) -> None:
     """Note what is not a finite number between the two; `instead` names what else is allowed."""
-    if not math.isfinite(value) or value > high or value < low or (low_open and value == low):
+    is_finite = isinstance(value, int) or math.isfinite(value)  # of a whole number beyond all floats it cannot be asked
+    if not is_finite or value > high or value < low or (low_open and value == low):
         left, right = "(" if low_open else "[", "]" if math.isfinite(high) else ")"
         found.add(f"sampling.{name}", f"must be {instead}in {left}{low:g}, {high:g}{right}, got {value!r}")
 
