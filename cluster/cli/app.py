@@ -65,9 +65,9 @@ def up(
     progress = LiveProgress(console) if is_live else LineProgress(lambda line: detach.say(line, config.name))
 
     def on_ready(launcher: Launcher) -> None:
-        detach.say(f"cluster {config.name} is ready at {launcher.gateway_address}", config.name)
         if launcher.http_urls:
             detach.say(f"OpenAI's API is at {launcher.http_urls}", config.name)
+        detach.say(f"cluster {config.name} is ready at {launcher.gateway_address}", config.name)
         if detached_child:
             detach.become_detached(config.name)
 
