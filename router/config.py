@@ -98,10 +98,11 @@ class RouterConfig(ConfigModel):
     max_active_requests: int = Field(16_384, ge=1)
     max_choices: int = Field(128, ge=1, description="answers that one call may ask for, over all its prompts")
     max_prompt_logprobs: int = Field(
-        200_000,
+        100_000,
         ge=1,
         description="log-probabilities of prompt tokens that one call may ask for, over all its prompts: every token "
-        "has its own and those of the alternatives",
+        "has its own and those of the alternatives. So many come in one message, which takes an event loop tenths of a "
+        "second to read",
     )
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request whose client set none")
     no_workers_timeout_s: float = Field(5.0, ge=0, description="how long requests wait for the first worker of a role")
