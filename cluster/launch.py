@@ -26,7 +26,8 @@ from engine.config import PROCESS_ENVIRONMENT
 Pool = TypeVar("Pool", PrefillPool, DecodePool)
 GATEWAY = "gateway"
 PACKAGES = (
-    "cluster", "core", "decode_workers", "engine", "kv_transfer", "prefill_workers", "protos", "router", "workers",
+    "cluster", "core", "decode_workers", "engine", "grammar", "kv_transfer", "prefill_workers", "protos", "router",
+    "workers",
 )  # fmt: skip
 
 
