@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from core.blocks import num_blocks
 from core.clock import Clock, MonotonicClock
-from core.errors import DuplicateRequest, RejectedError, RejectReason, ServingError, TransferError
+from core.errors import DuplicateRequest, RejectedError, RejectReason, ServingError
 from core.ids import RequestId
 from core.kv_events import BlocksStored, KvEvent
 from core.layout import KvLayout
@@ -32,6 +31,7 @@ from engine.contract import NoFiniteLogits, PrefillObserver, Reservation, Runner
 from engine.detokenize import load_detokenizer
 from engine.execution import Executor
 from engine.following import Following
+from engine.hand_over import HandOver
 from engine.handoff import HandoffTable, NoSuchHandoff
 from engine.intake import Intake
 from engine.ledger import KvLedger
@@ -88,6 +88,7 @@ class Engine:
         self._intake = Intake(
             runner.info, block_size=self._block_size, num_blocks=pool.num_blocks, new_detokenizer=new_detokenizer
         )
+        self._hand_over = HandOver(runner.info, self._ledger, self._scheduler, self._handoffs, self._following)
         self._live: dict[RequestId, TokenSequence] = {}
         self._observers: dict[RequestId, PrefillObserver] = {}
         self._ready_outputs: list[RequestOutput] = []
@@ -123,10 +124,7 @@ class Engine:
         """Bring a request with a constraint its grammar, once. Ignored when the request has ended."""
         sequence = self._live.get(request_id)
         if sequence is not None:
-            sequence.grammar = grammar
-            if sequence.state is SequenceState.UNREADY:
-                self._following.begin(sequence, grammar, ())
-                self._scheduler.supply(sequence)
+            self._hand_over.supply(sequence, grammar)
 
     def abort(self, request_id: RequestId) -> bool:
         """End a request at whatever point it is, without further output; say whether it was there.
@@ -155,34 +153,29 @@ class Engine:
         self.last_step = plan.stats()
         for sequence in plan.admitted:
             if sequence.is_prefill:
-                self._open_lease(sequence)
+                self._hand_over.open_lease(sequence, self._observers[sequence.request_id])
         if plan.shares:
             try:
                 choices = self._executor.compute(plan.shares, self._observers)
             except Exception as error:
                 raise StepFailed(tuple(sequence.request_id for sequence, _ in plan.shares), error) from error
-            row = 0
+            row = -1
             for sequence, share in plan.shares:
                 is_complete = sequence.num_computed + share == len(sequence.tokens)
+                row += is_complete
                 if is_complete and row in choices.unknown:  # its last token is computed once more
                     sequence.num_computed += share - 1
-                    row += 1
-                    continue
-                if is_complete and (row in choices.failed or not sequence.is_scored_well):
+                elif is_complete and (row in choices.failed or not sequence.is_scored_well):
                     # Before anything of this step is shared.
                     self._failed.append((sequence.request_id, NoFiniteLogits()))
                     self._end(sequence)
-                    row += 1
-                    continue
-                sequence.num_computed += share
-                if sequence.num_computed // self._block_size > len(sequence.chain):
-                    self._ledger.index(sequence)
-                if is_complete:
-                    output = self._advance(sequence, choices.token_ids[row], choices.details.get(row))
-                    self._ready_outputs.append(output)
-                    row += 1
-            if choices.unknown:
-                self._settle(can_wait=False)
+                else:
+                    sequence.num_computed += share
+                    if sequence.num_computed // self._block_size > len(sequence.chain):
+                        self._ledger.index(sequence)
+                    if is_complete:
+                        output = self._advance(sequence, choices.token_ids[row], choices.details.get(row))
+                        self._ready_outputs.append(output)
         outputs, self._ready_outputs = self._ready_outputs, []
         return outputs
 
@@ -276,17 +269,8 @@ class Engine:
         sequence = self._live.get(request_id)
         if sequence is None or not sequence.is_prefill:
             return
-        if num_blocks(sequence.max_tokens - 1, self._block_size) > self._ledger.blocks.num_blocks:
-            raise RejectedError(RejectReason.TOO_LONG, f"the pool cannot hold {sequence.max_tokens} tokens")
-        if not self._handoffs.close_unused(request_id):
-            raise TransferError("in_use", "a prefill that is being copied cannot be kept")
-        sequence.is_prefill = False
-        sequence.window_queries = None
+        self._hand_over.keep(sequence)
         self._observers.pop(request_id, None)
-        if sequence.state is SequenceState.LEASED:
-            self._ledger.release(sequence)
-            sequence.handle(SequenceEvent.KEPT)
-            self._scheduler.requeue(sequence)
 
     # Decode side of a hand-off
 
@@ -299,24 +283,9 @@ class Engine:
         """
         self._quarantine.collect()
         sequence = self._new_sequence(request, SequenceState.RESERVED, is_prefill=False)
-        if not self._scheduler.can_reserve():
-            raise RejectedError(RejectReason.QUEUE_FULL, "the batch has no place left")
-        if self._scheduler.is_short_of_blocks():
-            raise RejectedError(RejectReason.NO_BLOCKS, "other requests wait for blocks")
-        prompt = sequence.num_prompt_tokens
-        if not self._ledger.admit(
-            sequence,
-            num_tokens=prompt + 1,
-            max_cached_tokens=prompt,
-            headroom=self._scheduler.headroom(),
-            owner=Owner.LEASE,
-        ):
-            raise RejectedError(RejectReason.NO_BLOCKS, f"{self._ledger.num_available} blocks are available")
+        reservation = self._hand_over.reserve(sequence)
         self._live[sequence.request_id] = sequence
-        self._scheduler.reserve(sequence)
-        tokens = range(sequence.cached_tokens, prompt)
-        self._handoffs.open_writing(sequence.request_id, sequence.block_table[: sequence.num_blocks], tokens)
-        return Reservation(sequence.cached_tokens)
+        return reservation
 
     def write_kv(
         self, request_id: RequestId, layers: range, tokens: range, kv: torch.Tensor, heads: range | None = None
@@ -345,30 +314,13 @@ class Engine:
             TransferError: KV is missing, being written, or left out of a model that needs it, or these are no tokens
                 of the model; the reservation stays.
         """
-        if not all(0 <= token_id < self.model_info.vocab_size for token_id in first_tokens):
-            raise TransferError("first_token", f"one of {list(first_tokens)} is not in the vocabulary")
-        if num_dropped and (exact or self.model_info.has_sliding_window):
-            raise TransferError("dropped_tokens", f"{num_dropped} tokens were left out, and every one is needed")
-        self._handoffs.check_complete(request_id, num_dropped)
-        assert first_tokens, "the first token comes from the prefill side"
-        assert self._live[request_id].has_grammar, "the grammar is supplied first"
-        self._handoffs.close(request_id)
-        sequence = self._live[request_id]
-        self._ledger.change_owner(sequence, Owner.REQUEST)
-        sequence.handle(SequenceEvent.ACTIVATED)
-        self._scheduler.join(sequence)
-        sequence.num_computed = sequence.num_prompt_tokens
-        sequence.is_shareable = exact
-        self._ledger.drop(sequence, num_dropped)
-        self._ledger.index(sequence)
-        for token_id in first_tokens:
-            finish = sequence.push(token_id)
-            if finish is not None:
-                self._ready_outputs.append(RequestOutput(request_id, (), finish))
-                self._end(sequence)
-                return
-        if sequence.grammar is not None:
-            self._following.begin(sequence, sequence.grammar, first_tokens)
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            raise NoSuchHandoff(request_id)
+        finish = self._hand_over.activate(sequence, first_tokens, exact=exact, num_dropped=num_dropped)
+        if finish is not None:
+            self._ready_outputs.append(RequestOutput(request_id, (), finish))
+            self._end(sequence)
 
     # What others may know
 
@@ -414,13 +366,6 @@ class Engine:
         self._num_arrivals += 1
         return self._intake.sequence(request, arrival=self._num_arrivals, state=state, is_prefill=is_prefill)
 
-    def _open_lease(self, sequence: TokenSequence) -> None:
-        prompt = sequence.num_prompt_tokens
-        self._handoffs.open_reading(sequence.request_id, sequence.block_table[: sequence.num_blocks], prompt)
-        if sequence.cached_tokens:
-            ready = (sequence.request_id, range(self.layout.num_layers), range(sequence.cached_tokens))
-            self._observers[sequence.request_id].on_kv_ready(*ready)
-
     def _advance(self, sequence: TokenSequence, token_id: int, detail: TokenDetail | None) -> RequestOutput:
         """Take a sampled token into a sequence and let it live on, lease or end accordingly."""
         index = sequence.num_generated
@@ -433,9 +378,8 @@ class Engine:
             sequence.handle(SequenceEvent.PREFILLED)
             del self._observers[sequence.request_id]
         logprobs = (detail.logprob, detail.top_logprobs) if detail else ()
-        scores, sequence.scores = sequence.scores, None
-        prompt_tokens = scores.result() if scores is not None else ()
-        return RequestOutput(sequence.request_id, (TokenOutput(index, token_id, *logprobs),), finish, prompt_tokens)
+        token, scores = TokenOutput(index, token_id, *logprobs), sequence.take_scores()
+        return RequestOutput(sequence.request_id, (token,), finish, scores)
 
     def _settle(self, *, can_wait: bool) -> None:
         """End the requests whose constraint says that they are over, or cannot be followed."""

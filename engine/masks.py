@@ -22,10 +22,15 @@ def forbid(logits: torch.Tensor, masks: Mapping[int, NDArray[np.uint8]]) -> None
         for row, mask in masks.items():
             allowed = np.unpackbits(mask, count=vocab_size, bitorder="little").view(np.bool_)
             np.putmask(values[row], ~allowed, -np.inf)
-        return
+    else:
+        _forbid_there(logits, masks)
+
+
+def _forbid_there(logits: torch.Tensor, masks: Mapping[int, NDArray[np.uint8]]) -> None:
+    """On any device: the bits travel, and are unpacked there."""
     packed = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)  # [K, bytes]
     shifts = torch.tensor(_BITS, dtype=torch.uint8, device=logits.device)
-    is_allowed = ((packed[:, :, None] >> shifts) & 1).flatten(1)[:, :vocab_size].bool()
+    is_allowed = ((packed[:, :, None] >> shifts) & 1).flatten(1)[:, : logits.shape[1]].bool()
     rows = torch.tensor(list(masks), device=logits.device)
     logits[rows] = logits[rows].masked_fill(~is_allowed, -torch.inf)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from core.blocks import extend_hash, num_blocks
 from core.errors import InvalidTransition
-from core.request import Finish, GenerateRequest
+from core.request import Finish, GenerateRequest, PromptToken
 from engine.prefix_cache import CacheEntry
 from engine.prompt_scores import PromptScores
 from engine.sampler import SamplingState
@@ -175,6 +175,11 @@ class TokenSequence:
     def is_scored_well(self) -> bool:
         """What was computed of its prompt's scores, if anything, are numbers."""
         return self.scores is None or self.scores.are_finite
+
+    def take_scores(self) -> tuple[PromptToken, ...]:
+        """Return the prompt's scores, if there are any, once."""
+        scores, self.scores = self.scores, None
+        return scores.result() if scores is not None else ()
 
     @property
     def num_reusable(self) -> int:

@@ -13,6 +13,7 @@ from core.ids import RequestId
 from core.request import FinishReason, GenerateRequest, SamplingParams
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.masks import _forbid_there, forbid
 from engine.sampler import Sampler, SamplingState
 from grammar.wire import Status
 from tests.fake_model import EOS, VOCAB_SIZE, FakeRunner, greedy, history_logits, reference_tokens
@@ -287,3 +288,19 @@ def test_a_masked_row_changes_no_other_row() -> None:
         assert plain.details[row] == masked.details[row]
     assert masked.token_ids[2] in (3, 50)
     assert {one.token_id for one in masked.details[2].top_logprobs} == {3, 50}
+
+
+@pytest.mark.parametrize("vocab_size", [31, 97, 4096])
+def test_masks_mean_the_same_on_every_device(vocab_size: int) -> None:
+    """The way of other devices, on this one: rows in any order, more bits than tokens, other rows untouched."""
+    dice = np.random.default_rng(vocab_size)
+    logits = torch.from_numpy(dice.normal(size=(5, vocab_size)).astype(np.float32))
+    masks = {row: dice.integers(0, 256, vocab_size // 8 + 5, dtype=np.uint8) for row in (3, 0, 2)}
+    here, there = logits.clone(), logits.clone()
+    forbid(here, masks)
+    _forbid_there(there, masks)
+    assert torch.equal(here, there)
+    assert torch.equal(here[[1, 4]], logits[[1, 4]])
+    for row, mask in masks.items():
+        kept = [token for token in range(vocab_size) if mask[token // 8] >> token % 8 & 1]
+        assert (here[row] > -torch.inf).nonzero().flatten().tolist() == kept
