@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 
@@ -192,8 +193,18 @@ async def test_a_reader_at_another_gateway_keeps_it_going(tmp_path: Path, checkp
         stop_decoding(cluster, 1)
         reader = ResumingReader("kept")
         await reader.begin(first.channel, request("kept", window_s=0.4), 2)
-        reading = asyncio.create_task(reader.resume(second.channel))
-        await asyncio.sleep(1.5)  # several windows
+        windows, get = asyncio.Semaphore(0), first.store.get
+
+        async def get_and_tell(key: str) -> bytes | None:
+            found = await get(key)
+            windows.release()
+            return found
+
+        with mock.patch.object(first.store, "get", get_and_tell):
+            reading = asyncio.create_task(reader.resume(second.channel))
+            async with asyncio.timeout(PATIENCE_S):
+                for _ in range(3):  # each time the window is over
+                    await windows.acquire()
         assert first.gateway.dispatcher.num_active == 1
         decode(cluster)
         await reading
