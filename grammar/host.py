@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from core.clock import Clock
 from core.constraint import Constraint
-from core.errors import InvalidRequest, RejectedError, RejectReason, ServingError, WorkerLost
+from core.errors import InvalidRequest, RejectedError, RejectReason, WorkerLost
 from grammar import wire
 from grammar.bounds import FIELD, field_of
 from grammar.config import GrammarConfig
@@ -45,13 +46,13 @@ class ModelTokens:
 class _Server:
     """A running server process and our end of its socket."""
 
-    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
         self.process = process
         self.control = control
 
     @property
     def is_alive(self) -> bool:
-        return self.process.returncode is None
+        return self.process.poll() is None
 
     def order(self, message: dict[str, object], descriptors: Sequence[int] = ()) -> None:
         """Any thread.
@@ -84,7 +85,7 @@ class GrammarHost:
 
         Raises:
             InvalidRequest: it cannot, or costs too much.
-            RejectedError: QUEUE_FULL. ServingError: no verdict could be had.
+            RejectedError: QUEUE_FULL. WorkerLost: no verdict could be had.
         """
         connection, _ = await self._compile(constraint, is_followed=False)
         connection.close()
@@ -167,7 +168,7 @@ class GrammarHost:
             raise InvalidRequest(field, f"cannot be enforced: {problem}")
 
     async def _running_server(self) -> _Server:
-        """Raises: InvalidRequest, when this model's text cannot be constrained. ServingError: it does not start."""
+        """Raises: InvalidRequest, when this model's text cannot be constrained. WorkerLost: it does not start."""
         if self._tokens.path is None or not self._tokens.have_texts:
             raise InvalidRequest(FIELD, "this model has no tokenizer.json, so its text cannot be constrained")
         async with self._starting:
@@ -185,31 +186,40 @@ class GrammarHost:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "grammar.server", "--descriptor", str(theirs.fileno())),
-                *("--model", str(path), "--vocab-size", str(self._tokens.vocab_size)),
-                *("--end-token-ids", json.dumps(list(self._tokens.end_token_ids))),
-                *("--max-memory-bytes", str(self._config.max_memory_bytes)),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=_environment(),
-                start_new_session=True,
-            )
-        server = _Server(process, ours)
+            server = _Server(self._spawn(path, theirs.fileno()), ours)
         try:
             async with asyncio.timeout(self._config.start_timeout_s):
                 packet = await asyncio.get_running_loop().sock_recv(ours, wire.MAX_PACKET_BYTES)
         except BaseException as error:
             await _end(server)
             if isinstance(error, TimeoutError):
-                raise ServingError("the grammar server does not start") from error
+                raise WorkerLost("the grammar server does not start") from error
             raise
-        problem = json.loads(packet)["problem"] if packet else "it ended at once"
+        if not packet:
+            await _end(server)
+            raise WorkerLost(f"the grammar server ended at its start, with status {server.process.returncode}")
+        problem = json.loads(packet)["problem"]
         if problem:
             await _end(server)
             raise InvalidRequest(FIELD, f"this model's text cannot be constrained: {problem}")
         return server
+
+    def _spawn(self, path: Path, descriptor: int) -> subprocess.Popen[bytes]:
+        """Not by the event loop: uvloop forks and runs Python in the child, which dies of gRPC's threads now and then.
+        The standard library's vfork runs nothing of ours."""
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "grammar.server", "--descriptor", str(descriptor)),
+                *("--model", str(path), "--vocab-size", str(self._tokens.vocab_size)),
+                *("--end-token-ids", json.dumps(list(self._tokens.end_token_ids))),
+                *("--max-memory-bytes", str(self._config.max_memory_bytes)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[descriptor],
+            env=_environment(),
+            start_new_session=True,
+        )
 
 
 def _environment() -> dict[str, str]:
@@ -227,9 +237,8 @@ def _environment() -> dict[str, str]:
 async def _end(server: _Server) -> None:
     server.control.close()
     try:
-        async with asyncio.timeout(_END_S):
-            await server.process.wait()
-    except TimeoutError:
+        await asyncio.to_thread(server.process.wait, _END_S)
+    except subprocess.TimeoutExpired:
         _log.error("the grammar server does not end; it is killed")
         server.process.kill()
-        await server.process.wait()
+        await asyncio.to_thread(server.process.wait)

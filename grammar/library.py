@@ -29,7 +29,7 @@ class GrammarLibrary:
 
         Raises:
             InvalidRequest: it cannot be enforced, or costs too much.
-            RejectedError: too many are being compiled. ServingError: it cannot be compiled now.
+            RejectedError: too many are being compiled. WorkerLost: it cannot be compiled now.
         """
         task = self._grammars.get(constraint)
         if task is None or (task.done() and task.result().error is not None):

@@ -30,7 +30,7 @@ class GrammarService:
 
         Raises:
             InvalidRequest: it is malformed, cannot be enforced, or costs too much; names the field.
-            RejectedError: QUEUE_FULL, too many wait for a verdict. ServingError: there is no verdict now.
+            RejectedError: QUEUE_FULL, too many wait for a verdict. WorkerLost: there is no verdict now.
         """
         bounds.check(constraint, self._config.limits)
         task = self._verdicts.get(constraint)

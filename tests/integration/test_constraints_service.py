@@ -132,7 +132,7 @@ async def test_verdicts_are_had_once_and_bounded_and_outlive_their_server() -> N
         assert made._host._server is not None
         process = made._host._server.process
         process.kill()
-        await process.wait()
+        await asyncio.to_thread(process.wait)
         await made.check(REGEX)
         assert server_of(made._host) != process.pid
 
