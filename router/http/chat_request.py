@@ -16,27 +16,9 @@ from router.http.sampling_fields import UNSERVED, SamplingFields, check_alternat
 
 UNSERVED_CHAT: Mapping[str, Sequence[object]] = {
     **UNSERVED,
-    "audio": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "moderation": (),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "web_search_options": (),
-    "verbosity": ("medium",),
-    "store": (False,),
-    "suffix": ("",),
+    "prompt": (),
     "echo": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "add_special_tokens": (False,),
-    "documents": ([],),
-    "chat_template": ("",),
-    "include_reasoning": (True,),
-    "separate_reasoning": (True,),
-    "stream_reasoning": (True,),
-    "thinking": (),
-    "thinking_token_budget": (),
 }
 _EFFORT, _NO_EFFORT = "reasoning_effort", "none"
 
@@ -48,12 +30,10 @@ class ChatRequest(SamplingFields):
     tools: Items[ToolFields] | None = None
     tool_choice: TextOrObject | None = Field(None, description="none, auto, required, or a function by name")
     parallel_tool_calls: bool | None = None
-    max_completion_tokens: Integer | None = Field(None, json_schema_extra={"minimum": 1})
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, json_schema_extra={"minimum": 0, "maximum": MAX_LOGPROBS})
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
     reasoning_effort: str | None = Field(None, description="handed to the chat template as a variable")
-    prompt_cache_key: str | None = Field(None, description="as a session: requests with the same key go together")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +47,7 @@ class ChatOrder:
 
     @property
     def has_max_tokens(self) -> bool:
-        return self.fields.max_tokens is not None or self.fields.max_completion_tokens is not None
-
-    @property
-    def max_tokens_field(self) -> str:
-        return "max_tokens" if self.fields.max_completion_tokens is None else "max_completion_tokens"
+        return self.fields.most_tokens() is not None
 
 
 def read_chat(body: Mapping[str, Any], has_variable: Callable[[str], bool]) -> ChatOrder:
@@ -101,11 +77,8 @@ def _sampling(fields: ChatRequest, constraint: Constraint | None) -> SamplingPar
         raise InvalidRequest("top_logprobs", "is only allowed when logprobs is true")
     check_alternatives("top_logprobs", fields.top_logprobs)
     check_alternatives("prompt_logprobs", fields.prompt_logprobs)
-    both = {fields.max_tokens, fields.max_completion_tokens} - {None}
-    if len(both) > 1:
-        raise InvalidRequest("max_tokens", "contradicts max_completion_tokens, which replaces it")
     return fields.sampling(
-        max_tokens=both.pop() if both else None,
+        max_tokens=fields.most_tokens(),
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
         prompt_logprobs=fields.prompt_logprobs,
         constraint=constraint,

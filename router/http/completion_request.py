@@ -15,9 +15,14 @@ from router.intake import TextPrompt, TokenPrompt
 DEFAULT_MAX_TOKENS = 16  # OpenAI's own
 UNSERVED_COMPLETION: Mapping[str, Sequence[object]] = {
     **UNSERVED,
-    "suffix": ("",),
+    "messages": ([],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "top_logprobs": (),
+    "reasoning_effort": ("none",),
+    "chat_template_kwargs": ({},),
     "add_special_tokens": (True,),
-    "store": (False,),
 }
 
 
@@ -71,8 +76,11 @@ class CompletionRequest(SamplingFields):
 
     prompt: Prompts
     max_tokens: Integer | None = Field(
-        DEFAULT_MAX_TOKENS, description="0: only what echo tells of the prompt", json_schema_extra={"minimum": 0}
+        None,
+        description=f"absent: {DEFAULT_MAX_TOKENS}; 0: only what echo tells of the prompt",
+        json_schema_extra={"minimum": 0},
     )
+    max_completion_tokens: Integer | None = Field(None, description="as max_tokens", json_schema_extra={"minimum": 0})
     echo: bool | None = Field(None, description="the prompt comes first in the text, and in logprobs")
     logprobs: Integer | None = Field(
         None,
@@ -105,9 +113,9 @@ def read_completion(body: Mapping[str, Any], max_choices: int) -> CompletionOrde
     check_alternatives("logprobs", fields.logprobs)
     check_alternatives("prompt_logprobs", fields.prompt_logprobs)
     constraint, constraint_field = fields.constraint()
-    max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
-    if "max_tokens" not in body and (fields.min_tokens or 0) > max_tokens:
-        max_tokens = fields.min_tokens or 0
+    max_tokens = fields.most_tokens()
+    if max_tokens is None:
+        max_tokens = max(DEFAULT_MAX_TOKENS, fields.min_tokens or 0)
     is_prompt_only = max_tokens == 0
     sampling = fields.sampling(
         max_tokens=1 if is_prompt_only else max_tokens,

@@ -52,8 +52,6 @@ class GenerationRoutes:
         hints = read_hints(request.headers.items())
         call = self._call(request, principal, hints, order.fields, order.sampling, None)
         call = replace(call, has_max_tokens=order.has_max_tokens)
-        if not call.service.session_id and order.fields.prompt_cache_key:
-            call = replace(call, service=replace(call.service, session_id=order.fields.prompt_cache_key))
         return WhileConnected(partial(self._send_chat, order, call))
 
     async def completion(self, request: Request) -> Response:
@@ -152,7 +150,8 @@ class GenerationRoutes:
             n=fields.num_choices,
         )
         call = with_hints(call, hints)
-        return replace(call, request_id=call.request_id or request.state.request_id)
+        service = replace(call.service, session_id=call.service.session_id or fields.prompt_cache_key or "")
+        return replace(call, service=service, request_id=call.request_id or request.state.request_id)
 
 
 @contextlib.contextmanager
@@ -172,7 +171,7 @@ def _chat_names(order: ChatOrder) -> dict[str, str]:
         "sampling": "",
         "resume_window_s": RESUME_WINDOW_S[0],
         "sampling.logprobs": "top_logprobs",
-        "sampling.max_tokens": order.max_tokens_field,
+        "sampling.max_tokens": order.fields.max_tokens_field,
         "chat": "messages",
         "chat.messages": "messages",
         "chat_template_arguments": "chat_template_kwargs",
@@ -181,7 +180,13 @@ def _chat_names(order: ChatOrder) -> dict[str, str]:
 
 
 def _completion_names(order: CompletionOrder) -> dict[str, str]:
-    names = {"sampling": "", "resume_window_s": RESUME_WINDOW_S[0], "text": "prompt", "token_ids": "prompt"}
+    names = {
+        "sampling": "",
+        "sampling.max_tokens": order.fields.max_tokens_field,
+        "resume_window_s": RESUME_WINDOW_S[0],
+        "text": "prompt",
+        "token_ids": "prompt",
+    }
     return names | _constraint_names(order.constraint_field)
 
 

@@ -43,8 +43,30 @@ UNSERVED: Mapping[str, Sequence[object]] = {
     "repetition_detection": (),
     "prompt_cache_retention": ("in_memory", "in-memory"),
     "prompt_cache_options": ({},),
+    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": ("auto", "xgrammar"),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "moderation": (),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "store": (False,),
+    "suffix": ("",),
+    "documents": ([],),
+    "chat_template": ("",),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "thinking": (),
+    "thinking_token_budget": (),
 }
-"""What neither API serves. Values that change nothing are taken."""
+"""What neither API serves. Values that change nothing are taken. What only one of them serves, the other has in its own
+table: a field that is known is nowhere dropped."""
 
 WITHOUT_EFFECT = frozenset({"metadata", "user", "safety_identifier"})
 """Labels of a request that never touch its answer: of stored answers, and of who asks."""
@@ -111,6 +133,9 @@ class SamplingFields(ConstraintFields):
     stop_token_ids: Items[Integer] | None = None
     ignore_eos: bool | None = None
     max_tokens: Integer | None = Field(None, json_schema_extra={"minimum": 1})
+    max_completion_tokens: Integer | None = Field(
+        None, description="what replaces max_tokens", json_schema_extra={"minimum": 1}
+    )
     min_tokens: Integer | None = Field(None, json_schema_extra={"minimum": 0})
     n: Integer | None = Field(
         None, description="answers; answer i is sampled with the seed + i", json_schema_extra={"minimum": 1}
@@ -129,6 +154,7 @@ class SamplingFields(ConstraintFields):
         description="as in vLLM: a smaller number goes first; -10 to 10",
         json_schema_extra=_between(-MAX_PRIORITY, MAX_PRIORITY),
     )
+    prompt_cache_key: str | None = Field(None, description="as a session: requests with the same key go together")
     request_id: str | None = Field(None, description="as the header x-request-id")
     return_token_ids: bool | None = Field(None, description="token ids beside the text")
     return_tokens_as_token_ids: bool | None = Field(None, description="tokens of logprobs as token_id:<id>")
@@ -136,6 +162,17 @@ class SamplingFields(ConstraintFields):
     @property
     def num_choices(self) -> int:
         return 1 if self.n is None else self.n
+
+    @property
+    def max_tokens_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def most_tokens(self) -> int | None:
+        """Return how long an answer may be, if the body says so. Raises: InvalidRequest, when it says two things."""
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise InvalidRequest("max_tokens", "contradicts max_completion_tokens, which replaces it")
+        return both.pop() if both else None
 
     @property
     def includes_usage(self) -> bool:

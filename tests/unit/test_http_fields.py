@@ -40,6 +40,11 @@ def test_every_field_of_openais_completions_is_known(name: str) -> None:
     assert (name in CompletionRequest.model_fields) + (name in UNSERVED_COMPLETION) + (name in WITHOUT_EFFECT) == 1
 
 
+def test_what_one_of_the_two_serves_the_other_does_not_drop() -> None:
+    assert ChatRequest.model_fields.keys() <= CompletionRequest.model_fields.keys() | UNSERVED_COMPLETION.keys()
+    assert CompletionRequest.model_fields.keys() <= ChatRequest.model_fields.keys() | UNSERVED_CHAT.keys()
+
+
 @pytest.mark.parametrize("name", sorted(UNSERVED_CHAT))
 def test_an_unserved_field_of_chat_is_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidRequest, match="is not supported by this server") as refused:
@@ -266,7 +271,7 @@ def test_every_parameter_arrives() -> None:
         ignore_eos=True, min_tokens=2, max_tokens=30, seed=2**64 - 1, logprobs=4, prompt_logprobs=2,
     )  # fmt: skip
     assert order.fields.num_choices == 3
-    assert (order.has_max_tokens, order.max_tokens_field) == (True, "max_completion_tokens")
+    assert (order.has_max_tokens, order.fields.max_tokens_field) == (True, "max_completion_tokens")
 
 
 def test_nothing_said_is_openais_default() -> None:
@@ -278,6 +283,13 @@ def test_nothing_said_is_openais_default() -> None:
     assert completion().sampling == SamplingParams(max_tokens=16)
     assert completion(max_tokens=None).sampling == SamplingParams(max_tokens=16)
     assert completion(min_tokens=20).sampling == SamplingParams(min_tokens=20, max_tokens=20)
+
+
+def test_both_names_of_the_length_hold_in_completions() -> None:
+    assert completion(max_completion_tokens=3).sampling.max_tokens == 3
+    assert completion(max_tokens=3, max_completion_tokens=3).sampling.max_tokens == 3
+    with pytest.raises(InvalidRequest, match="contradicts"):
+        completion(max_tokens=3, max_completion_tokens=4)
 
 
 @pytest.mark.parametrize(
