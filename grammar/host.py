@@ -43,6 +43,10 @@ class ModelTokens:
         return self.path is not None and (self.path / "tokenizer.json").is_file()
 
 
+class TooSlow(InvalidRequest):
+    """It did not compile in time; on a machine that was less busy it might have."""
+
+
 class _Server:
     """A running server process and our end of its socket."""
 
@@ -158,7 +162,7 @@ class GrammarHost:
             async with asyncio.timeout(timeout_s):
                 packet = await asyncio.get_running_loop().sock_recv(connection, wire.MAX_PACKET_BYTES)
         except TimeoutError:
-            raise InvalidRequest(field, f"takes more than {timeout_s:g} s to compile") from None
+            raise TooSlow(field, f"takes more than {timeout_s:g} s to compile") from None
         if not packet:
             if self._is_closed or not server.is_alive:
                 raise WorkerLost("the grammar server has ended")

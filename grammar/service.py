@@ -8,7 +8,9 @@ from core.constraint import Constraint
 from core.errors import InvalidRequest
 from grammar import bounds
 from grammar.config import GrammarConfig
-from grammar.host import GrammarHost, ModelTokens
+from grammar.host import GrammarHost, ModelTokens, TooSlow
+
+_DOUBT_S = 60.0  # a constraint that was too slow may be tried again after so long
 
 
 class GrammarService:
@@ -62,6 +64,8 @@ class GrammarService:
         """Forget what is no verdict, and the verdicts that were not asked for longest."""
         if done.cancelled() or done.exception() is not None:
             self._verdicts.pop(constraint, None)
+        elif isinstance(done.result(), TooSlow):
+            asyncio.get_running_loop().call_later(_DOUBT_S, self._verdicts.pop, constraint, None)
         known = [one for one, task in self._verdicts.items() if task.done()]
         for one in known[: max(0, len(known) - self._config.max_verdicts)]:
             del self._verdicts[one]

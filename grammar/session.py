@@ -82,9 +82,9 @@ class Session:
             self.open(0, ())
             token_ids: tuple[int, ...] = ()
             for at in range(_TRIAL_TOKENS):
-                began = time.monotonic()
+                began = time.process_time()  # a busy machine is not the grammar's fault
                 status, mask = self.advance(0, token_ids)
-                if time.monotonic() - began > timeout_s:
+                if time.process_time() - began > timeout_s:
                     return f"following it takes more than {timeout_s:g} s for one token"
                 if status is wire.Status.STUCK:
                     return "no text can match it" if at == 0 else "a text can begin that no token can complete"

@@ -93,6 +93,7 @@ def assert_valid(constraint: Constraint, text: str) -> None:
 
 @contextlib.asynccontextmanager
 async def library(**settings: object) -> AsyncIterator[GrammarLibrary]:
+    settings = {"compile_timeout_s": 60.0, **settings}
     made = GrammarLibrary(GrammarConfig.model_validate(settings), TOKENS, MonotonicClock())
     try:
         yield made

@@ -22,7 +22,7 @@ from tests.constrained import ALL, CHOICE, REGEX, TOKENS
 from tests.fakes.cluster import fake_cluster, text_request
 
 K = ConstraintKind
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0  # a deadline, not a duration: only a hang uses it up
 MANY_LENGTHS = Constraint(  # seconds of work: tens of thousands of states, each with every token
     K.JSON_SCHEMA,
     json.dumps(
@@ -33,6 +33,7 @@ MANY_LENGTHS = Constraint(  # seconds of work: tens of thousands of states, each
 
 @contextlib.asynccontextmanager
 async def service(tokens: ModelTokens = TOKENS, **settings: object) -> AsyncIterator[GrammarService]:
+    settings = {"compile_timeout_s": PATIENCE_S, **settings}
     made = GrammarService(GrammarConfig.model_validate(settings), tokens, MonotonicClock())
     try:
         yield made
@@ -157,11 +158,12 @@ def constrained(text: str, constraint: pb.Constraint) -> pb.GenerateRequest:
 
 
 async def test_plain_requests_pass_one_whose_constraint_is_being_judged(checkpoint: Path) -> None:
-    async with fake_cluster(checkpoint, max_preparing=1) as cluster:
-        letters = pb.Constraint(regex="[a-z]+")
-        await cluster.generate(constrained("first", letters)).read_all()
+    async with fake_cluster(checkpoint, max_preparing=1, grammar={"compile_timeout_s": PATIENCE_S}) as cluster:
         grammars = cluster.gateway._grammars
         assert grammars is not None
+        await grammars.check(Constraint(K.REGEX, "[a-z]+"))  # starts the server
+        letters = pb.Constraint(regex="[a-z]+")
+        await cluster.generate(constrained("first", letters)).read_all()
         pid = server_of(grammars._host)
         os.kill(pid, signal.SIGSTOP)
         try:

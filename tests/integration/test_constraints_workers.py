@@ -60,7 +60,7 @@ def expected() -> Iterator[dict[str, tuple[list[int], FinishReason]]]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair() -> AsyncIterator[Pair]:
-    async with worker_pair(model=MODEL, engine=ENGINE) as pair:
+    async with worker_pair(model=MODEL, engine=ENGINE, grammar={"compile_timeout_s": 60.0}) as pair:
         yield pair
 
 
