@@ -167,12 +167,9 @@ def token_to_wire(token: TokenOutput) -> inference_pb2.GeneratedToken:
 
 
 def token_from_wire(message: inference_pb2.GeneratedToken) -> TokenOutput:
-    return TokenOutput(
-        index=message.index,
-        token_id=message.token_id,
-        logprob=message.logprob if message.HasField("logprob") else None,
-        top_logprobs=_logprobs_from_wire(message.top_logprobs),
-    )
+    logprob = message.logprob if message.HasField("logprob") else None
+    others = _logprobs_from_wire(found) if (found := message.top_logprobs) else ()
+    return TokenOutput(message.index, message.token_id, logprob, others)
 
 
 def finish_reason_to_wire(reason: FinishReason) -> inference_pb2.FinishReason.ValueType:
@@ -215,9 +212,9 @@ def outputs_from_wire(batch: worker_pb2.OutputBatch) -> list[RequestOutput]:
     return [
         RequestOutput(
             RequestId(output.request_id),
-            tuple(token_from_wire(token) for token in output.tokens),
+            tuple([token_from_wire(token) for token in output.tokens]),
             finish_from_wire(output.finish) if output.HasField("finish") else None,
-            tuple(prompt_token_from_wire(token) for token in output.prompt_logprobs),
+            tuple(map(prompt_token_from_wire, scored)) if (scored := output.prompt_logprobs) else (),
         )
         for output in batch.outputs
     ]
