@@ -90,9 +90,9 @@ class _Load:
         )
 
     async def end(self) -> Told:
-        """Let the streams that run finish; return everything."""
+        """Return everything; streams that are traced may finish first, others are left."""
         self._is_ending = True
-        if self._num_open:
+        if self._num_open and self._order.is_traced:
             async with asyncio.timeout(_DRAIN_S):
                 await self._all_over.wait()
         totals = self._totals
