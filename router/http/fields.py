@@ -5,6 +5,7 @@ such servers but not served here, and refused by name unless they say what happe
 OpenAI's clients expect of a server that is older than they are."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -16,6 +17,7 @@ from core.errors import InvalidRequest
 
 _MAX_PROBLEMS = 8  # that one answer tells of
 MAX_ITEMS = 65_536
+_FUNCTION_PART = re.compile(r"(tools|tool_calls)(\[\d+\])\.(name|description|parameters|arguments)")
 
 
 class RequestModel(BaseModel):
@@ -113,12 +115,16 @@ def path_of(parts: Sequence[str | int]) -> str:
 
 
 def rename(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
-    """Say fields as this API calls them; the longest known beginning of a name counts.
+    """Say fields as this API calls them; the longest known beginning of a name counts. What a tool or a call has, its
+    `function` has here.
 
     Returns:
         An error of the same class; `error` itself where no name applies.
     """
-    renamed = tuple((_renamed(field, names), problem) for field, problem in error.violations)
+    renamed = tuple(
+        (_FUNCTION_PART.sub(r"\1\2.function.\3", _renamed(field, names)), problem)
+        for field, problem in error.violations
+    )
     if renamed == error.violations:
         return error
     (field, problem), *others = renamed

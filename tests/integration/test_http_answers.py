@@ -397,6 +397,18 @@ BAD_VALUES: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
     "a role that the template refuses": (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, "messages", None),
     "no messages": (CHATS, {"messages": []}, "messages", None),
     "a priority": (CHATS, CHAT | {"priority": 11}, "priority", None),
+    "a tool's name": (
+        CHATS,
+        CHAT | {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        "tools[0].function.name",
+        None,
+    ),
+    "the name of what was called": (
+        CHATS,
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "", "arguments": ""}}]}]},
+        "messages[0].tool_calls[0].function.name",
+        None,
+    ),
 }
 
 
