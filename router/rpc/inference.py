@@ -91,7 +91,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         async with reply_errors(context):
             if not request.request_id:
                 raise InvalidRequest("request_id", "must not be empty")
-            tenant = current_principal().tenant_for(request.tenant)
+            tenant = current_principal().tenant_for(request.tenant or _hints(context).tenant)
             found = await self._front.abort(request.request_id, "aborted by an Abort call", tenant=tenant)
             return pb.AbortResponse(found=found)
 

@@ -99,7 +99,8 @@ async def test_another_tenant_finds_nothing_to_abort(checkpoint: Path) -> None:
         await reading.read_tokens(1)
         assert not (await cluster.inference.Abort(pb.AbortRequest(request_id="theirs"))).found
         assert not (await cluster.inference.Abort(pb.AbortRequest(request_id="theirs", tenant="shop"))).found
-        assert (await cluster.inference.Abort(pb.AbortRequest(request_id="theirs", tenant="bank"))).found
+        metadata = (("x-tandem-tenant", "bank"),)
+        assert (await cluster.inference.Abort(pb.AbortRequest(request_id="theirs"), metadata=metadata)).found
         await reading.fails(grpc.StatusCode.CANCELLED)
 
 
