@@ -27,6 +27,7 @@ class ReplyHead:
 
 
 def fingerprint(provenance: Provenance) -> str:
-    """Equal fingerprints and equal seeds give equal answers: of the weights, their dtype and the engine. Pure."""
+    """Equal fingerprints and equal seeds give equal answers, but for rounding: of the weights, their dtype and the
+    engine. Pure."""
     parts = (provenance.weights_version, provenance.dtype, provenance.engine_version)
     return "fp_" + hashlib.blake2b("\0".join(parts).encode(), digest_size=5).hexdigest()
