@@ -5,13 +5,14 @@ once a second asks one question and reads everything only after a change. Whoeve
 it; whoever reads asks for the word first: what is missed meanwhile is read at the next look. (A counter would begin
 anew in a store that lost its data, and could come to a number that somebody has seen.)
 
-A store that lost its data (an embedded one that was started again) learns the keys from the gateways, who remember;
-revoked ones too, so that none comes back to life.
+A store that lost its data (an embedded one that was started again) learns the keys from the gateways, who remember:
+each tells it whatever it knows and does not find there, and revocations above all, so that no key comes back to life,
+whichever gateway was the first to look.
 """
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from pydantic import ValidationError
@@ -43,15 +44,15 @@ class SharedKeys:
     async def refresh(self) -> KeyRing | None:
         """Return the keys if something has changed since the last time."""
         word = await self._store.get(self._word_key)
-        if word is None and len(self._ring):
-            await self._remind()
-            word = await self._store.get(self._word_key)
         if self._is_read and word == self._word:
             return None
-        found = await self._store.scan(self._prefix)
-        self._ring = KeyRing(key for name, value in found.items() if (key := _read(name, value)) is not None)
-        self._word, self._is_read = word, True
-        return self._ring
+        ring = await self._read_all()
+        if lost := [key for key in self._ring.all() if _is_lost(key, ring)]:
+            await self._remind(lost)
+            word = await self._store.get(self._word_key)
+            ring = await self._read_all()
+        self._ring, self._word, self._is_read = ring, word, True
+        return ring
 
     async def add(self, key: ApiKeyConfig) -> None:
         """Keep a new key. Raises: InvalidRequest, when one of this fingerprint is there."""
@@ -65,23 +66,35 @@ class SharedKeys:
         for _ in range(_ATTEMPTS):
             held = await self._store.get(name)
             kept = (_read(name, held) if held is not None else None) or key
-            if kept.revoked_at is not None:
+            if kept.revoked_at is None:
+                kept = kept.model_copy(update={"revoked_at": key.revoked_at or self._now()})
+            if await self._store.compare_and_set(name, held, _write(kept)):
+                await self._tell()  # of an old one, too: who marked it may have been cut off before it could tell
                 return kept
-            revoked = kept.model_copy(update={"revoked_at": self._now()})
-            if await self._store.compare_and_set(name, held, _write(revoked)):
-                await self._tell()
-                return revoked
         raise StoreUnavailable(f"key {key.fingerprint} changes all the time")
 
     async def _tell(self) -> None:
         await self._store.put(self._word_key, secrets.token_hex(8).encode())
 
-    async def _remind(self) -> None:
-        keys = self._ring.all()
-        _log.warning("the shared store lost its API keys; it is told %d again", len(keys))
+    async def _read_all(self) -> KeyRing:
+        found = await self._store.scan(self._prefix)
+        return KeyRing(key for name, value in found.items() if (key := _read(name, value)) is not None)
+
+    async def _remind(self, keys: Sequence[ApiKeyConfig]) -> None:
+        _log.warning("the shared store lost API keys; it is told %d again", len(keys))
+        has_news = False
         for key in keys:
-            await self._store.compare_and_set(self._prefix + key.fingerprint, None, _write(key))
-        await self._tell()
+            if key.revoked_at is not None:
+                await self.revoke(key)
+            elif await self._store.compare_and_set(self._prefix + key.fingerprint, None, _write(key)):
+                has_news = True
+        if has_news:
+            await self._tell()
+
+
+def _is_lost(key: ApiKeyConfig, ring: KeyRing) -> bool:
+    found = ring.find(key.sha256)
+    return found is None or (key.revoked_at is not None and found.revoked_at is None)
 
 
 def _write(key: ApiKeyConfig) -> bytes:

@@ -120,6 +120,52 @@ async def test_a_store_that_forgot_is_reminded_of_keys_and_of_revocations(tmp_pa
             await fresh.store.close()
 
 
+async def test_a_revocation_that_could_not_be_told_is_told_by_the_next_attempt() -> None:
+    store = MemoryStore()
+    one, other = Door(store), Door(store)
+    key, secret = await one.sources.create("ann", "", INFERENCE, None)
+    await other.sources.look()
+    put = store.put
+
+    async def fail(name: str, value: bytes, *, ttl_s: float | None = None) -> None:
+        if name.endswith("changed"):
+            raise StoreUnavailable("away")
+        await put(name, value, ttl_s=ttl_s)
+
+    store.put = fail  # type: ignore[method-assign]
+    with pytest.raises(StoreUnavailable):
+        await one.sources.revoke(key.fingerprint)
+    store.put = put  # type: ignore[method-assign]
+    assert (await one.sources.revoke(key.fingerprint))[1].revoked_at == NOW
+    for door in (one, other):
+        await door.sources.look()
+        await door.refuses(secret, AccessReason.KEY_REVOKED)
+
+
+@pytest.mark.parametrize("first", ["who knows the revocation", "who does not", "who makes a new key"])
+async def test_no_key_comes_back_to_life_whoever_reminds_the_store_first(first: str) -> None:
+    store = MemoryStore()
+    one, other = Door(store), Door(store)
+    _, kept = await one.sources.create("kept", "", INFERENCE, None)
+    key, gone = await one.sources.create("gone", "", INFERENCE, None)
+    await other.sources.look()
+    await one.sources.revoke(key.fingerprint)  # which `other` has not heard of
+    for name in await store.scan(""):
+        await store.delete(name)
+    match first:
+        case "who makes a new key":
+            await other.sources.create("new", "", INFERENCE, None)
+        case "who does not":
+            await other.sources.look()
+    for door in (one, other, one):
+        await door.sources.look()
+    fresh = Door(store)
+    await fresh.sources.load()
+    for door in (one, other, fresh):
+        await door.admit(kept)
+        await door.refuses(gone, AccessReason.KEY_REVOKED)
+
+
 async def test_keys_are_read_at_first_whatever_else_the_store_lost(redis: RedisProcess) -> None:
     async with two_doors(redis, "evicted") as (one, _, store):
         _, secret = await one.sources.create("ann", "", INFERENCE, None)
