@@ -83,6 +83,13 @@ def compile_constraint(
             return compiler.compile_structural_tag(json.dumps(_by_id(_whole_tag(json.loads(text)), tokens.special)))
 
 
+def warning_in(text: str) -> str:
+    """Return the first thing that the compiler said it ignores or takes for something else; empty: nothing. A text that
+    breaks the caller's constraint is worse than a refusal."""
+    _, _, warning = text.partition("Warning: ")
+    return " ".join(warning.split("\n[", 1)[0].split())[:500]
+
+
 def reason_of(error: Exception) -> str:
     """Return what the compiler says, without the place in its own source."""
     text = _SOURCE_PREFIX.sub("", str(error)).strip()

@@ -58,13 +58,13 @@ class _Server:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def order(self, message: dict[str, object], descriptors: Sequence[int] = ()) -> None:
+    def order(self, message: dict[str, object], text: str = "", descriptors: Sequence[int] = ()) -> None:
         """Any thread.
 
         Raises:
             OSError: the server has ended, or takes no more.
         """
-        socket.send_fds(self.control, [json.dumps(message).encode()], descriptors)
+        socket.send_fds(self.control, [wire.order_packet(message, text)], descriptors)
 
 
 class GrammarHost:
@@ -140,10 +140,10 @@ class GrammarHost:
                     {
                         "start": number,
                         "kind": constraint.kind,
-                        "text": constraint.text,
                         "token_timeout_s": self._config.token_timeout_s,
                         "is_followed": is_followed,
                     },
+                    constraint.text,
                     [theirs.fileno()],
                 )
             await self._verdict(constraint, ours, server)

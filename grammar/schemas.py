@@ -62,12 +62,22 @@ class SchemaCheck:
         self._root = root
         self._limits = limits
         self._num_nodes = 0
+        self._checked: set[int] = set()  # identities of the schemas that were walked over
+        self._references: list[tuple[str, str]] = []  # with their places
+        self._one_ofs: list[tuple[str, Sequence[Any]]] = []
 
     def run(self) -> None:
         """Raises: InvalidRequest, naming the place within the schema."""
         if self._root is False:
             self._refuse("", "false allows nothing")
         self._check(self._root, "", 0)
+        for path, reference in self._references:
+            target = self._target(reference)
+            if isinstance(target, dict | list) and id(target) not in self._checked:  # a default, say: anything at all
+                self._refuse(path, "$ref: what it refers to is no schema that is known as one")
+        for path, parts in self._one_ofs:  # now that every reference leads to a schema
+            if not self._are_apart(parts):
+                self._refuse(path, "oneOf whose schemas may overlap is not supported; anyOf is")
 
     def _refuse(self, path: str, problem: str) -> None:
         raise InvalidRequest(self._field, f"{path}: {problem}" if path else problem)
@@ -82,6 +92,7 @@ class SchemaCheck:
             return
         if not isinstance(schema, dict):
             self._refuse(path, "a schema is an object, or true")
+        self._checked.add(id(schema))
         for keyword in schema:
             if keyword not in _KNOWN:
                 self._refuse(path, f"{keyword} is not supported")
@@ -106,8 +117,11 @@ class SchemaCheck:
         value = schema[keyword]
         match keyword:
             case "$ref":
-                if not isinstance(value, str) or not value.startswith("#"):
+                if not isinstance(value, str) or not (value == "#" or value.startswith("#/")):
                     self._refuse(path, "$ref: only references within the schema are supported")
+                if "~" in value or "%" in value:
+                    self._refuse(path, "$ref: escapes are not supported")
+                self._references.append((path, value))
             case "enum":
                 if not isinstance(value, list) or not value:
                     self._refuse(path, "enum must be a list that is not empty")
@@ -122,8 +136,8 @@ class SchemaCheck:
                     self._check(part, f"{path}/{keyword}/{at}", depth + 1)
                 if keyword == "allOf" and len(value) > 1:
                     self._refuse(path, "allOf of several schemas is not supported")
-                if keyword == "oneOf" and not self._are_apart(value):
-                    self._refuse(path, "oneOf whose schemas may overlap is not supported; anyOf is")
+                if keyword == "oneOf":
+                    self._one_ofs.append((path, value))
 
     def _type_says_nothing(self, schema: dict[str, Any], keyword: str) -> bool:
         """Whether everything that `keyword` allows is of the schema's own type."""
@@ -257,12 +271,15 @@ class SchemaCheck:
         for _ in range(self._limits.max_depth):
             if not isinstance(part, dict) or "$ref" not in part:
                 return part
-            target = self._root
-            for step in part["$ref"].removeprefix("#").strip("/").split("/"):
-                step = step.replace("~1", "/").replace("~0", "~")
-                target = target.get(step) if step and isinstance(target, dict) else target
-            part = target
+            part = self._target(part["$ref"])
         return None
+
+    def _target(self, reference: str) -> Any:
+        """Return what it refers to, as the compiler finds it; None: nothing."""
+        target = self._root
+        for step in filter(None, reference.removeprefix("#").split("/")):
+            target = target.get(step) if isinstance(target, dict) else None
+        return target
 
 
 def _exclude(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ It loads xgrammar and the vocabulary once; every constraint then gets a fork of 
 shares that memory, and dies alone. Never forks with threads, and touches no constraint itself.
 
 1. It says that it is ready, or what is wrong.
-2. `{"start": n, ...}` with one end of another socket pair: fork `grammar.session` on it.
+2. `{"start": n, ...}` and a constraint's text, with one end of another socket pair: fork `grammar.session` on it.
 3. `{"kill": n}`: that process is killed, if it is there still.
 4. The other end closes: all are killed, and the program ends.
 """
@@ -19,7 +19,9 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from core.constraint import Constraint, ConstraintKind
 from core.errors import ConfigError
@@ -53,29 +55,28 @@ class Server:
             packet, descriptors, _, _ = socket.recv_fds(self._control, wire.MAX_PACKET_BYTES, 1)
             if not packet:
                 return
-            order = json.loads(packet)
+            order, text = wire.read_order(packet)
             if "kill" in order:
                 self._kill(order["kill"])
             else:
-                self._fork(order, socket.socket(fileno=descriptors[0]))
+                self._fork(order, text, socket.socket(fileno=descriptors[0]))
 
     def close(self) -> None:
         for number in list(self._children):
             self._kill(number)
 
-    def _fork(self, order: dict[str, object], connection: socket.socket) -> None:
+    def _fork(self, order: Mapping[str, Any], text: str, connection: socket.socket) -> None:
         pid = os.fork()
         if pid:
             connection.close()
-            self._children[int(str(order["start"]))] = pid
+            self._children[order["start"]] = pid
             return
         status = 1
         try:
             self._control.close()
             _restrict(self._max_memory_bytes)
-            constraint = Constraint(ConstraintKind(str(order["kind"])), str(order["text"]))
-            task = Task(constraint, float(str(order["token_timeout_s"])), bool(order["is_followed"]))
-            run(connection, task, self._tokens)
+            constraint = Constraint(ConstraintKind(order["kind"]), text)
+            run(connection, Task(constraint, order["token_timeout_s"], order["is_followed"]), self._tokens)
             status = 0
         except (BrokenPipeError, ConnectionResetError):
             status = 0  # nobody is interested any more

@@ -2,15 +2,19 @@
 
 import asyncio
 from collections import OrderedDict
+from hashlib import sha256
 
 from core.clock import Clock
-from core.constraint import Constraint
+from core.constraint import Constraint, ConstraintKind
 from core.errors import InvalidRequest
 from grammar import bounds
 from grammar.config import GrammarConfig
 from grammar.host import GrammarHost, ModelTokens, TooSlow
 
 _DOUBT_S = 60.0  # a constraint that was too slow may be tried again after so long
+
+_Name = tuple[ConstraintKind, bytes]
+"""Of a constraint: its kind and its text's hash. Thousands of verdicts are kept, and no text of strangers with them."""
 
 
 class GrammarService:
@@ -25,7 +29,7 @@ class GrammarService:
     def __init__(self, config: GrammarConfig, tokens: ModelTokens, clock: Clock) -> None:
         self._config = config
         self._host = GrammarHost(config, tokens, clock)
-        self._verdicts: OrderedDict[Constraint, asyncio.Task[InvalidRequest | None]] = OrderedDict()
+        self._verdicts: OrderedDict[_Name, asyncio.Task[InvalidRequest | None]] = OrderedDict()
 
     async def check(self, constraint: Constraint) -> None:
         """Return when workers will be able to enforce it.
@@ -35,12 +39,13 @@ class GrammarService:
             RejectedError: QUEUE_FULL, too many wait for a verdict. WorkerLost: there is no verdict now.
         """
         bounds.check(constraint, self._config.limits)
-        task = self._verdicts.get(constraint)
+        name = _name_of(constraint)
+        task = self._verdicts.get(name)
         if task is None:
             task = asyncio.create_task(self._judge(constraint), name="verdict on a constraint")
-            self._verdicts[constraint] = task
-            task.add_done_callback(lambda done: self._settle(constraint, done))
-        self._verdicts.move_to_end(constraint)
+            self._verdicts[name] = task
+            task.add_done_callback(lambda done: self._settle(name, done))
+        self._verdicts.move_to_end(name)
         refusal = await asyncio.shield(task)
         if refusal is not None:
             raise InvalidRequest(refusal.field, refusal.problem)
@@ -57,15 +62,19 @@ class GrammarService:
         try:
             await self._host.check(constraint)
         except InvalidRequest as refusal:
-            return refusal
+            return type(refusal)(refusal.field, refusal.problem)  # the raised one holds the constraint
         return None
 
-    def _settle(self, constraint: Constraint, done: asyncio.Task[InvalidRequest | None]) -> None:
+    def _settle(self, name: _Name, done: asyncio.Task[InvalidRequest | None]) -> None:
         """Forget what is no verdict, and the verdicts that were not asked for longest."""
         if done.cancelled() or done.exception() is not None:
-            self._verdicts.pop(constraint, None)
+            self._verdicts.pop(name, None)
         elif isinstance(done.result(), TooSlow):
-            asyncio.get_running_loop().call_later(_DOUBT_S, self._verdicts.pop, constraint, None)
+            asyncio.get_running_loop().call_later(_DOUBT_S, self._verdicts.pop, name, None)
         known = [one for one, task in self._verdicts.items() if task.done()]
         for one in known[: max(0, len(known) - self._config.max_verdicts)]:
             del self._verdicts[one]
+
+
+def _name_of(constraint: Constraint) -> _Name:
+    return constraint.kind, sha256(constraint.text.encode()).digest()

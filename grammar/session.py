@@ -5,9 +5,12 @@ kills it when it takes too long.
 """
 
 import json
+import os
 import random
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +19,12 @@ from numpy.typing import NDArray
 
 from core.constraint import Constraint
 from grammar import wire
-from grammar.compiling import Tokens, compile_constraint, reason_of
+from grammar.compiling import Tokens, compile_constraint, reason_of, warning_in
 
 _TRIALS = 2  # random texts that a constraint is tried with
 _TRIAL_TOKENS = 24
+_STDERR = 2
+_HEARD_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +110,11 @@ def run(connection: socket.socket, task: Task, tokens: Tokens) -> None:
     """Say the verdict over `connection`; then serve until the other end closes."""
     try:
         compiler = xgrammar.GrammarCompiler(tokens.info, max_threads=1, cache_enabled=False)
-        session = Session(tokens, compile_constraint(compiler, task.constraint, tokens))
-        problem = session.rehearse(task.token_timeout_s)
+        with _standard_error() as heard:
+            grammar = compile_constraint(compiler, task.constraint, tokens)
+            problem = warning_in(heard())
+        session = Session(tokens, grammar)
+        problem = problem or session.rehearse(task.token_timeout_s)
     except MemoryError:
         problem = "needs too much memory"
     except Exception as error:  # whatever a foreign compiler raises is a refusal of this constraint
@@ -123,3 +131,16 @@ def run(connection: socket.socket, task: Task, tokens: Tokens) -> None:
                 session.close(command.walk)
                 continue
         connection.sendall(wire.answer_packet(command.walk, *session.advance(command.walk, command.token_ids)))
+
+
+@contextmanager
+def _standard_error() -> Iterator[Callable[[], str]]:
+    """Return what foreign code writes to standard error meanwhile. It quotes strangers, so no log has it."""
+    with os.fdopen(os.memfd_create("stderr"), "r+b") as heard:
+        before = os.dup(_STDERR)
+        os.dup2(heard.fileno(), _STDERR)
+        try:
+            yield lambda: os.pread(heard.fileno(), _HEARD_BYTES, 0).decode(errors="replace")
+        finally:
+            os.dup2(before, _STDERR)
+            os.close(before)

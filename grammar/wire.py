@@ -2,11 +2,17 @@
 
 To the process: OPEN a walk (with what ends a generation, and the tokens so far), ADVANCE it by tokens, CLOSE it.
 From the process: after each OPEN and ADVANCE one answer for the walk: its status, and a mask when there is a choice.
+
+To the server that the processes are forked from: orders, with the text of a constraint beside them as it is. Escaped as
+JSON it could be six times as long, and more than a packet holds.
 """
 
+import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 OPEN, ADVANCE, CLOSE = 1, 2, 3
 MAX_PACKET_BYTES = 196_608  # what a Unix socket takes by default, less its own accounts
@@ -59,3 +65,14 @@ def read_answer(packet: bytes) -> tuple[int, Status, bytes]:
     """Return the walk, its status, and the mask: bit i of byte j is token 8 j + i."""
     walk, status = _ANSWER.unpack_from(packet)
     return walk, Status(status), packet[_ANSWER.size :]
+
+
+def order_packet(order: Mapping[str, object], text: str = "") -> bytes:
+    """Return what the server is asked. JSON has no null characters."""
+    return json.dumps(order).encode() + b"\0" + text.encode()
+
+
+def read_order(packet: bytes) -> tuple[dict[str, Any], str]:
+    """Return an order and its text."""
+    order, _, text = packet.partition(b"\0")
+    return json.loads(order), text.decode()

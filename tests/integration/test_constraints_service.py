@@ -16,7 +16,7 @@ from core.constraint import Constraint, ConstraintKind
 from core.errors import InvalidRequest, RejectedError, RejectReason
 from grammar.config import GrammarConfig
 from grammar.host import GrammarHost, ModelTokens
-from grammar.service import GrammarService
+from grammar.service import GrammarService, _name_of
 from protos import inference_pb2 as pb
 from tests.constrained import ALL, CHOICE, REGEX, TOKENS
 from tests.fakes.cluster import fake_cluster, text_request
@@ -116,7 +116,7 @@ async def test_verdicts_are_had_once_and_bounded_and_outlive_their_server() -> N
         assert next(made._host._numbers) == 2, "one compilation for all"
         for constraint in (CHOICE, ALL["schema"]):
             await made.check(constraint)
-        assert list(made._verdicts) == [CHOICE, ALL["schema"]]
+        assert list(made._verdicts) == [_name_of(CHOICE), _name_of(ALL["schema"])]
         pid = server_of(made._host)
         os.kill(pid, signal.SIGSTOP)
         try:

@@ -62,6 +62,13 @@ REFUSED: dict[str, tuple[tuple[ConstraintKind, str], str]] = {
     "contains": (schema(type="array", contains={"type": "integer"}), "contains"),
     "dependentRequired": (schema(type="object", dependentRequired={"a": ["b"]}), "dependentRequired"),
     "allOf": (schema(allOf=[{"type": "string"}, {"type": "string", "maxLength": 3}]), "allOf of several"),
+    "reference to no schema": (schema(**{"$ref": "#/default", "default": {"not": {}}}), "no schema that is known"),
+    "reference to a name": (schema(**{"$ref": "#a"}), "only references within"),
+    "reference with escapes": (schema(**{"$ref": "#/$defs/a~1b", "$defs": {"a~1b": {}}}), "escapes"),
+    "oneOf of no schemas": (
+        schema(oneOf=[{"$ref": "#/default"}, {"type": "null"}], default={"type": [{}], "required": [{}]}),
+        "no schema that is known",
+    ),
     "oneOf overlapping": (schema(oneOf=[{"type": "integer"}, {"type": "number", "minimum": 3}]), "overlap"),
     "multipleOf of numbers": (schema(type="number", multipleOf=0.5), "multipleOf"),
     "pattern and length": (schema(type="string", pattern="a*", maxLength=3), "pattern beside maxLength"),
