@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 from core.errors import InvalidRequest, ModelNotFound, PromptTooLong, RejectedError, RejectReason
@@ -29,7 +30,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
+    """`with_markers`: the tokenizer puts its own around it, such as one for the beginning."""
+
     text: str
+    with_markers: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,10 +239,11 @@ class Intake:
                     raise InvalidRequest("token_ids", "must not be empty")
                 self._check_ids("token_ids", token_ids)
                 return list(token_ids)
-            case TextPrompt(text):
+            case TextPrompt(text, with_markers):
                 if not text:
                     raise InvalidRequest("text", "must not be empty")
-                return await self._encode("text", _size(text), lambda: self._tokenizer.encode(text))
+                encode = partial(self._tokenizer.encode, text, with_markers=with_markers)
+                return await self._encode("text", _size(text), encode)
             case ChatPrompt(messages, tools, arguments):
                 check_messages(messages, "chat.messages")
                 size = chat_size(messages, tools, arguments)

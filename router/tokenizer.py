@@ -79,9 +79,9 @@ class GatewayTokenizer:
         """Return whether the chat template reads a variable of this name."""
         return self._template is not None and self._template.has_variable(name)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a plain prompt, with the markers that the tokenizer puts around one."""
-        return self._vocabulary.encode(text, with_markers=True)
+    def encode(self, text: str, *, with_markers: bool = True) -> list[int]:
+        """Return the ids of a plain prompt; `with_markers`: and those that the tokenizer puts around one."""
+        return self._vocabulary.encode(text, with_markers=with_markers)
 
     def encode_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), template_arguments: str = ""

@@ -22,7 +22,6 @@ UNSERVED_COMPLETION: Mapping[str, Sequence[object]] = {
     "top_logprobs": (),
     "reasoning_effort": ("none",),
     "chat_template_kwargs": ({},),
-    "add_special_tokens": (True,),
 }
 
 
@@ -81,6 +80,9 @@ class CompletionRequest(SamplingFields):
         json_schema_extra={"minimum": 0},
     )
     max_completion_tokens: Integer | None = Field(None, description="as max_tokens", json_schema_extra={"minimum": 0})
+    add_special_tokens: bool | None = Field(
+        None, description="false: a text is not given the markers, such as for its beginning, that it may have already"
+    )
     echo: bool | None = Field(None, description="the prompt comes first in the text, and in logprobs")
     logprobs: Integer | None = Field(
         None,
@@ -123,7 +125,12 @@ def read_completion(body: Mapping[str, Any], max_choices: int) -> CompletionOrde
         prompt_logprobs=_scores(fields),
         constraint=constraint,
     )
-    return CompletionOrder(fields, tuple(fields.prompt), sampling, constraint_field, is_prompt_only)
+    prompts = tuple(_with_markers(prompt, fields.add_special_tokens is not False) for prompt in fields.prompt)
+    return CompletionOrder(fields, prompts, sampling, constraint_field, is_prompt_only)
+
+
+def _with_markers(prompt: TextPrompt | TokenPrompt, with_markers: bool) -> TextPrompt | TokenPrompt:
+    return TextPrompt(prompt.text, with_markers) if isinstance(prompt, TextPrompt) else prompt
 
 
 def _scores(fields: CompletionRequest) -> int | None:

@@ -16,7 +16,6 @@ from router.http.while_connected import json_response
 from router.intake import Prompt, TextPrompt
 
 _UNSERVED = {
-    "add_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "chat_template": ("",),
@@ -36,6 +35,7 @@ class TokenizeRequest(RequestModel):
     messages: list[MessageFields] | None = None
     tools: list[ToolFields] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = Field(None, description="false: a prompt without the tokenizer's markers")
     return_token_strs: bool | None = None
 
 
@@ -90,7 +90,7 @@ class ModelRoutes:
         if (fields.prompt is None) is (fields.messages is None):
             raise InvalidRequest("prompt", "must be there, or messages, and not both")
         if fields.prompt is not None:
-            return TextPrompt(fields.prompt)
+            return TextPrompt(fields.prompt, with_markers=fields.add_special_tokens is not False)
         arguments = fields.chat_template_kwargs
         call = ChatCall(
             messages=tuple(read_message(f"messages[{index}]", one) for index, one in enumerate(fields.messages or ())),

@@ -19,6 +19,7 @@ from tests.fakes.cluster import fake_cluster
 from tests.fakes.http import CHAT, DONE, TEXT, events_of, http_client
 from tests.fakes.script import Reply, refusal
 
+TINY = Path(__file__).parents[2] / "models" / "tiny"
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -424,6 +425,16 @@ async def test_values_out_of_range_are_named(checkpoint: Path) -> None:
         assert not cluster.prefills[0].submits
 
 
+async def test_a_text_with_the_tokenizers_markers_and_without() -> None:
+    async with fake_cluster(TINY) as cluster, http_client(cluster) as client:
+        for extra, before in (({}, [1]), ({"add_special_tokens": True}, [1]), ({"add_special_tokens": False}, [])):
+            told = (await client.post("/tokenize", json={"prompt": "def"} | extra)).json()
+            assert told["tokens"][: len(before)] == before
+            assert [one for one in told["tokens"] if one == 1] == before
+            reply = await ask(client, TEXTS, {"prompt": "def", "max_tokens": 1, "return_token_ids": True} | extra)
+            assert reply["choices"][0]["prompt_token_ids"] == told["tokens"]
+
+
 async def test_tokens_of_texts_and_texts_of_tokens(checkpoint: Path) -> None:
     async with fake_cluster(checkpoint) as cluster, http_client(cluster) as client:
         response = await client.post("/tokenize", json={"prompt": "hi", "return_token_strs": True})
@@ -437,7 +448,7 @@ async def test_tokens_of_texts_and_texts_of_tokens(checkpoint: Path) -> None:
         for path, body, param in (
             ("/tokenize", {}, "prompt"),
             ("/tokenize", {"prompt": "x", "messages": CHAT["messages"]}, "prompt"),
-            ("/tokenize", {"prompt": "x", "add_special_tokens": False}, "add_special_tokens"),
+            ("/tokenize", {"messages": CHAT["messages"], "add_special_tokens": True}, "add_special_tokens"),
             ("/detokenize", {"tokens": [99_999]}, "tokens"),
             ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
         ):

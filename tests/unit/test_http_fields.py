@@ -285,6 +285,12 @@ def test_nothing_said_is_openais_default() -> None:
     assert completion(min_tokens=20).sampling == SamplingParams(min_tokens=20, max_tokens=20)
 
 
+def test_markers_are_put_around_a_text_unless_it_has_them() -> None:
+    assert completion(add_special_tokens=True).prompts == (TextPrompt("hello"),)
+    assert completion(add_special_tokens=False).prompts == (TextPrompt("hello", with_markers=False),)
+    assert completion(prompt=[5], add_special_tokens=False).prompts == (TokenPrompt((5,)),)
+
+
 def test_both_names_of_the_length_hold_in_completions() -> None:
     assert completion(max_completion_tokens=3).sampling.max_tokens == 3
     assert completion(max_tokens=3, max_completion_tokens=3).sampling.max_tokens == 3
