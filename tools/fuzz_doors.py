@@ -82,10 +82,10 @@ async def _ask(target: Target, channel: grpc.aio.Channel, case: Spoilt) -> tuple
 
 
 async def _ask_grpc(target: Target, channel: grpc.aio.Channel, case: Spoilt) -> tuple[str, str]:
-    begin: Any = channel.stream_stream(f"/tandem.v1.Inference/{case.path}")
+    begin: Any = channel.unary_stream(f"/tandem.v1.Inference/{case.path}")
     metadata = [("authorization", target.authorization)] if target.authorization else []
     try:
-        async for _ in begin(iter([case.content]), metadata=metadata):
+        async for _ in begin(case.content, metadata=metadata):
             pass
     except grpc.aio.AioRpcError as error:
         code = str(error.code().name)
