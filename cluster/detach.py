@@ -57,11 +57,12 @@ def become_detached(cluster: str) -> None:
 def say(line: str, cluster: str) -> None:
     """Print a line. Once nobody reads any more (the starter was killed, a pager closed), it goes to the log instead:
     a cluster does not stop because its words are not heard."""
+    said = f"{line}\n".encode()
     try:
-        print(line, flush=True)
+        os.write(sys.stdout.fileno(), said)  # past the buffer: whether that keeps what it could not write differs
     except BrokenPipeError:
         become_detached(cluster)
-        print(line, flush=True)
+        os.write(sys.stdout.fileno(), said)
 
 
 def end_launcher(record: RunRecord, deadline_s: float) -> bool:

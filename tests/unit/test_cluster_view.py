@@ -28,7 +28,16 @@ def test_names_and_numbers_are_whole(width: int, detail: str) -> None:
     console.print(status_table(status, "127.0.0.1:50051", "http://127.0.0.1:8000/v1"))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
-    for whole in ("prefill-10", "decode-12", "4194301", "1234567", "10240", "ready", "blocks", "http://127.0.0.1:8000/v1"):
+    for whole in (
+        "prefill-10",
+        "decode-12",
+        "4194301",
+        "1234567",
+        "10240",
+        "ready",
+        "blocks",
+        "http://127.0.0.1:8000/v1",
+    ):
         assert whole in text
     assert max(len(line) for line in text.splitlines()) <= width
     assert detail in " ".join(text.split())
