@@ -2,7 +2,8 @@
 
 Three roles: a server that strangers reach (`ServerTls`), a client of one (`ClientTls`), and one of our own processes
 among others (`PeerTls`), which shows its certificate to whomever it calls and to whoever calls it, and talks to nobody
-who cannot show one of the same authority. All files are PEM. Nothing below TLS 1.2 is spoken.
+who cannot show one of the same authority. All files are PEM. Nothing below TLS 1.2 is spoken, and nothing below TLS 1.3
+where clients show certificates to a server on sockets of our own.
 
 Certificates are replaced while a process runs: the files are looked at, at most once per `_LOOK_AGAIN_S`, when a
 connection is made. A set of files that does not fit together (half of it is new already) leaves the old one in force.
@@ -193,6 +194,10 @@ def _server_context(tls: ServerTls) -> ssl.SSLContext:
     if tls.client_ca is not None:
         _trust(context, tls.client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
+        # Whoever resumes a session shows no certificate, and would be trusted as long as it does so, whatever becomes
+        # of the authority. TLS 1.2 resumes by a cache, too, which cannot be switched off from here.
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.num_tickets = 0
     return context
 
 

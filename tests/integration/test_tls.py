@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -308,3 +309,32 @@ def test_files_are_looked_at_once_in_a_while(authority: Authority, monkeypatch: 
     os.utime(issued.certificate, (time.time() + 5, time.time() + 5))
     assert pem.current() is not before
     assert pem.current() == before
+
+
+def visit(port: int, context: ssl.SSLContext, session: ssl.SSLSession | None) -> tuple[bytes, ssl.SSLSession | None]:
+    """Connect as a client that resumes a session when it can. Returns what it heard, and its new session."""
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=10.0) as bare,
+            context.wrap_socket(bare, server_hostname="127.0.0.1", session=session) as connection,
+        ):
+            return connection.recv(len(HELLO)), connection.session
+    except ssl.SSLError:
+        return b"", None
+
+
+@pytest.mark.parametrize("highest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_no_session_outlives_the_trust_in_its_certificate(
+    authority: Authority, stranger: Authority, tmp_path: Path, highest: ssl.TLSVersion
+) -> None:
+    """TLS 1.2 is not spoken with those who show one."""
+    issued, believed = authority.issue("client"), tmp_path / "believed.pem"
+    believed.write_bytes(authority.ca.read_bytes())
+    context = trusting(authority.ca, highest)
+    context.load_cert_chain(issued.certificate, issued.private_key)
+    async with socket_server(shown(authority.issue("server"), client_ca=believed)) as port:
+        heard, session = await asyncio.to_thread(visit, port, context, None)
+        assert heard == (HELLO if highest is ssl.TLSVersion.TLSv1_3 else b"")
+        believed.write_bytes(stranger.ca.read_bytes())
+        heard, _ = await asyncio.to_thread(visit, port, context, session)
+        assert not heard
