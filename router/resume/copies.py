@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from core.clock import Clock
-from core.errors import ProtocolError, RequestNotFound, ServingError, StoreUnavailable
+from core.errors import (
+    ProtocolError,
+    RejectedError,
+    RejectReason,
+    RequestNotFound,
+    ServingError,
+    StoreUnavailable,
+)
 from core.ids import GatewayId
 from core.store import STREAM_START, Store, StreamEntry
 from router.resume.codec import Batch, StreamOrigin, batch_from_bytes, reader_key
@@ -24,6 +31,8 @@ _log = logging.getLogger(__name__)
 _ENTRIES_PER_READ = 256
 _WAIT_S = 0.1  # a copy that is new joins the next reading
 _LEASE_INTERVAL_S = 1.0
+_OPENED_AT_ONCE = 4  # what is being opened is a whole stream that counts nowhere yet
+_ROOM_RETRY_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +95,7 @@ class Copies:
         self._has_room = has_room
         self._copies: dict[str, _Copy] = {}
         self._came = asyncio.Event()
+        self._opening = asyncio.Semaphore(_OPENED_AT_ONCE)
 
     @property
     def num_bytes(self) -> int:
@@ -101,8 +111,15 @@ class Copies:
             RequestNotFound: there is none.
             EventsGone, InvalidRequest: it does not hold what comes after `after`.
             StoreUnavailable: whether there is one cannot be told.
+            RejectedError: QUEUE_FULL, no room for one more.
         """
-        copy = await self._open(name)
+        async with self._opening:
+            if not self._has_room():
+                raise RejectedError(RejectReason.QUEUE_FULL, "no room for streams of other gateways", _ROOM_RETRY_S)
+            return self._follow(name, await self._open(name), after)
+
+    def _follow(self, name: str, copy: _Copy, after: int | None) -> CopyFollower:
+        """Read a copy just made, or the one that is there already."""
         running = self._copies.get(name)
         if running is not None and not running.log.is_over:
             if running.origin == copy.origin:

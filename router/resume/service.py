@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 
 from core.clock import Clock
-from core.errors import Aborted, InvalidRequest, RejectedError, RejectReason, ServingError
+from core.errors import Aborted, InvalidRequest, ServingError
 from core.ids import GatewayId
 from core.store import Store
 from router.resume.codec import StreamOrigin, mirror_key
@@ -23,7 +23,6 @@ from router.resume.own_streams import OwnStreams
 from router.resume.port import Batches, Follower
 
 _CLOSE_S = 2.0
-_ROOM_RETRY_S = 1.0
 
 
 class Resumables:
@@ -103,8 +102,6 @@ class Resumables:
             own = self._own.follow(key, after)
             self._metrics.resumed(is_own=True)
             return own.kind, own
-        if not self._own.has_room:
-            raise RejectedError(RejectReason.QUEUE_FULL, "no room for streams of other gateways", _ROOM_RETRY_S)
         copied = await self._copies.follow(mirror_key(self._cluster, key), after)
         self._metrics.resumed(is_own=False)
         return copied.origin.kind, copied

@@ -1,7 +1,7 @@
 """A stream's way from its own gateway through the store to readers at another one, both sides in one process."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from core.clock import MonotonicClock
 from core.errors import Aborted, InvalidRequest, ProtocolError, RejectedError, RequestNotFound, ServingError, WorkerLost
 from core.ids import GatewayId
+from core.store import StreamEntry
 from core.store_memory import MemoryStore
 from router.resume.codec import Batch, StreamOrigin, batch_from_bytes, batch_to_bytes, mirror_key
 from router.resume.config import ResumeConfig
@@ -319,6 +320,40 @@ async def test_the_store_is_not_filled_up() -> None:
         assert await read(await both.b.follow(key=keys[0]), 1) == "y" * 300
         for call in (*calls[1:], again):
             call.end()
+
+
+async def test_many_who_come_at_once_do_not_read_the_store_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pair(CONFIG.model_copy(update={"max_total_bytes": 1024})) as both:
+        reads, most = [0], [0]
+        read_store = both.store.read
+
+        async def counted(
+            streams: Mapping[str, str], *, max_entries: int, wait_s: float
+        ) -> Mapping[str, list[StreamEntry]]:
+            if wait_s:  # of the copies that are there
+                return await read_store(streams, max_entries=max_entries, wait_s=wait_s)
+            reads[0] += 1
+            most[0] = max(most[0], reads[0])
+            await asyncio.sleep(0)
+            try:
+                return await read_store(streams, max_entries=max_entries, wait_s=wait_s)
+            finally:
+                reads[0] -= 1
+
+        keys, own = [StreamKey("acme", f"r{one}") for one in range(24)], []
+        for key in keys:
+            call = Call()
+            own.append(both.a.open(call, key))
+            call.tell("x" * 500)
+            await read(own[-1], 1)
+        monkeypatch.setattr(both.store, "read", counted)
+        found = await asyncio.gather(*(both.b.follow(key=key) for key in keys), return_exceptions=True)
+        assert most[0] <= 4
+        refused = [one for one in found if isinstance(one, RejectedError)]
+        assert len(refused) >= len(keys) - 8, "of 500 bytes each, while 1024 are kept"
+        for one in (*found, *own):
+            if not isinstance(one, BaseException):
+                one.close()
 
 
 async def test_two_gateways_with_one_name_at_a_time() -> None:
