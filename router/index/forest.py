@@ -96,6 +96,15 @@ class Forest:
         deepest = int(table.thread(*self._table, self._sets.cells, self._pack(hashes), above))
         return deepest, int(self._table.head[ADOPTED])
 
+    def stranded(self, nodes: NDArray[np.int32], bit: int) -> list[int]:
+        """Return those of `nodes` that the worker of `bit` has ready, or will, while it has not the one above."""
+        nodes = np.unique(nodes[self._holder_ids[nodes] != FREED])
+        nodes = nodes[self._table.nodes["parent"][nodes] != NONE]
+        lower, upper = self._holder_ids[nodes], self._holder_ids[self._table.nodes["parent"][nodes]]
+        ready = [set_id for set_id in np.union1d(lower, upper).tolist() if self._sets.reach(set_id)[0] & bit]
+        stranded: list[int] = nodes[np.isin(lower, ready) & ~np.isin(upper, ready)].tolist()
+        return stranded
+
     def ancestry(self, node: int, count: int) -> tuple[NDArray[np.int32], int]:
         """Return `node` and those above it, `count` in all, and the node above those (or NONE)."""
         nodes = np.empty(count, dtype=np.int32)

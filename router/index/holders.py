@@ -220,6 +220,13 @@ def joined(below: HolderSet, present: int) -> SetEdit:
     return edit
 
 
+def moved(before: int, bit: int) -> SetEdit:
+    """What was promised to the one is promised to the other, who holds nothing yet."""
+    return lambda old: old._replace(
+        coming=tuple((tick, mask ^ before | bit if mask & before else mask) for tick, mask in old.coming)
+    )
+
+
 def lapsed(tick: int) -> SetEdit:
     return lambda old: old._replace(coming=tuple(entry for entry in old.coming if entry[0] != tick))
 

@@ -4,7 +4,8 @@ Batches carry (epoch, sequence), consecutive from 1. Life of a feed:
 1. FOLLOWING: the next batch in sequence is applied; one seen before is skipped; one of an older epoch is skipped.
 2. A gap, or a first batch that is not number 1, makes it LOST: nothing is applied, the reader leaves the batch unread
    and asks the worker for a snapshot.
-3. The snapshot replaces all that was known, and the feed follows from the snapshot's sequence number.
+3. The snapshot replaces all that was known, and the feed follows from the snapshot's sequence number. It says nothing
+   of prompts that are on their way, nor of those that landed since it was taken: predictions outlive it.
 A newer epoch starts from an empty cache."""
 
 from collections.abc import Sequence
@@ -65,17 +66,18 @@ class KvFeed:
         return FeedResult.APPLIED
 
     def resynchronise(self, epoch: Epoch, sequence: int, chains: Sequence[BlocksStored]) -> bool:
-        """Replace everything by a snapshot. Returns False, changing nothing, if it is of an older epoch or state.
+        """Replace what is held by a snapshot. Returns False, changing nothing, if it is of an older epoch or state.
 
         Raises:
             ProtocolError: it holds what is no hash; the feed is lost.
         """
         if (epoch, sequence) < (self.epoch, self.sequence):
             return False
-        self.restart(epoch)
+        if epoch > self.epoch:
+            self.restart(epoch)
+        self.sequence = 0
         self.is_lost = True  # until all of it is stored
-        for chain in chains:
-            self._index.store(self._worker_id, chain.hashes, chain.tier, parent=chain.parent)
+        self._index.replace(self._worker_id, chains)
         self.sequence = sequence
         self.is_lost = False
         return True

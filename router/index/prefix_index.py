@@ -6,9 +6,9 @@ For every worker the blocks it holds are closed towards the root: storing a bloc
 and removing one takes what is below it, since that could not be used. So holders only get fewer along a prompt, and
 a prompt is matched against all workers by bisection: a few look-ups for each different depth, none per worker.
 
-1. The mirror of the KV events calls `store`, `remove`, `forget` and `sweep`; the dispatcher `observe` for every prompt
-   that arrives, `match` for every decision, `predict` for every prompt it sends, and `withdraw` for every one that
-   the worker did not take.
+1. The mirror of the KV events calls `store`, `remove`, `replace`, `forget` and `sweep`; the dispatcher `observe` for
+   every prompt that arrives, `match` for every decision, `predict` for every prompt it sends, and `withdraw` for every
+   one that the worker did not take.
 2. A worker that is forgotten (it restarted, cleared its cache, or left) is out of every match at once. `sweep` takes
    its bits out of the entries a bounded piece at a time; until then they stay with a bit of the index that is no
    worker's, so the worker may come back before.
@@ -28,13 +28,14 @@ import numpy as np
 
 from core.blocks import HASH_BYTES
 from core.ids import WorkerId
-from core.kv_events import Tier
+from core.kv_events import BlocksStored, Tier
 from router.index.bits import IndexBits
 from router.index.forest import Forest
 from router.index.holders import (
     held_somewhere,
     joined,
     lapsed,
+    moved,
     promised,
     removed_from_device,
     removed_from_host,
@@ -193,6 +194,29 @@ class PrefixIndex:
     def forget(self, worker_id: WorkerId) -> None:
         """Drop all that `worker_id` holds: it cleared its cache, restarted or left. Constant time; see `sweep`."""
         self._bits.retire(worker_id)
+
+    def replace(self, worker_id: WorkerId, chains: Iterable[BlocksStored]) -> None:
+        """Note that `worker_id` holds these chains and no others; what is on its way there still is.
+
+        Only what was promised below a block that turns out to be neither there nor promised goes with that block.
+
+        Raises:
+            ProtocolError: a hash is not one; the chains before that one are stored.
+        """
+        before = self._bits.find(worker_id)
+        self._bits.retire(worker_id)
+        bit = 1 << self._bits.of(worker_id)
+        if before is not None:
+            self._forest.rewrite(self._wheel.nodes(), moved(1 << before, bit))
+            self._forest.settle()
+        try:
+            for chain in chains:
+                self.store(worker_id, chain.hashes, chain.tier, parent=chain.parent)
+        finally:
+            self._forest.cut(
+                self._forest.stranded(self._wheel.nodes(), bit), removed_from_device(bit), bit, is_deep=True
+            )
+            self._forest.settle()
 
     def match(self, hashes: Sequence[bytes]) -> PrefixMatch:
         """Return how many leading blocks of `hashes` each worker holds. Touches them."""

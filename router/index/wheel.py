@@ -31,6 +31,11 @@ class PredictionWheel:
         self._spokes.setdefault(tick, []).append(nodes)
         self._num_bytes += _size(nodes)
 
+    def nodes(self) -> NDArray[np.int32]:
+        """Return all that it keeps, some of them more than once."""
+        kept = [nodes for spoke in self._spokes.values() for nodes in spoke]
+        return np.concatenate(kept) if kept else np.empty(0, dtype=np.int32)
+
     def due(self, now: float, max_nodes: int) -> list[tuple[int, NDArray[np.int32]]]:
         """Take out what lapses by `now`, soonest first, a prediction at a time until there are `max_nodes` or more.
 

@@ -76,6 +76,31 @@ def test_a_snapshot_older_than_what_is_known_is_refused() -> None:
     assert index.match(chain(1)).holders() == {A: 1}
 
 
+@pytest.mark.parametrize("sequence", [0, 2])
+def test_a_snapshot_says_nothing_of_prompts_on_their_way(sequence: int) -> None:
+    index = big()
+    feed = KvFeed(A, Epoch(1), index)
+    if sequence:
+        feed.apply(batch(1, stored(1), stored(5)))
+    feed.is_lost = True
+    index.predict(A, chain(1, 2, 3), now=0.0, ttl_s=10.0)
+    index.predict(A, chain(5, 6), now=0.0, ttl_s=10.0)
+    assert feed.resynchronise(Epoch(1), sequence, [stored(1)] if sequence else [])
+    assert index.match(chain(1, 2, 3)).holders() == {A: 3}
+    assert index.match(chain(5, 6)).holders() == ({} if sequence else {A: 2}), "below a block that is gone"
+    index.check()
+    index.expire(20.0)
+    assert index.match(chain(1, 2, 3)).holders() == ({A: 1} if sequence else {})
+
+
+def test_a_snapshot_of_a_newer_epoch_ends_what_was_on_its_way_to_the_older() -> None:
+    index = big()
+    feed = KvFeed(A, Epoch(1), index)
+    index.predict(A, chain(1, 2), now=0.0, ttl_s=10.0)
+    assert feed.resynchronise(Epoch(2), 1, [stored(1)])
+    assert index.match(chain(1, 2)).holders() == {A: 1}
+
+
 @given(st.lists(st.integers(1, 12), max_size=40))
 def test_whatever_is_lost_or_repeated_the_feed_ends_in_step(arrivals: list[int]) -> None:
     index = big()

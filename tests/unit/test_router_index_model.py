@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from core.blocks import block_hashes
 from core.ids import WorkerId
-from core.kv_events import Tier
+from core.kv_events import BlocksStored, Tier
 from router.index.prefix_index import TICK_S, PrefixIndex
 from router.index.slots import WorkerSlots
 
@@ -81,6 +81,14 @@ class Held:
                 self.host.discard(prefix)
                 self.coming.pop(prefix, None)
 
+    def replace(self, chains: Sequence[tuple[Prefix, Tier]]) -> None:
+        coming, self.device, self.host, self.coming = self.coming, set(), set(), {}
+        for tokens, tier in chains:
+            self.store(tokens, tier)
+        for prefix in sorted(coming, key=len):
+            if prefix not in self.device and (len(prefix) == 1 or prefix[:-1] in self.device | self.coming.keys()):
+                self.coming[prefix] = coming[prefix]
+
     def expire(self, tick: int) -> None:
         self.coming = {prefix: until for prefix, until in self.coming.items() if until > tick}
 
@@ -131,6 +139,11 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.expire(self.now)
         for held in self.model.values():
             held.expire(math.floor(self.now / TICK_S))
+
+    @rule(worker=workers, chains=st.lists(st.tuples(prompts, tiers), max_size=3))
+    def replace(self, worker: WorkerId, chains: list[tuple[Prefix, Tier]]) -> None:
+        self.index.replace(worker, [BlocksStored(ROOT, hashes_of(tokens), tier) for tokens, tier in chains])
+        self.held(worker).replace(chains)
 
     @rule(worker=workers)
     def forget(self, worker: WorkerId) -> None:

@@ -147,6 +147,17 @@ async def test_a_worker_that_serves_already_is_asked_for_its_cache() -> None:
         assert not it.holds(block(9)), "the snapshot includes number 7"
 
 
+async def test_a_listing_that_comes_late_takes_nothing_back_that_was_promised_meanwhile() -> None:
+    async with bench() as it:
+        await it.register(state=WorkerState.READY)
+        await it.until(lambda: A in it.mirror.records)
+        it.index.predict(A, (block(1),), now=0.0, ttl_s=10.0)
+        it.snapshots = [CacheSnapshot(Epoch(1), 0, ())]
+        await it.publish(1, block(2))
+        await it.until(lambda: it.holds(block(2)))
+        assert it.holds(block(1))
+
+
 async def test_a_gap_is_closed_by_a_snapshot_and_nothing_after_it_is_missed() -> None:
     async with bench() as it:
         await it.register()
