@@ -58,7 +58,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             handler = self._recorded.setdefault(method, self._record(handler, name))
         authorization = _authorization(handler_call_details.invocation_metadata)
         if config.certificates and not authorization:
-            return self._by_certificate.setdefault(method, self._ask_certificate(handler, role))
+            action = name if is_recorded else ""
+            return self._by_certificate.setdefault(method, self._ask_certificate(handler, role, action))
         try:
             principal = await self._gatekeeper.admit(authorization, role=role)
         except ServingError as error:
@@ -70,19 +71,23 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         """Return a handler that reads nothing, which only those for streams of requests are free to do."""
 
         async def refuse(_: Any, context: _Context) -> None:
-            if action:
-                self._write(context, _who(error), action, "", _outcome_of(error))
+            self._note_refusal(context, error, action)
             async with reply_errors(context):
                 raise error
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    def _ask_certificate(self, handler: "_Handler", role: Role | None) -> "_Handler":
+    def _ask_certificate(self, handler: "_Handler", role: Role | None, action: str) -> "_Handler":
         behavior, make = _parts_of(handler)
 
         async def admit(context: _Context) -> None:
             async with reply_errors(context):
-                set_current_principal(await self._gatekeeper.admit((), _certificate_names(context), role=role))
+                try:
+                    principal = await self._gatekeeper.admit((), _certificate_names(context), role=role)
+                except ServingError as error:
+                    self._note_refusal(context, error, action)
+                    raise
+            set_current_principal(principal)
 
         async def answer(request: Any, context: _Context) -> Any:
             await admit(context)
@@ -115,6 +120,11 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                     self._write(context, current_principal().name, action, target, outcome)
 
         return make(act, handler.request_deserializer, handler.response_serializer)
+
+    def _note_refusal(self, context: _Context, error: ServingError, action: str) -> None:
+        """Of an action that is recorded; empty: it is none."""
+        if action:
+            self._write(context, _who(error), action, "", _outcome_of(error))
 
     def _write(self, context: _Context, who: str, action: str, target: str, outcome: str) -> None:
         self._audit.write(who=who, origin=context.peer(), action=action, target=target, outcome=outcome)

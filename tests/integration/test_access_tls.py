@@ -1,17 +1,20 @@
 """A gateway whose doors ask for client certificates: both of them, and callers that are known by theirs alone."""
 
+import json
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
+import pytest
 
 from core.rpc import connect
 from core.tls import ClientTls
-from protos import inference_pb2_grpc
+from protos import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from router.access.keys import hash_of, new_key
 from tests.certificates import Authority, Issued
 from tests.fakes.cluster import FakeCluster, fake_cluster, text_request
@@ -60,13 +63,14 @@ async def tls_doors(checkpoint: Path, folder: Path, *, clients: Authority | None
     doors = Authority(folder, "doors")
     issued = doors.issue("door")
     tls = {"certificate": issued.certificate, "private_key": issued.private_key}
-    access = {
+    access: dict[str, Any] = {
         "enabled": True,
         "keys": [{"name": "ann", "sha256": hash_of(KEY), "tenant": "keyed"}],
         "certificates": [{"name": "batch.acme.example", "tenant": "acme"}, {"name": "by-name", "tenant": "named"}],
     }
     if clients is not None:
         tls["client_ca"] = clients.ca
+        access["audit_file"] = folder / "audit.jsonl"
     async with fake_cluster(checkpoint, tls=tls, access=access, is_waited_for=False) as cluster:
         await cluster.wait_live(2)
         yield TlsDoors(cluster, doors.ca)
@@ -93,6 +97,21 @@ async def test_a_certificate_is_a_caller_at_both_doors(checkpoint: Path, tmp_pat
         for refused in (posing, None):
             assert await doors.over_grpc(refused, KEY) is grpc.StatusCode.UNAVAILABLE
             assert await doors.over_http(refused, KEY) == 0
+
+
+async def test_what_is_refused_to_a_certificate_is_written_down(checkpoint: Path, tmp_path: Path) -> None:
+    clients = Authority(tmp_path, "clients")
+    async with tls_doors(checkpoint, tmp_path, clients=clients) as doors:
+        for shown in (clients.issue("by-name", []), clients.issue("nobody", [])):
+            tls = ClientTls(ca=doors.doors_ca, certificate=shown.certificate, private_key=shown.private_key)
+            async with connect(doors.cluster.address, tls) as channel:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await admin_pb2_grpc.AdminStub(channel).RevokeApiKey(admin_pb2.RevokeApiKeyRequest(fingerprint="0"))
+        lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(line["who"], line["action"], line["outcome"]) for line in lines] == [
+        ("by-name", "RevokeApiKey", "missing_role"),
+        ("", "RevokeApiKey", "missing_credential"),
+    ]
 
 
 async def test_without_a_client_authority_certificates_mean_nothing(checkpoint: Path, tmp_path: Path) -> None:
