@@ -65,7 +65,8 @@ def markdown(table: Table) -> str:
         "\nexact: equal to the last bit, log-probabilities included. equal: the same, and log-probabilities no farther"
         f"\napart than {TOLERANCE:g}: after a prefix hit, or in a batch, products have other numbers of rows, and"
         "\nfloat32 sums are taken in another order. In bfloat16 the same rounding is larger (up to 0.02 was seen), and"
-        "\nturns near ties: there only `exact` ways promise equal tokens. The farthest apart in the run that wrote this:\n"
+        "\nturns near ties: there only `exact` ways promise equal tokens."
+        "\n\nThe farthest apart in the run that wrote this:\n"
     )
     for way in WAYS:
         apart = max(_distance(table, way, feature)[1] for feature in FEATURES)
