@@ -98,11 +98,12 @@ class Forest:
 
     def stranded(self, nodes: NDArray[np.int32], bit: int) -> list[int]:
         """Return those of `nodes` that the worker of `bit` has ready, or will, while it has not the one above."""
-        nodes = np.unique(nodes[self._holder_ids[nodes] != FREED])
-        nodes = nodes[self._table.nodes["parent"][nodes] != NONE]
-        lower, upper = self._holder_ids[nodes], self._holder_ids[self._table.nodes["parent"][nodes]]
-        ready = [set_id for set_id in np.union1d(lower, upper).tolist() if self._sets.reach(set_id)[0] & bit]
-        stranded: list[int] = nodes[np.isin(lower, ready) & ~np.isin(upper, ready)].tolist()
+        has = self._sets.ready_by_id(bit)
+        held, parents = self._holder_ids, self._table.nodes["parent"]
+        nodes = nodes[held[nodes] != FREED]
+        nodes = nodes[has[held[nodes]]]
+        nodes = nodes[parents[nodes] != NONE]
+        stranded: list[int] = np.unique(nodes[~has[held[parents[nodes]]]]).tolist()
         return stranded
 
     def ancestry(self, node: int, count: int) -> tuple[NDArray[np.int32], int]:

@@ -75,6 +75,10 @@ class HolderSets:
         """Return the masks of those that have the block on the device, or will; and of those that have it at all."""
         return self._reaches[set_id]
 
+    def ready_by_id(self, bit: int) -> NDArray[np.bool_]:
+        """Say of each set whether the worker of `bit` has the block on the device in it, or will."""
+        return np.fromiter((bool(ready & bit) for ready, _ in self._reaches), np.bool_, len(self._reaches))
+
     @property
     def num_bytes(self) -> int:
         """Memory of all sets."""
