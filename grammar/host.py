@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -27,6 +27,8 @@ from grammar.walk import Grammar
 _log = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[1]
 _END_S = 5.0
+_Compiled = tuple[socket.socket, Callable[[], None]]
+"""The connection to a constraint's process, and what kills that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class GrammarHost:
         if server is not None:
             await _end(server)
 
-    async def _compile(self, constraint: Constraint, *, is_followed: bool):  # type: ignore[no-untyped-def]
+    async def _compile(self, constraint: Constraint, *, is_followed: bool) -> _Compiled:
         if self._num_waiting >= self._config.max_compiling + self._config.max_waiting:
             raise RejectedError(RejectReason.QUEUE_FULL, f"{self._num_waiting} constraints are being compiled", 1.0)
         self._num_waiting += 1
@@ -121,7 +123,7 @@ class GrammarHost:
         finally:
             self._num_waiting -= 1
 
-    async def _compile_now(self, constraint: Constraint, *, is_followed: bool):  # type: ignore[no-untyped-def]
+    async def _compile_now(self, constraint: Constraint, *, is_followed: bool) -> _Compiled:
         server, number = await self._running_server(), next(self._numbers)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
