@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -127,15 +128,13 @@ async def test_a_revocation_that_could_not_be_told_is_told_by_the_next_attempt()
     await other.sources.look()
     put = store.put
 
-    async def fail(name: str, value: bytes, *, ttl_s: float | None = None) -> None:
-        if name.endswith("changed"):
+    async def fail(key: str, value: bytes, *, ttl_s: float | None = None) -> None:
+        if key.endswith("changed"):
             raise StoreUnavailable("away")
-        await put(name, value, ttl_s=ttl_s)
+        await put(key, value, ttl_s=ttl_s)
 
-    store.put = fail  # type: ignore[method-assign]
-    with pytest.raises(StoreUnavailable):
+    with mock.patch.object(store, "put", fail), pytest.raises(StoreUnavailable):
         await one.sources.revoke(key.fingerprint)
-    store.put = put  # type: ignore[method-assign]
     assert (await one.sources.revoke(key.fingerprint))[1].revoked_at == NOW
     for door in (one, other):
         await door.sources.look()
