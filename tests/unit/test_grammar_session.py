@@ -207,6 +207,13 @@ def test_every_complete_text_satisfies_any_schema(schema: dict[str, object], see
         jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
 
 
+@pytest.mark.parametrize("seed", [4, 152, 174, *range(20)])
+def test_a_string_of_bounded_length_has_whole_characters_only(seed: int) -> None:
+    text = random_text(session(Constraint(K.JSON_SCHEMA, '{"type": "string", "maxLength": 4}')), seed)
+    assert text is not None
+    assert len(json.loads(text)) <= 4
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.text(min_size=1, max_size=8).filter(lambda one: "\0" not in one), min_size=1, max_size=5),
