@@ -207,7 +207,7 @@ def test_every_complete_text_satisfies_any_schema(schema: dict[str, object], see
         jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
 
 
-@pytest.mark.parametrize("seed", [4, 152, 174, *range(20)])
+@pytest.mark.parametrize("seed", [152, 174, *range(8)])
 def test_a_string_of_bounded_length_has_whole_characters_only(seed: int) -> None:
     text = random_text(session(Constraint(K.JSON_SCHEMA, '{"type": "string", "maxLength": 4}')), seed)
     assert text is not None
