@@ -42,7 +42,8 @@ async def tls_door(redis: RedisProcess, context: ssl.SSLContext) -> AsyncIterato
     finally:
         server.close()
         for writer in writers:
-            writer.transport.abort()
+            if not writer.is_closing():
+                writer.transport.abort()
         await server.wait_closed()
 
 
