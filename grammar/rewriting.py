@@ -6,8 +6,9 @@ As a pattern over the JSON text it says what it should; an escape counts as the 
 
 from typing import Any
 
-# Every character but those that JSON escapes. As a negated class it would let bytes through that are no UTF-8.
-_PLAIN = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
+# Lets bytes through that are no UTF-8, as the compiler's own strings do. A class that says what it has (`[ !#-...]`) would
+# not, and costs 70 times as much per token.
+_PLAIN = r'[^"\\\x00-\x1f]'
 _ESCAPE = r'\\(["\\/bfnrt]|u([0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}))'  # no halves of a character
 _OF_SCHEMAS = ("items", "additionalProperties", "propertyNames")
 _OF_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
