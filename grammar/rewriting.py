@@ -6,8 +6,8 @@ As a pattern over the JSON text it says what it should; an escape counts as the 
 
 from typing import Any
 
-# Lets bytes through that are no UTF-8, as the compiler's own strings do. A class that says what it has would not, and costs
-# 70 times as much per token.
+# Lets bytes through that are no UTF-8, as the compiler's own strings do. A class that says what it has would not,
+# and costs 70 times as much per token.
 _PLAIN = r'[^"\\\x00-\x1f]'
 _ESCAPE = r'\\(["\\/bfnrt]|u([0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}))'  # no halves of a character
 _OF_SCHEMAS = ("items", "additionalProperties", "propertyNames")
