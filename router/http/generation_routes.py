@@ -17,6 +17,7 @@ from core.request import SamplingParams
 from router.access.principal import Principal
 from router.generation.answer import Answer
 from router.generation.metadata import response_headers
+from router.generation.pieces import Pieces
 from router.hints import RESUME_WINDOW_S, Hints, read_hints, with_hints
 from router.http.chat_reply import ChatChunks, ChatWhole
 from router.http.chat_request import ChatOrder, read_chat
@@ -26,7 +27,7 @@ from router.http.door import Door
 from router.http.fields import rename
 from router.http.logprobs import TokenNames
 from router.http.reply_head import ReplyHead, fingerprint
-from router.http.resuming import Source, batches, send_followed
+from router.http.resuming import batches, send_followed
 from router.http.sampling_fields import SamplingFields
 from router.http.streaming import Chunks, Whole, send_stream, send_whole
 from router.http.while_connected import WhileConnected
@@ -102,7 +103,7 @@ class GenerationRoutes:
             raise InvalidRequest(RESUME_WINDOW_S[0], "is for streams: set stream to true")
         return window_s
 
-    async def _stream(self, send: Send, reader: Source[T], answer: Answer, chunks: Chunks[T], window_s: float) -> None:
+    async def _stream(self, send: Send, reader: Pieces[T], answer: Answer, chunks: Chunks[T], window_s: float) -> None:
         headers = partial(response_headers, answer)
         if window_s:
             request = answer.requests[0]
@@ -115,7 +116,7 @@ class GenerationRoutes:
         finally:
             answer.abandon(_GONE)
 
-    async def _whole(self, send: Send, reader: Source[T], answer: Answer, whole: Whole[T]) -> None:
+    async def _whole(self, send: Send, reader: Pieces[T], answer: Answer, whole: Whole[T]) -> None:
         try:
             await send_whole(send, reader, whole, partial(response_headers, answer))
         finally:

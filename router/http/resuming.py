@@ -3,12 +3,13 @@
 Every event has its number as `id`, so that a client that comes back says the last one that it saw in `Last-Event-ID`,
 as browsers' EventSource does by itself."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import AsyncGenerator, Callable
+from typing import TypeVar
 
 from starlette.types import Send
 
 from core.errors import InvalidRequest, ServingError
+from router.generation.pieces import Pieces
 from router.http.errors import error_reply
 from router.http.sse import DONE, json_event
 from router.http.streaming import STREAM_HEADERS, Chunks
@@ -22,18 +23,7 @@ _EVENT_END = "\n\n"
 T = TypeVar("T")
 
 
-class Source(Protocol[T]):  # type: ignore[misc]  # it only gives
-    """An answer."""
-
-    @property
-    def is_over(self) -> bool: ...
-
-    async def take(self) -> Sequence[T]: ...
-
-    def abandon(self, reason: str) -> None: ...
-
-
-async def batches(answer: Source[T], chunks: Chunks[T]) -> AsyncGenerator[list[bytes], None]:
+async def batches(answer: Pieces[T], chunks: Chunks[T]) -> AsyncGenerator[list[bytes], None]:
     """Read an answer to its end, whatever becomes of its connection.
 
     Raises:

@@ -9,26 +9,17 @@ from typing import Any, Protocol, TypeVar
 from starlette.types import Send
 
 from core.errors import ServingError
+from router.generation.pieces import Pieces
 from router.http.errors import error_reply
 from router.http.sse import DONE, json_event
 from router.http.while_connected import send_head, send_json
 
-P = TypeVar("P", covariant=True)
 Q = TypeVar("Q", contravariant=True)
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # proxies that collect answers would spoil the time to the first token
 }
-
-
-class Pieces(Protocol[P]):
-    """What is read: an answer."""
-
-    @property
-    def is_over(self) -> bool: ...
-
-    async def take(self) -> Sequence[P]: ...
 
 
 class Chunks(Protocol[Q]):

@@ -7,9 +7,10 @@ import grpc
 from google.protobuf.message import Message
 
 from protos import inference_pb2 as pb
+from router.generation.pieces import Pieces
 from router.resume.events import StreamKind
 from router.resume.port import Follower
-from router.rpc.writing import Source, Writer
+from router.rpc.writing import Writer
 
 _Piece = TypeVar("_Piece")
 _Told = TypeVar("_Told", contravariant=True)
@@ -23,7 +24,7 @@ class Messages(Protocol[_Told]):
     def of(self, pieces: Sequence[_Told]) -> Sequence[Message]: ...
 
 
-async def batches(answer: Source[_Piece], messages: Messages[_Piece]) -> AsyncGenerator[list[bytes], None]:
+async def batches(answer: Pieces[_Piece], messages: Messages[_Piece]) -> AsyncGenerator[list[bytes], None]:
     """Read an answer to its end, whatever becomes of its call.
 
     Raises:

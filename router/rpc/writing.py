@@ -7,22 +7,11 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from core.errors import SlowReader
+from router.generation.pieces import Pieces
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Piece = TypeVar("_Piece")
-_Taken = TypeVar("_Taken", covariant=True)
 _Told = TypeVar("_Told", contravariant=True)
-
-
-class Source(Protocol[_Taken]):
-    """An answer."""
-
-    @property
-    def is_over(self) -> bool: ...
-
-    async def take(self) -> Sequence[_Taken]: ...
-
-    def abandon(self, reason: str) -> None: ...
 
 
 class Events(Protocol[_Told]):
@@ -33,7 +22,7 @@ class Events(Protocol[_Told]):
     def of(self, pieces: Sequence[_Told]) -> Sequence[object]: ...
 
 
-async def stream(context: _Context, answer: Source[_Piece], events: Events[_Piece], timeout_s: float) -> None:
+async def stream(context: _Context, answer: Pieces[_Piece], events: Events[_Piece], timeout_s: float) -> None:
     """Send an answer to its end.
 
     Raises:
