@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -72,16 +73,15 @@ class _Load:
             address = order.addresses[number % len(order.addresses)]
             host, _, port = address.rpartition(":")
             slot = len(self._wires)
-
-            def again(seen: Seen, slot: int = slot) -> None:
-                self._ended(slot)
-
-            kind = GrpcWire if order.protocol == "grpc" else HttpWire
-            _, wire = await loop.create_connection(lambda: kind(self._totals, again, address), host, int(port))  # noqa: B023
+            _, wire = await loop.create_connection(partial(self._wire, slot, address), host, int(port))
             self._wires.append(wire)
             asks += [slot] * min(per_connection, order.num_streams - len(asks))
         for place, slot in enumerate(asks):
             loop.call_later(order.spread_s * place / len(asks), self._ask, slot)
+
+    def _wire(self, slot: int, address: str) -> HttpWire | GrpcWire:
+        kind = GrpcWire if self._order.protocol == "grpc" else HttpWire
+        return kind(self._totals, lambda _seen: self._ended(slot), address)
 
     def told(self) -> Told:
         totals = self._totals
